@@ -1,0 +1,42 @@
+# Everything sets itself up: Python >= 3.11 is all that must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed once for each content of the files that say what to install.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+OUT ?= eval/results
+RUN ?= runs/demo
+
+.PHONY: demo test check gpu format
+.DEFAULT_GOAL := test
+
+$(STAMP):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
+	# The constrained torch first: it keeps other packages from choosing a build of their own.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+# Trains and compares; ABLATIONS=1 adds two ablations, SEED=1 another seed.
+demo: $(STAMP)
+	$(BIN)/python train/demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# All that needs a CUDA device; results go to $(OUT). Uses the interpreter that has a CUDA build of torch.
+gpu:
+	PYTHONPATH=.:kernels:train:eval $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=.:kernels:train:eval $(PYTHON) eval/gpu.py --out $(OUT)

@@ -1,0 +1,132 @@
+"""Three ways to embed on one backbone: latent steps, a single pass, an explicit chain of thought.
+
+They share the prompt, the processor, the backbone pass and the read-out, so that what differs is the reasoning alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from plume import backbone as seam
+from plume import positions
+from plume.inputs import Item
+from plume.model import PlumeModel
+
+Mode = Literal["latent", "single_pass", "explicit"]
+MODES = get_args(Mode)
+
+
+@dataclass
+class Embedded:
+    """Vectors of some inputs and what they cost.
+
+    embedding `[N, D]`: float32, unit norm.
+    num_reasoning_steps `[N]`: latent steps, or tokens written before the read-out.
+    is_complete `[N]`: False where an explicit rationale reached its limit without a read-out.
+    """
+
+    embedding: Tensor
+    num_reasoning_steps: Tensor
+    is_complete: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embedded]) -> Embedded:
+        """Several batches as one."""
+        return cls(
+            torch.cat([part.embedding for part in parts]),
+            torch.cat([part.num_reasoning_steps for part in parts]),
+            torch.cat([part.is_complete for part in parts]),
+        )
+
+
+@torch.inference_mode()
+def embed_batch(
+    model: PlumeModel,
+    batch: dict[str, Tensor],
+    mode: Mode,
+    *,
+    num_latent_steps: int | None = None,
+    max_new_tokens: int = 512,
+) -> Embedded:
+    """Embed one batch.
+
+    Args:
+        model: in eval mode.
+        batch: from the model's processor.
+        mode: how to reason.
+        num_latent_steps: K of the mode "latent"; None is the checkpoint's.
+        max_new_tokens: limit of the mode "explicit".
+    """
+    if mode == "explicit":
+        return _explicit(model, batch, max_new_tokens)
+    steps = 0 if mode == "single_pass" else num_latent_steps
+    steps = model.config.num_latent_steps if steps is None else steps
+    output = model(**batch, num_latent_steps=steps)
+    size = len(batch["input_ids"])
+    return Embedded(output.embedding, torch.full((size,), steps), torch.ones(size, dtype=torch.bool))
+
+
+def embed(
+    model: PlumeModel,
+    items: Sequence[Item],
+    mode: Mode,
+    *,
+    num_latent_steps: int | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int = 64,
+    show_progress: bool = False,
+) -> Embedded:
+    """Embed inputs in batches; arguments as in `embed_batch`."""
+    assert model.processor is not None
+    parts = []
+    for start in tqdm(range(0, len(items), batch_size), desc=f"Encoding, {mode}", disable=not show_progress):
+        batch = model.processor.encode(items[start : start + batch_size]).to(model.device)
+        parts.append(
+            embed_batch(
+                model, dict(batch), mode, num_latent_steps=num_latent_steps, max_new_tokens=max_new_tokens
+            )
+        )
+    return Embedded.joined(parts)
+
+
+def _explicit(model: PlumeModel, batch: dict[str, Tensor], max_new_tokens: int) -> Embedded:
+    """Write the rationale greedily through the cache, stop at `<gen_emb>`, and read the embedding there.
+
+    A row that is done feeds masked columns while the others go on; a row without a read-out keeps its last state.
+    """
+    config, backbone = model.config, model.backbone
+    input_ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
+    size = len(input_ids)
+
+    decoder = seam.CachedDecoder(backbone)
+    prefix = seam.embed_prefix(backbone, input_ids, mask, **vision)
+    start = positions.latent_start(prefix.positions, mask, config.latent_positions)
+    decoder.feed(prefix)
+
+    token = torch.full((size,), config.latent_end_token_id or 0, device=input_ids.device)  # <eot> is given
+    embedding = torch.zeros(size, config.hidden_size, device=input_ids.device)
+    num_tokens = torch.zeros(size, dtype=torch.long, device=input_ids.device)
+    is_writing = torch.ones(size, dtype=torch.bool, device=input_ids.device)
+    for step in range(max_new_tokens + 1):
+        hidden = decoder.feed(
+            seam.Segment(
+                seam.embed_tokens(backbone, token[:, None]),
+                is_writing[:, None],
+                positions.latent_positions(start, step),
+            )
+        )[:, 0]
+        embedding = torch.where(is_writing[:, None], hidden.float(), embedding)
+        is_writing = is_writing & (token != config.read_out_token_id)
+        if not is_writing.any():
+            break
+        token = seam.logits(backbone, model.lm_head, hidden).argmax(dim=-1)
+        num_tokens += is_writing & (token != config.read_out_token_id)
+    return Embedded(F.normalize(embedding, dim=-1), num_tokens.cpu(), ~is_writing.cpu())

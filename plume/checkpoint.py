@@ -1,0 +1,91 @@
+"""One self-describing folder: what makes it complete, and what lets other libraries open it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from plume.config import PlumeConfig
+from plume.version import __version__
+
+#: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
+RUN_TIME_KEYWORDS = ("num_latent_steps",)
+
+
+def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
+    """Refuse a checkpoint whose configuration is not plume's.
+
+    Raises:
+        ValueError: says what the checkpoint is and how to start from it.
+    """
+    fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)
+    if (found := fields.get("model_type")) != PlumeConfig.model_type:
+        raise ValueError(
+            f"{name_or_path} is a {found!r} checkpoint without plume's fields (num_latent_steps, transition, "
+            f"prompt_template, ...); start a new model from it with PlumeModel.from_backbone({str(name_or_path)!r})"
+        )
+    for name in ("backbone_config", "suffix_ids", "anchor_token_id"):
+        if fields.get(name) is None:
+            raise ValueError(
+                f"{name_or_path}/config.json has no {name!r}; save the model with PlumeModel.save_pretrained"
+            )
+
+
+def check_loading(name_or_path: str | os.PathLike, info: dict) -> None:
+    """Refuse weights that are not exactly the model's.
+
+    Args:
+        name_or_path: for the message.
+        info: transformers' `output_loading_info`.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = sorted(map(str, info[kind]))
+            raise ValueError(
+                f"{name_or_path}: {len(names)} {kind.replace('_', ' ')}, for example {names[0]}; the weights do not "
+                "belong to this configuration"
+            )
+
+
+def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
+    """Let `SentenceTransformer(folder)` open a saved model, with stock modules only.
+
+    The embedding is the model's own output `embedding`; nothing is pooled or normalised again.
+    """
+    output = {"method": "forward", "method_output_name": "embedding"}
+    modalities: dict[str, dict] = {name: dict(output) for name in ("text", "image", "message")}
+    modalities["message"]["format"] = "structured"
+    files = {
+        "modules.json": [
+            {
+                "idx": 0,
+                "name": "0",
+                "path": "",
+                "type": "sentence_transformers.base.modules.transformer.Transformer",
+                "kwargs": list(RUN_TIME_KEYWORDS),
+            }
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": modalities,
+            "module_output_name": "sentence_embedding",
+            "unpad_inputs": False,
+            "processing_kwargs": {
+                "text": {"truncation": False},
+                "chat_template": {"add_generation_prompt": True},
+            },
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "__version__": {"plume-embed": __version__},
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+    for name, content in files.items():
+        (Path(folder) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

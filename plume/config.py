@@ -1,0 +1,185 @@
+"""What a checkpoint must remember, so that its embeddings mean the same wherever it is loaded.
+
+Defaults are those of the PLUME paper (arXiv 2604.02073) and the strings of its published checkpoints.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT
+
+Transition = Literal["moe", "mlp", "projector", "identity"]
+LatentPositions = Literal["mrope", "kv_length"]
+RouterContext = Literal["anchor", "prefix_last", "none"]
+
+SYSTEM_MESSAGE = "You are a helpful assistant."
+EMBEDDING_PROMPT = (
+    "Represent the above input text, images, videos, or any combination of the three as embeddings. "
+    "First output the thinking process in <think> </think> tags and then summarize the entire input in a "
+    "word or sentence. Finally, use the <gen_emb> tag to represent the entire input."
+)
+
+
+class PlumeConfig(PreTrainedConfig):
+    """Configuration of a `PlumeModel`.
+
+    Example:
+        >>> config = PlumeConfig(num_latent_steps=4, top_k=1)
+        >>> config.num_experts, config.max_latent_steps
+        (4, 32)
+        >>> PlumeConfig(latent_positions="absolute")
+        Traceback (most recent call last):
+        ValueError: latent_positions must be one of 'mrope', 'kv_length'; received 'absolute'
+    """
+
+    model_type = "plume"
+    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
+
+    backbone_config: Any = None
+    """Configuration of the Qwen-VL backbone: an object of transformers, or its dict."""
+
+    num_latent_steps: int = 8
+    """K, latent steps of an encoding unless the caller says otherwise; 0 is a single pass. Paper, table 4."""
+
+    transition: Transition = "moe"
+    """The map from a hidden state to the next input: "moe" (PLUME), "mlp" (its ablation), "projector" (CODI),
+    "identity" (Coconut)."""
+
+    num_experts: int = 4
+    """E, routed experts of "moe"."""
+
+    top_k: int = 2
+    """T, experts kept per step; their gates are not renormalised (paper, eq. 5)."""
+
+    shared_expert: bool = True
+    """Whether "moe" has an expert that always runs, unweighted."""
+
+    expert_hidden_size: int | None = None
+    """Inner width of an expert or of the projector; None means twice the hidden size."""
+
+    expert_dropout: float = 0.1
+    """Dropout inside the experts while training, in [0, 1); as in the published multi-node training."""
+
+    num_step_embeddings: int = 32
+    """Rows of the router's step table, hence the largest K that "moe" can run."""
+
+    router_context: RouterContext = "anchor"
+    """What the router sees beside the state: the anchor (paper), the state at `<bot>`, or nothing."""
+
+    latent_positions: LatentPositions = "mrope"
+    """Rotary position of latent step 0: one after `<bot>` ("mrope", as in the paper), or the number of prefix
+    tokens ("kv_length", as the published checkpoints are evaluated). They differ after an image."""
+
+    prompt_template: str = (
+        f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n"
+        f"<|im_start|>user\n{{content}}\n{ANCHOR}\n{EMBEDDING_PROMPT}<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>{LATENT_START}"
+    )
+    """The prefix. `{content}` is the user's media and text, in order. Must hold the anchor and end with
+    `<bot>`."""
+
+    suffix_template: str = f"{LATENT_END}{{rationale}}</think>{{answer}}"
+    """What follows the latent block, up to the read-out. At inference rationale and answer are empty."""
+
+    answer_template: str = "<answer>{answer}</answer>"
+    """How an answer is written, in training. Empty: answers are not written."""
+
+    read_out: str = f"\n{READ_OUT}"
+    """Closes the suffix, unless the answer already holds `<gen_emb>`."""
+
+    turn_end: str = "<|im_end|>\n"
+    """Closes the assistant's turn in training; supervised, never fed at inference."""
+
+    anchor_token_id: int | None = None
+    """Id of `<disc_emb>`."""
+
+    latent_start_token_id: int | None = None
+    """Id of `<bot>`."""
+
+    latent_end_token_id: int | None = None
+    """Id of `<eot>`."""
+
+    read_out_token_id: int | None = None
+    """Id of `<gen_emb>`."""
+
+    suffix_ids: list[int] | None = None
+    """Tokens of the suffix that ends every encoding (`prompt.suffix` with neither rationale nor answer)."""
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            backbone = dict(self.backbone_config)
+            self.backbone_config = AutoConfig.for_model(backbone.pop("model_type"), **backbone)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the length of an embedding."""
+        return self.backbone_config.get_text_config().hidden_size
+
+    @property
+    def max_latent_steps(self) -> int | None:
+        """The largest K that the adapter can run; None means any."""
+        return self.num_step_embeddings if self.transition == "moe" else None
+
+    def check_num_latent_steps(self, num_latent_steps: int) -> None:
+        """Refuse a number of latent steps that this checkpoint cannot run.
+
+        Raises:
+            ValueError: negative, not whole, or beyond the step table.
+        """
+        if isinstance(num_latent_steps, bool) or not isinstance(num_latent_steps, int) or num_latent_steps < 0:
+            raise ValueError(f"num_latent_steps must be a whole number >= 0; received {num_latent_steps!r}")
+        if self.max_latent_steps is not None and num_latent_steps > self.max_latent_steps:
+            raise ValueError(
+                f"num_latent_steps={num_latent_steps} exceeds the step table of this checkpoint "
+                f"(num_step_embeddings={self.num_step_embeddings}); ask for at most that many, or train with "
+                "a longer table"
+            )
+
+    @classmethod
+    def check_field_names(cls, names: list[str]) -> None:
+        """Refuse names that are not fields of this configuration, with the nearest field as a hint."""
+        own = [name for name in cls.__annotations__ if name != "model_type"]
+        for name in names:
+            if name not in own:
+                hint = difflib.get_close_matches(name, own, n=1)
+                remedy = f"did you mean {hint[0]!r}?" if hint else f"the fields are {', '.join(sorted(own))}"
+                raise ValueError(f"PlumeConfig has no field {name!r}; {remedy}")
+
+    def _check(self) -> None:
+        for name, choices in (
+            ("transition", get_args(Transition)),
+            ("latent_positions", get_args(LatentPositions)),
+            ("router_context", get_args(RouterContext)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                listed = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} must be one of {listed}; received {value!r}")
+        for name in ("num_experts", "num_step_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; received {getattr(self, name)}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k must lie in 1..num_experts={self.num_experts}; received {self.top_k}")
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout must lie in [0, 1); received {self.expert_dropout}")
+        self.check_num_latent_steps(self.num_latent_steps)
+
+        prompt, suffix = self.prompt_template, self.suffix_template
+        if prompt.count("{content}") != 1 or ANCHOR not in prompt or not prompt.endswith(LATENT_START):
+            raise ValueError(
+                f"prompt_template must hold {{content}} once and {ANCHOR}, and end with {LATENT_START}; "
+                f"received {prompt!r}"
+            )
+        if not suffix.startswith(LATENT_END) or "{rationale}" not in suffix:
+            raise ValueError(
+                f"suffix_template must start with {LATENT_END} and hold {{rationale}}; received {suffix!r}"
+            )
+        if READ_OUT not in self.read_out:
+            raise ValueError(f"read_out must hold {READ_OUT}; received {self.read_out!r}")
+
+

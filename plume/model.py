@@ -1,0 +1,277 @@
+"""PlumeModel: a Qwen-VL backbone, a transition adapter, and the embedding they make together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from plume import backbone as seam
+from plume import checkpoint, positions, prompt, tokens
+from plume.config import PlumeConfig
+from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
+from plume.rollout import rollout
+from plume.transition import TransitionAdapter, build_adapter
+
+
+@dataclass
+class PlumeOutput(ModelOutput):
+    """What `PlumeModel.forward` returns. K is the largest number of latent steps in the batch.
+
+    embedding `[B, D]`: the embedding; float32, unit norm.
+    anchor_embedding `[B, D]`: the hidden state at the anchor; float32, unit norm. A space of its own.
+    states `[B, K+1, D]`: hidden states h_0 .. h_K; zero beyond a row's own K.
+    gates `[B, K, E]`: the router's softmax at each latent step; None without a router or without steps.
+    suffix_logits `[M, V]`: next-token logits of the M labels that are not -100, row by row; None without labels.
+    """
+
+    embedding: Tensor | None = None
+    anchor_embedding: Tensor | None = None
+    states: Tensor | None = None
+    gates: Tensor | None = None
+    suffix_logits: Tensor | None = None
+
+
+class PlumeModel(PreTrainedModel):
+    """Latent-reasoning embedder (PLUME, arXiv 2604.02073).
+
+    A composition: `backbone` is a stock Qwen-VL model, `transition` the adapter, `lm_head` the output head where
+    the backbone does not tie it to its embeddings. `processor` is kept beside them, so that one folder holds all.
+
+    Example:
+        >>> model = PlumeModel.from_backbone(getfixture("backbone_folder"), num_latent_steps=4)
+        >>> batch = model.processor.encode([Item.parse("a red kite"), Item.parse("rain")])
+        >>> output = model(**batch)
+        >>> output.embedding.shape, output.states.shape, output.gates.shape
+        (torch.Size([2, 64]), torch.Size([2, 5, 64]), torch.Size([2, 4, 4]))
+    """
+
+    config_class = PlumeConfig
+    config: PlumeConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = False  # it would drop the key/value cache; see CHANGELOG
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock", "Qwen2_5_VLDecoderLayer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: PlumeConfig,
+        backbone: PreTrainedModel | None = None,
+        lm_head: nn.Linear | None = None,
+    ):
+        super().__init__(config)
+        if backbone is None:
+            backbone, lm_head = seam.build(config.backbone_config)
+        self.backbone = backbone
+        self.lm_head = lm_head
+        self.transition: TransitionAdapter = build_adapter(config)
+        self.processor: PlumeProcessor | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The adapter keeps PyTorch's own initialisation; transformers' would draw from N(0, 0.02).
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        revision: str | None = None,
+        **config_fields,
+    ) -> PlumeModel:
+        """Start a new model from a stock Qwen-VL checkpoint: adds tokens, adapter, prompt and processor.
+
+        Args:
+            name_or_path: a folder or a Hub name, for example "Qwen/Qwen2-VL-2B-Instruct".
+            dtype: of the weights; "auto" keeps the checkpoint's.
+            attn_implementation: any of transformers'.
+            min_pixels: smaller images are enlarged to this many pixels.
+            max_pixels: larger images are reduced to this many pixels.
+            revision: branch, tag or commit on the Hub.
+            config_fields: fields of `PlumeConfig`.
+
+        Raises:
+            ValueError: an unknown field, or a checkpoint that is not a complete Qwen-VL.
+        """
+        PlumeConfig.check_field_names(list(config_fields))
+        hub = {} if revision is None else {"revision": revision}
+        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        weights, head = seam.load(name_or_path, dtype=dtype, **attention, **hub)
+        # A configuration that takes another in resets its attention; so this one begins with a copy.
+        config = PlumeConfig(backbone_config=weights.config.to_dict(), **config_fields)
+        processor = PlumeProcessor.from_backbone(
+            name_or_path, config, min_pixels=min_pixels, max_pixels=max_pixels, **hub
+        )
+        _add_tokens(weights, head, processor, config)
+        config.backbone_config = weights.config
+        config.dtype = weights.dtype
+        model = cls(config, weights, head)
+        model.transition.to(weights.dtype)
+        model.processor = processor
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:  # type: ignore[override]
+        """Load a plume checkpoint: a folder or a Hub name; keywords as in transformers.
+
+        Raises:
+            ValueError: the checkpoint lacks plume's fields, or its weights are not exactly the model's.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        if kwargs.get("config") is None:
+            checkpoint.check_is_plume(pretrained_model_name_or_path, **hub)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        checkpoint.check_loading(pretrained_model_name_or_path, info)
+        model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
+        """Save one folder that `PlumeModel`, `AutoModel`, `SentenceTransformer` and `Plume` open."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and self.processor is not None:
+            self.processor.save_pretrained(save_directory)
+            checkpoint.write_sentence_transformers_files(save_directory)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        suffix_ids: Tensor | None = None,
+        suffix_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_latent_steps: int | Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PlumeOutput:
+        """Embed a batch: prefix, latent steps, suffix.
+
+        Args:
+            input_ids: prefixes, left-padded, `[B, L]`; each ends with `<bot>`.
+            attention_mask: 1 at real tokens, `[B, L]`; None where nothing is padded.
+            pixel_values: patches of all images of the batch.
+            image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
+            suffix_ids: right-padded suffixes, `[B, S]`; None: the configuration's, the same for every row.
+            suffix_mask: 1 at real suffix tokens, `[B, S]`.
+            labels: suffix tokens to predict, -100 elsewhere, `[B, S]`.
+            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+            return_dict: accepted because sentence-transformers passes it; the output is the same.
+
+        Raises:
+            ValueError: a prefix without anchor or not ending with `<bot>`, a suffix without `<gen_emb>`, a K that
+                the adapter cannot run, or tensors whose shapes disagree.
+        """
+        batch = len(input_ids)
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        if suffix_ids is None:
+            own = torch.tensor(self.config.suffix_ids, device=input_ids.device)
+            suffix_ids = own.expand(batch, -1)
+        is_suffix = torch.ones_like(suffix_ids).bool() if suffix_mask is None else suffix_mask.bool()
+        steps, max_steps = self._steps(num_latent_steps, input_ids)
+        anchor_column = self._last(input_ids, mask, self.config.anchor_token_id, tokens.ANCHOR)
+        read_out_column = self._last(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
+        if not (input_ids[:, -1] == self.config.latent_start_token_id).all():
+            raise ValueError(
+                f"every prefix must end with {tokens.LATENT_START} in the last column; pad on the left and write "
+                "prefixes with the checkpoint's processor"
+            )
+
+        prefix = seam.embed_prefix(self.backbone, input_ids, mask, pixel_values, image_grid_thw)
+        result = rollout(
+            seam.CachedDecoder(self.backbone),
+            self.transition,
+            prefix,
+            seam.embed_tokens(self.backbone, suffix_ids),
+            is_suffix,
+            num_latent_steps=steps,
+            max_latent_steps=max_steps,
+            anchor_column=anchor_column,
+            start=positions.latent_start(prefix.positions, mask, self.config.latent_positions),
+            router_context=self.config.router_context,
+        )
+        rows = torch.arange(batch, device=input_ids.device)
+        return PlumeOutput(
+            embedding=_unit(result.suffix[rows, read_out_column]),
+            anchor_embedding=_unit(result.anchor),
+            states=result.states,
+            gates=result.gates,
+            suffix_logits=None if labels is None else self._logits(result.last_state, result.suffix, labels),
+        )
+
+    def _steps(self, num_latent_steps: int | Tensor | None, input_ids: Tensor) -> tuple[Tensor, int]:
+        """K per row, and the largest on the host."""
+        asked = self.config.num_latent_steps if num_latent_steps is None else num_latent_steps
+        if isinstance(asked, Tensor) and asked.ndim == 1:
+            if len(asked) != len(input_ids):
+                raise ValueError(f"num_latent_steps holds {len(asked)} numbers for {len(input_ids)} rows")
+            steps = asked.to(input_ids.device, torch.long)
+            low, high = torch.stack(steps.aminmax()).tolist()
+            self.config.check_num_latent_steps(low)
+        else:
+            high = int(asked) if isinstance(asked, Tensor) else asked
+            steps = None
+        self.config.check_num_latent_steps(high)
+        return (torch.full_like(input_ids[:, 0], high) if steps is None else steps), high
+
+    def _last(self, ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:
+        """Column of the last `token_id` in each row, `[B]`."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        found = torch.where((ids == token_id) & mask, columns, -1).amax(dim=1)
+        if (found < 0).any():
+            row = int((found < 0).nonzero()[0])
+            raise ValueError(f"row {row} holds no {name}; write it with the checkpoint's processor")
+        return found
+
+    def _logits(self, last_state: Tensor, suffix: Tensor, labels: Tensor) -> Tensor:
+        # Token j of the suffix is predicted one position before it: the first by the last latent state.
+        before = torch.cat([last_state[:, None], suffix[:, :-1]], dim=1)  # [B, S, D]
+        return seam.logits(self.backbone, self.lm_head, before[labels != -100])
+
+
+def _unit(hidden: Tensor) -> Tensor:
+    return F.normalize(hidden.float(), dim=-1)
+
+
+def _add_tokens(
+    backbone: PreTrainedModel, head: nn.Linear | None, processor: PlumeProcessor, config: PlumeConfig
+) -> None:
+    """Give tokenizer, embeddings, head and configuration the special tokens."""
+    tokenizer = processor.tokenizer
+    added = tokens.add_special_tokens(tokenizer)
+    embeddings = backbone.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        # Qwen-VL's matrix has spare rows; only a smaller one must grow.
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embeddings = backbone.get_input_embeddings()
+        if head is not None:
+            grown = torch.zeros(len(tokenizer), head.in_features, dtype=head.weight.dtype)
+            grown[: head.out_features] = head.weight.detach()
+            head.weight, head.out_features = nn.Parameter(grown), len(tokenizer)
+    for matrix in [embeddings] if head is None else [embeddings, head]:
+        tokens.initialise_rows(matrix.weight, tokenizer, added, config.backbone_config.model_type)
+    config.anchor_token_id = tokens.token_id(tokenizer, tokens.ANCHOR)
+    config.latent_start_token_id = tokens.token_id(tokenizer, tokens.LATENT_START)
+    config.latent_end_token_id = tokens.token_id(tokenizer, tokens.LATENT_END)
+    config.read_out_token_id = tokens.token_id(tokenizer, tokens.READ_OUT)
+    config.suffix_ids = processor.suffix_ids(prompt.suffix(config))
+
+

@@ -1,0 +1,115 @@
+"""The rollout: K latent steps between the prefix and the suffix.
+
+PLUME (arXiv 2604.02073, section 3), in the line of Coconut. The hidden state of the last position is mapped by
+the transition adapter T to the next input, K times, without a token in between:
+
+    h_0     = B(prefix)[<bot>]                  c = B(prefix)[<disc_emb>]
+    h_{t+1} = B(T(h_t, t, c))                   t = 0 .. K-1, through the key/value cache
+    H       = B(suffix)                         the embedding is H[<gen_emb>], normalised
+
+The last latent input and the suffix are both known before h_K is, so they share a pass, which a causal mask
+makes exact: K + 1 passes of the backbone in all. Nothing is detached: gradients run through every step, the
+cache and the anchor.
+
+Letters: B batch, D hidden size, K latent steps, E experts, S suffix length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plume import positions
+from plume.backbone import CachedDecoder, Segment
+from plume.config import RouterContext
+from plume.transition import TransitionAdapter
+
+
+@dataclass
+class Rollout:
+    """What a rollout leaves behind; K is the largest number of steps in the batch.
+
+    states `[B, K+1, D]`: the hidden states h_0 .. h_K; zero beyond a row's own K.
+    gates `[B, K, E]`: the router's softmax at each step; zero beyond a row's own K; None without a router.
+    anchor `[B, D]`: the hidden state at the anchor.
+    last_state `[B, D]`: h_K of each row, K its own.
+    suffix `[B, S, D]`: the hidden states of the suffix.
+    """
+
+    states: Tensor
+    gates: Tensor | None
+    anchor: Tensor
+    last_state: Tensor
+    suffix: Tensor
+
+
+def rollout(
+    decoder: CachedDecoder,
+    adapter: TransitionAdapter,
+    prefix: Segment,
+    suffix_embeds: Tensor,
+    suffix_mask: Tensor,
+    *,
+    num_latent_steps: Tensor,
+    max_latent_steps: int,
+    anchor_column: Tensor,
+    start: Tensor,
+    router_context: RouterContext = "anchor",
+) -> Rollout:
+    """Run prefix, latent steps and suffix through the backbone.
+
+    Rows may differ in K: all start together and run to the largest; from its own K on, a row's latent columns
+    are masked, and its suffix stands where its own K puts it, so that its results are those of the row alone.
+
+    Args:
+        decoder: an empty `CachedDecoder`.
+        adapter: maps a state to the next input.
+        prefix: left-padded; its last column is `<bot>` in every row.
+        suffix_embeds: input embeddings of the suffix, `[B, S, D]`, right-padded.
+        suffix_mask: True at real suffix tokens, `[B, S]`.
+        num_latent_steps: K of each row, `[B]`.
+        max_latent_steps: the largest of them, known on the host.
+        anchor_column: column of the anchor in the prefix, `[B]`.
+        start: rotary position of latent step 0, `[B]`.
+        router_context: what the router sees beside the state.
+    """
+    rows = torch.arange(len(start), device=start.device)
+    pending, states, gates = prefix, [], []
+    anchor = context = None
+
+    for step in range(max_latent_steps):
+        hidden = decoder.feed(pending)  # the prefix at step 0, then one latent position
+        states.append(hidden[:, -1])
+        if step == 0:
+            anchor = hidden[rows, anchor_column]
+            context = {"anchor": anchor, "prefix_last": states[0], "none": None}[router_context]
+        next_input, gate = adapter(states[-1], step, context)
+        gates.append(gate)
+        is_active = step < num_latent_steps
+        pending = Segment(next_input[:, None], is_active[:, None], positions.latent_positions(start, step))
+
+    suffix_positions = positions.suffix_positions(start, num_latent_steps, suffix_embeds.shape[1])
+    suffix = Segment(suffix_embeds, suffix_mask, suffix_positions)
+    hidden = decoder.feed(pending.followed_by(suffix))
+    states.append(hidden[:, len(pending) - 1])
+    if anchor is None:  # K = 0: prefix and suffix were the one pass
+        anchor = hidden[rows, anchor_column]
+
+    stacked = torch.stack(states, dim=1)  # [B, K+1, D]
+    steps = torch.arange(len(states), device=start.device)
+    is_own_state = steps <= num_latent_steps[:, None]  # [B, K+1]
+    return Rollout(
+        states=stacked.masked_fill(~is_own_state[..., None], 0),
+        gates=_stack_gates(gates, is_own_state[:, 1:]),
+        anchor=anchor,
+        last_state=stacked[rows, num_latent_steps],
+        suffix=hidden[:, len(pending) :],
+    )
+
+
+def _stack_gates(gates: list[Tensor | None], is_own_step: Tensor) -> Tensor | None:
+    if not gates or gates[0] is None:
+        return None
+    return torch.stack(gates, dim=1).masked_fill(~is_own_step[..., None], 0)  # type: ignore[arg-type]  # all or none are None

@@ -1,0 +1,124 @@
+"""A Qwen2-VL small enough to train on two CPU cores, as a stock checkpoint folder.
+
+It has the architecture and the file layout of the real one, random weights, and a tokenizer with one token per
+known word (other text is spelt in characters). The demo and the tests start from it.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
+
+_UNKNOWN = "<unk>"
+_QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE, VIDEO)
+
+
+def tiny_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word; other text is spelt in ASCII characters.
+
+    Args:
+        words: of letters, digits and hyphens.
+
+    Example:
+        >>> tiny_tokenizer(["red-ring"]).tokenize("a red-ring.")
+        ['a', 'red-ring', '.']
+    """
+    characters = string.ascii_letters + string.digits + string.punctuation
+    pieces = [_UNKNOWN, *words, *characters, *("##" + character for character in characters)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=_UNKNOWN))  # type: ignore[call-arg]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(  # type: ignore[assignment]
+        Regex(r"[A-Za-z0-9-]+|[^\sA-Za-z0-9-]"), behavior="removed", invert=True
+    )
+    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(list(_QWEN_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=_UNKNOWN,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=4096,
+    )
+
+
+def save_tiny_backbone(
+    folder: str | os.PathLike,
+    words: Iterable[str] = (),
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    vision_width: int = 64,
+    vision_layers: int = 1,
+    temporal_patch_size: int = 2,
+    tie_word_embeddings: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write a stock Qwen2-VL folder: configuration, random weights, tokenizer, image processor.
+
+    Args:
+        folder: created if missing.
+        words: each gets a token of its own.
+        hidden_size: D; a multiple of 4 * num_heads.
+        num_layers: of the text model.
+        num_heads: H, query heads.
+        num_key_value_heads: G.
+        vision_width: width of the vision tower.
+        vision_layers: its layers.
+        temporal_patch_size: frames per patch; 1 halves the work where there is no video.
+        tie_word_embeddings: whether the output head is the embedding matrix.
+        seed: of the weights.
+    """
+    tokenizer = tiny_tokenizer(words)
+    rotary_half = hidden_size // num_heads // 2
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "initializer_range": hidden_size**-0.5,  # 0.02 suits a width of 2,500
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                # as 16, 24, 24 of 64 in the real one
+                "mrope_section": [rotary_half - 2 * (3 * rotary_half // 8)] + 2 * [3 * rotary_half // 8],
+            },
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "embed_dim": vision_width,
+            "initializer_range": vision_width**-0.5,
+            "hidden_size": hidden_size,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "temporal_patch_size": temporal_patch_size,
+        },
+        tie_word_embeddings=tie_word_embeddings,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids(VISION_START),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids(VISION_END),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(temporal_patch_size=temporal_patch_size).save_pretrained(folder)

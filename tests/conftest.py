@@ -1,0 +1,73 @@
+"""Small things that many tests share, built once: a stock backbone, a checkpoint, a data set."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from plume import PlumeModel
+from plume.tiny import save_tiny_backbone, tiny_tokenizer
+from plume_eval.hops.make import make_page_task
+
+#: Short strings, so that a test's sequences are short.
+SHORT = {
+    "prompt_template": "{content}<disc_emb><bot>",
+    "suffix_template": "<eot>{rationale}",
+    "read_out": "<gen_emb>",
+    "answer_template": "",
+    "turn_end": "",
+    "expert_dropout": 0.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer_without_plume_tokens():
+    return tiny_tokenizer(["red", "kite"])
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    save_tiny_backbone(folder, ["red", "blue", "kite", "table"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plume_folder(backbone_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plume")
+    torch.manual_seed(0)
+    PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=4, **SHORT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hops_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hops")
+    make_page_task(folder, num_train=12, num_test=6, num_symbols=4, num_hops=2, show_progress=False)
+    return folder
+
+
+@pytest.fixture
+def model(plume_folder) -> PlumeModel:
+    return PlumeModel.from_pretrained(plume_folder).eval()
+
+
+@pytest.fixture
+def picture():
+    """Makes a picture of noise; different for different seeds."""
+
+    def make(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
+        noise = random.Random(seed).randbytes(width * height * 3)
+        return Image.frombytes("RGB", (width, height), noise)
+
+    return make

@@ -1,0 +1,209 @@
+"""Runs of the rollout that must agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SHORT
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import Qwen2VLConfig
+
+from plume import Item, PlumeConfig, PlumeModel
+from plume.backbone import Segment, embed_prefix, embed_tokens
+from plume.rollout import rollout
+from plume.transition import build_adapter
+
+ATTENTION = ["eager", "sdpa"]
+
+
+def mixed_items(picture) -> list[Item]:
+    return [
+        Item.parse("a red kite"),
+        Item.parse({"image": picture(84, 56), "text": "what is on the table?"}),
+        Item.parse({"image": [picture(56, 56, 1), picture(28, 84, 2)], "instruction": "Find it:"}),
+        Item.parse(picture(140, 28, 3)),
+    ]
+
+
+def exact(model, items):
+    """A batch in float64, so that only mistakes and not rounding show."""
+    batch = dict(model.processor.encode(items))
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].double()
+    return batch
+
+
+def without_cache(model, item, num_steps: int):
+    """The equations of the rollout, step by step: no cache, no padding, no batch, suffix in a pass of its own."""
+    batch = exact(model, [item])
+    mask = torch.ones_like(batch["input_ids"]).bool()
+    vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
+    prefix = embed_prefix(model.backbone, batch["input_ids"], mask, **vision)
+    embeds, positions = prefix.embeds, prefix.positions
+    first = positions.max() + 1 if model.config.latent_positions == "mrope" else mask.sum()
+    anchor_column = (batch["input_ids"][0] == model.config.anchor_token_id).nonzero()[-1, 0]
+
+    def run():
+        return model.backbone.language_model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    states, gates = [run()[:, -1]], []
+    anchor = run()[:, anchor_column]
+    for step in range(num_steps):
+        next_input, gate = model.transition(states[-1], step, anchor)
+        embeds = torch.cat([embeds, next_input[:, None]], dim=1)
+        positions = torch.cat([positions, (first + step).expand(3, 1, 1)], dim=2)
+        states.append(run()[:, -1])
+        gates.append(gate)
+    suffix = torch.tensor([model.config.suffix_ids])
+    embeds = torch.cat([embeds, embed_tokens(model.backbone, suffix)], dim=1)
+    after = first + num_steps + torch.arange(suffix.shape[1])
+    positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)
+    return normalize(run()[:, -1], dim=-1), torch.stack(states, dim=1), gates
+
+
+@pytest.mark.parametrize("convention", ["mrope", "kv_length"])
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_cached_and_folded_equals_full_recomputation_without_either(model, picture, num_steps, convention):
+    model = model.double()
+    model.config.latent_positions = convention
+    for item in mixed_items(picture):
+        output = model(**exact(model, [item]), num_latent_steps=num_steps)
+        embedding, states, gates = without_cache(model, item, num_steps)
+        assert torch.allclose(output.states, states, atol=1e-10)
+        assert torch.allclose(output.embedding.double(), embedding, atol=1e-6)
+        if num_steps:
+            assert torch.allclose(output.gates, torch.stack(gates, dim=1), atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_an_embedding_does_not_depend_on_neighbours_or_padding(model, picture, attention):
+    model.set_attn_implementation(attention)
+    items = mixed_items(picture)
+    together = model(**model.processor.encode(items))
+    for row, item in enumerate(items):
+        alone = model(**model.processor.encode([item]))
+        for name in ("embedding", "anchor_embedding", "states", "gates"):
+            assert torch.allclose(together[name][row], alone[name][0], atol=1e-5), name
+
+
+def test_attention_implementations_agree(model, picture):
+    batch = model.processor.encode(mixed_items(picture))
+    results = []
+    for attention in ATTENTION:
+        model.set_attn_implementation(attention)
+        results.append(model(**batch).embedding)
+    assert torch.allclose(results[0], results[1], atol=1e-5)
+
+
+def test_rows_with_different_numbers_of_steps_equal_each_alone(model, picture):
+    items = mixed_items(picture)
+    steps = torch.tensor([3, 0, 4, 1])
+    batch = model.processor.encode(items)
+    suffix = model.processor.suffix_ids("<eot>red kite<gen_emb>")
+    labels = torch.tensor([suffix] * 4)
+    together = model(**batch, num_latent_steps=steps, suffix_ids=labels, labels=labels)
+    logits = together.suffix_logits.view(4, len(suffix), -1)
+    for row, item in enumerate(items):
+        num_steps = int(steps[row])
+        alone = model(
+            **model.processor.encode([item]),
+            num_latent_steps=num_steps,
+            suffix_ids=labels[:1],
+            labels=labels[:1],
+        )
+        assert torch.allclose(together.embedding[row], alone.embedding[0], atol=1e-5)
+        assert torch.allclose(logits[row], alone.suffix_logits, atol=1e-4)
+        assert torch.allclose(together.states[row, : num_steps + 1], alone.states[0], atol=1e-5)
+        assert not together.states[row, num_steps + 1 :].any()
+        assert not together.gates[row, num_steps:].any()
+
+
+def test_suffixes_of_different_length_equal_each_alone(model, picture):
+    items = mixed_items(picture)[:2]
+    texts = ["<eot><gen_emb>", "<eot>red kite<gen_emb>"]
+    suffixes = [torch.tensor(model.processor.suffix_ids(text)) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in suffixes], batch_first=True)
+    together = model(**model.processor.encode(items), suffix_ids=padded, suffix_mask=mask)
+    for row, item in enumerate(items):
+        alone = model(**model.processor.encode([item]), suffix_ids=suffixes[row][None])
+        assert torch.allclose(together.embedding[row], alone.embedding[0], atol=1e-5)
+
+
+def test_a_rollout_makes_one_more_pass_than_it_has_steps(model):
+    passes = []
+    handle = model.backbone.language_model.register_forward_hook(lambda *_: passes.append(1))
+    for num_steps in (0, 1, 4):
+        passes.clear()
+        model(**model.processor.encode([Item.parse("red")]), num_latent_steps=num_steps)
+        assert len(passes) == num_steps + 1
+    handle.remove()
+
+
+@pytest.mark.parametrize("transition", ["moe", "mlp", "projector", "identity"])
+def test_gradients_through_the_cache_equal_those_of_full_recomputation(backbone_folder, picture, transition):
+    model = PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=3, transition=transition, **SHORT)
+    model = model.double().eval()
+    item = mixed_items(picture)[1]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    direction = torch.randn(model.config.hidden_size, dtype=torch.double)
+
+    gradients = []
+    for embedding in (
+        model(**exact(model, [item])).embedding.double(),
+        without_cache(model, item, 3)[0],
+    ):
+        loss = (embedding * direction).sum()
+        gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
+    reached = 0
+    for cached, full in zip(*gradients, strict=True):
+        assert (cached is None) == (full is None)
+        if cached is not None:
+            assert (cached - full).norm() <= 1e-5 * full.norm() + 1e-9
+            reached += 1
+    assert reached > 40
+
+
+class RunningMean:
+    """A differentiable stand-in for the backbone: each position sees the mean of what it may see so far."""
+
+    def __init__(self):
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def feed(self, segment: Segment) -> Tensor:
+        hidden = []
+        for column in range(len(segment)):
+            self.seen.append((segment.embeds[:, column], segment.mask[:, column, None].double()))
+            total = sum(embeds * mask for embeds, mask in self.seen)
+            count = sum(mask for _, mask in self.seen).clamp(min=1)
+            place = segment.positions[0, :, column, None].double()
+            hidden.append(torch.tanh(total / count + segment.embeds[:, column] + 0.01 * place))
+        return torch.stack(hidden, dim=1)
+
+
+def test_gradients_of_the_rollout_match_finite_differences_in_float64():
+    config = PlumeConfig(backbone_config=Qwen2VLConfig(text_config={"hidden_size": 5}), num_latent_steps=3)
+    adapter = build_adapter(config).double().eval()
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    steps = torch.tensor([1, 3])
+
+    def run(prefix: Tensor, suffix: Tensor) -> tuple[Tensor, ...]:
+        result = rollout(
+            RunningMean(),
+            adapter,
+            Segment(prefix, mask, torch.arange(3).expand(3, 2, 3)),
+            suffix,
+            torch.ones(2, 2, dtype=torch.bool),
+            num_latent_steps=steps,
+            max_latent_steps=3,
+            anchor_column=torch.tensor([1, 0]),
+            start=torch.tensor([3, 3]),
+        )
+        return result.states, result.gates, result.anchor, result.last_state, result.suffix
+
+    prefix = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
+    suffix = torch.randn(2, 2, 5, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (prefix, suffix))

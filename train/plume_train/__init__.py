@@ -1,0 +1,1 @@
+"""Explicit-to-latent curriculum training."""

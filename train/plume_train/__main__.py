@@ -1,0 +1,19 @@
+"""`plume-train --config FILE [--FIELD VALUE ...]`."""
+
+import sys
+
+
+def main() -> None:
+    """Parse, train, exit."""
+    from plume_train.config import parse_arguments
+    from plume_train.run import train
+
+    try:
+        arguments = parse_arguments(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"plume-train: {error}")
+    train(arguments)
+
+
+if __name__ == "__main__":
+    main()

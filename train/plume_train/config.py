@@ -1,0 +1,188 @@
+"""Settings of a training run: transformers' training arguments and plume's, in one place.
+
+One name per knob: a field here is a key of the YAML file, a command-line flag and an attribute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from plume.losses import LossWeights
+from plume_train.curriculum import PRESETS, Curriculum, Stage
+
+
+@dataclass(kw_only=True)
+class PlumeTrainingArguments(TrainingArguments):
+    """Settings of a training run. Unset ones are transformers' or the paper's."""
+
+    model: str = ""
+    """Where to start: a plume checkpoint, or a stock Qwen-VL one, which then gets an adapter."""
+
+    train_file: str = ""
+    """JSONL of training rows; see train/README.md."""
+
+    media_root: str | None = None
+    """Folder that media paths are relative to; None is the folder of `train_file`."""
+
+    plume_config: dict | str = field(default_factory=dict)
+    """Fields of `PlumeConfig` for a model that starts from a stock checkpoint; JSON on the command line."""
+
+    curriculum: Literal["paper", "published", "explicit", "direct"] = "paper"
+    """Stages by name; `stage_ratios` and `stage_shares` override it."""
+
+    stage_ratios: list[float] | None = None
+    """Share of the rationale that is latent, for each stage."""
+
+    stage_shares: list[float] | None = None
+    """Share of the training steps of each stage; sums to 1."""
+
+    num_segments: int = 8
+    """S, segments that a rationale is cut into."""
+
+    steps_per_segment: int = 1
+    """c, latent steps that stand for one segment; the largest K is S c."""
+
+    mix_earlier: float = 0.0
+    """Probability that a row is trained at an earlier stage, each equally likely."""
+
+    needs_target: bool = True
+    """Whether a row without a target is an error; false trains on rationales alone."""
+
+    unclosed_answer: Literal["error", "accept"] = "error"
+    """What to do with an `<answer>` that is never closed; the published data need "accept"."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a bad row, or skip it and list it in `bad_rows.txt`."""
+
+    supervise_latent_end: bool = True
+    """Whether the last latent state learns to predict `<eot>`, as in PLUME; Coconut leaves it free."""
+
+    temperature: float = 0.02
+    """Contrastive logits are divided by it."""
+
+    cross_entropy_weight: float = 1.0
+    """Of the suffix cross-entropy of each side."""
+
+    contrastive_weight: float = 1.0
+    """Of InfoNCE on the embedding."""
+
+    anchor_contrastive_weight: float = 1.0
+    """Of InfoNCE on the anchor embedding."""
+
+    balance_weight: float = 0.1
+    """Of the router's balance on each side."""
+
+    train_vision: bool = False
+    """Whether the vision tower learns too; the published training froze it."""
+
+    num_cached_images: int = 0
+    """Processed images to hold in memory, per data-loader worker."""
+
+    evaluate_every: int = 0
+    """Steps between calls of the evaluation hook; 0 never."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.plume_config, str):
+            self.plume_config = json.loads(self.plume_config)
+        if (self.stage_ratios is None) != (self.stage_shares is None):
+            raise ValueError("stage_ratios and stage_shares go together; set both or neither")
+        if self.stage_ratios and self.stage_shares and len(self.stage_ratios) != len(self.stage_shares):
+            raise ValueError(
+                f"stage_ratios has {len(self.stage_ratios)} entries and stage_shares {len(self.stage_shares)}; "
+                "expected one each per stage"
+            )
+        for name in ("model", "train_file"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Weights of the loss terms."""
+        return LossWeights(
+            cross_entropy=self.cross_entropy_weight,
+            contrastive=self.contrastive_weight,
+            anchor_contrastive=self.anchor_contrastive_weight,
+            balance=self.balance_weight,
+        )
+
+    def build_curriculum(self) -> Curriculum:
+        """The curriculum of these settings; the answer is dropped in the last stage that is fully latent."""
+        stages = PRESETS[self.curriculum]
+        if self.stage_ratios and self.stage_shares:
+            last = len(self.stage_ratios) - 1
+            stages = tuple(
+                Stage(ratio=ratio, share=share, drop_answer=index == last and ratio == 1)
+                for index, (ratio, share) in enumerate(zip(self.stage_ratios, self.stage_shares, strict=True))
+            )
+        return Curriculum(
+            stages=stages,
+            num_segments=self.num_segments,
+            steps_per_segment=self.steps_per_segment,
+            mix_earlier=self.mix_earlier,
+        )
+
+
+# Where our trainer needs something else than transformers' default.
+_DEFAULTS: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none", "save_total_limit": 2}
+
+
+def parse_arguments(argv: list[str]) -> PlumeTrainingArguments:
+    """Read `--config FILE` and flags; flags win.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Raises:
+        ValueError: an unknown key in the YAML file, named with the nearest known one.
+    """
+    parser = HfArgumentParser(PlumeTrainingArguments)  # type: ignore[arg-type]
+    parser.prog = "plume-train"
+    parser.add_argument("--config", help="YAML file with any of the settings below", default=None)
+    parser.set_defaults(**_DEFAULTS)
+    early = _early_config(argv)
+    if early is not None:
+        settings = read_yaml(early)
+        for action in parser._actions:
+            if action.dest in settings:
+                action.required = False
+        parser.set_defaults(**settings)
+    (arguments, _) = parser.parse_args_into_dataclasses(argv)
+    return arguments
+
+
+def arguments_from(config: str | Path, **overrides: Any) -> PlumeTrainingArguments:
+    """The settings of a YAML file with some replaced, for use from Python."""
+    return PlumeTrainingArguments(**{**_DEFAULTS, **read_yaml(config), **overrides})
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file, checked.
+
+    Raises:
+        ValueError: names file, key and the nearest known key.
+    """
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    known = {one.name for one in fields(PlumeTrainingArguments)}
+    for key in settings:
+        if key not in known:
+            hint = difflib.get_close_matches(key, sorted(known), n=1)
+            remedy = f"did you mean {hint[0]!r}?" if hint else "`plume-train --help` lists the settings"
+            raise ValueError(f"{file}: unknown key {key!r}; {remedy}")
+    return settings
+
+
+def _early_config(argv: list[str]) -> str | None:
+    for place, word in enumerate(argv):
+        if word == "--config" and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None

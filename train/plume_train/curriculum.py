@@ -1,0 +1,120 @@
+"""The curriculum: how much of the rationale is latent, as a function of how far training is.
+
+PLUME (arXiv 2604.02073, section 3; Coconut's stages). The rationale has S segments; c latent steps stand for one
+segment; M = S c is the largest K. A stage with replacement ratio r takes round(M r) latent steps, at least one if
+r > 0, and leaves out the segments they stand for, earliest first. Everything follows from the step count, so a
+resumed run lands in the right stage. No tensors here.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of training."""
+
+    ratio: float
+    """Share of the rationale that is latent, in [0, 1]."""
+    share: float
+    """Share of all training steps, in (0, 1]."""
+    drop_answer: bool = False
+    """Whether the written answer is left out, so that nothing is written at all once ratio is 1."""
+
+    def __post_init__(self):
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"a stage's ratio must lie in [0, 1]; received {self.ratio}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a stage's share must lie in (0, 1]; received {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Stages, and the size of a segment.
+
+    Example:
+        >>> curriculum = Curriculum(stages=PAPER, num_segments=8)
+        >>> [curriculum.num_latent_steps(stage) for stage in curriculum.stages]
+        [0, 2, 4, 6, 8]
+        >>> curriculum.stage_at(599, 1000), curriculum.stage_at(600, 1000)
+        (0, 1)
+    """
+
+    stages: tuple[Stage, ...]
+    num_segments: int
+    """S, segments of a rationale."""
+    steps_per_segment: int = 1
+    """c, latent steps that stand for one segment; 0 leaves segments out without any, which trains a single pass."""
+
+    mix_earlier: float = 0.0
+    """Probability that a row is trained at an earlier stage, each equally likely (Coconut's `uniform_prob`)."""
+
+    def __post_init__(self):
+        total = sum(stage.share for stage in self.stages)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the stages must sum to 1; received {total:g}")
+        if not 0 <= self.mix_earlier < 1:
+            raise ValueError(f"mix_earlier must lie in [0, 1); received {self.mix_earlier}")
+        if self.num_segments < 1 or self.steps_per_segment < 0:
+            raise ValueError(
+                "num_segments must be at least 1 and steps_per_segment at least 0; "
+                f"received {self.num_segments} and {self.steps_per_segment}"
+            )
+
+    @property
+    def max_latent_steps(self) -> int:
+        """M, the latent steps of a stage that replaces everything."""
+        return self.num_segments * self.steps_per_segment
+
+    def stage_at(self, step: int, num_steps: int) -> int:
+        """Index of the stage of a training step.
+
+        Args:
+            step: optimiser steps already taken.
+            num_steps: optimiser steps of the whole training.
+        """
+        border = 0.0
+        for index, stage in enumerate(self.stages[:-1]):
+            border += stage.share
+            if step < round(border * num_steps):
+                return index
+        return len(self.stages) - 1
+
+    def draw_stage(self, current: int, rng: random.Random) -> int:
+        """Index of the stage of one row while the run is at stage `current`."""
+        return rng.randrange(current) if current and rng.random() < self.mix_earlier else current
+
+    def num_latent_steps(self, stage: Stage) -> int:
+        """n, the latent steps of a stage; halves round to even, as in the published code."""
+        return max(round(self.max_latent_steps * stage.ratio), int(stage.ratio > 0 and self.max_latent_steps > 0))
+
+    def num_replaced_segments(self, stage: Stage) -> int:
+        """Segments that the latent steps of a stage stand for."""
+        if self.steps_per_segment == 0:
+            return round(self.num_segments * stage.ratio)
+        return min(self.num_latent_steps(stage) // self.steps_per_segment, self.num_segments)
+
+
+#: The paper's: five epochs, three of them explicit, one for the three middle stages, one fully latent.
+PAPER = (
+    Stage(ratio=0.0, share=0.6),
+    Stage(ratio=0.25, share=0.2 / 3),
+    Stage(ratio=0.5, share=0.2 / 3),
+    Stage(ratio=0.75, share=0.2 / 3),
+    Stage(ratio=1.0, share=0.2, drop_answer=True),
+)
+#: The published multi-node script's: it starts from a model that already writes rationales.
+PUBLISHED = (
+    Stage(ratio=0.25, share=1 / 6),
+    Stage(ratio=0.5, share=1 / 6),
+    Stage(ratio=0.75, share=1 / 6),
+    Stage(ratio=1.0, share=1 / 4),
+    Stage(ratio=1.0, share=1 / 4, drop_answer=True),
+)
+#: Explicit chain of thought only; fully latent from the first step (the paper's ablation); nothing at all.
+EXPLICIT = (Stage(ratio=0.0, share=1.0),)
+DIRECT = (Stage(ratio=1.0, share=1.0, drop_answer=True),)
+
+PRESETS = {"paper": PAPER, "published": PUBLISHED, "explicit": EXPLICIT, "direct": DIRECT}

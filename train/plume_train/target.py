@@ -1,0 +1,79 @@
+"""What the model is to write after the latent block, at a stage of the curriculum. No tensors here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from plume import prompt
+from plume.config import PlumeConfig
+from plume.tokens import LATENT, LATENT_START
+from plume_train.curriculum import Curriculum, Stage
+from plume_train.segment import segments
+
+_THINK = re.compile(r"<think>(.*?)</think>", re.IGNORECASE | re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+
+
+class UnclosedAnswer(ValueError):  # noqa: N818  # named for what it is
+    """An `<answer>` without `</answer>`."""
+
+
+def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
+    """Rationale and answer of an assistant's turn.
+
+    Args:
+        text: `<think>rationale</think><answer>answer</answer>`; either part may be absent.
+        accept_unclosed: keep all that follows an `<answer>` which is never closed, as the published data need; it
+            then holds their `<gen_emb>` too.
+
+    Raises:
+        UnclosedAnswer: an open `<answer>`, unless accepted.
+
+    Example:
+        >>> parse_written("<think>It purrs.</think><answer>A cat.</answer>\\\\n<gen_emb>")
+        ('It purrs.', 'A cat.')
+    """
+    think = _THINK.search(text)
+    rationale = think.group(1).strip() if think else ""
+    if answer := _ANSWER.search(text):
+        return rationale, answer.group(1).strip()
+    if not _ANSWER_TAG.search(text):
+        return rationale, ""
+    if not accept_unclosed:
+        raise UnclosedAnswer("<answer> is not closed by </answer>")
+    return rationale, _ANSWER_TAG.sub("", _THINK.sub("", text)).strip()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What follows `<bot>`: `num_latent_steps` latent steps, then the supervised text `suffix`."""
+
+    num_latent_steps: int
+    suffix: str
+
+    @property
+    def layout(self) -> str:
+        """The whole assistant turn as text, with a placeholder for each latent step; for people to read."""
+        return LATENT_START + LATENT * self.num_latent_steps + self.suffix
+
+
+def write_target(
+    config: PlumeConfig, curriculum: Curriculum, stage: Stage, rationale: str, answer: str = ""
+) -> Target:
+    """The target of one side at a stage.
+
+    Args:
+        config: gives the templates.
+        curriculum: gives the number of segments and of latent steps.
+        stage: the stage.
+        rationale: the whole written rationale; may be empty.
+        answer: the written answer; may be empty.
+    """
+    parts = segments(rationale, curriculum.num_segments)
+    remaining = "".join(parts[curriculum.num_replaced_segments(stage) :])
+    answer = "" if stage.drop_answer else answer
+    return Target(
+        curriculum.num_latent_steps(stage), prompt.suffix(config, remaining, answer, end_turn=True)
+    )
