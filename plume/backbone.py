@@ -10,13 +10,23 @@ Letters: B batch, L prefix length, n new positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
+
+Backbone = Any
+"""A Qwen-VL model without its head, whose parts transformers leaves untyped."""
 
 
 @dataclass
@@ -49,7 +59,7 @@ class CachedDecoder:
     rows that need fewer steps stay hidden in every later pass, with any attention implementation.
     """
 
-    def __init__(self, backbone: PreTrainedModel):
+    def __init__(self, backbone: Backbone):
         self.text_model = backbone.language_model
         self.cache = DynamicCache(config=backbone.config.get_text_config())
         self.mask: Tensor | None = None
@@ -74,9 +84,7 @@ def build(config: PreTrainedConfig) -> tuple[PreTrainedModel, nn.Linear | None]:
         ValueError: the configuration is of a family that plume has not been written for.
     """
     if config.model_type not in SUPPORTED:
-        raise ValueError(
-            f"the backbone's model_type is {config.model_type!r}; plume supports {', '.join(SUPPORTED)}"
-        )
+        raise ValueError(f"the backbone's model_type is {config.model_type!r}; plume supports {', '.join(SUPPORTED)}")
     text = config.get_text_config()
     head = None if is_tied(config) else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
     return AutoModel.from_config(config), head
@@ -90,7 +98,8 @@ def load(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, nn.Linear | None
     Raises:
         ValueError: some weights of the checkpoint are missing or do not belong to it.
     """
-    full, info = AutoModelForImageTextToText.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    full, info = loaded
     if full.config.model_type not in SUPPORTED:
         raise ValueError(
             f"{name_or_path} is a {full.config.model_type!r} checkpoint; plume supports {', '.join(SUPPORTED)}"
@@ -109,13 +118,13 @@ def is_tied(config: PreTrainedConfig) -> bool:
     return bool(config.tie_word_embeddings)
 
 
-def embed_tokens(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
+def embed_tokens(backbone: Backbone, ids: Tensor) -> Tensor:
     """Input embeddings of plain tokens, `[B, n] -> [B, n, D]`."""
     return backbone.get_input_embeddings()(ids)
 
 
 def embed_prefix(
-    backbone: PreTrainedModel,
+    backbone: Backbone,
     input_ids: Tensor,
     mask: Tensor,
     pixel_values: Tensor | None = None,
@@ -138,11 +147,14 @@ def embed_prefix(
         embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
     # The kind of each token is derived here, since not every processor of transformers 5 emits it.
     positions, _ = backbone.get_rope_index(
-        input_ids, is_image.int() + 2 * is_video.int(), image_grid_thw=image_grid_thw, attention_mask=mask.long()
+        input_ids,
+        is_image.int() + 2 * is_video.int(),
+        image_grid_thw=image_grid_thw,
+        attention_mask=mask.long(),
     )
     return Segment(embeds, mask, positions)
 
 
-def logits(backbone: PreTrainedModel, head: nn.Linear | None, hidden: Tensor) -> Tensor:
+def logits(backbone: Backbone, head: nn.Linear | None, hidden: Tensor) -> Tensor:
     """Next-token logits of hidden states, `[..., D] -> [..., V]`."""
     return F.linear(hidden, backbone.get_input_embeddings().weight) if head is None else head(hidden)

@@ -37,7 +37,7 @@ class PlumeConfig(PreTrainedConfig):
     """
 
     model_type = "plume"
-    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
+    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}  # type: ignore[override]
 
     backbone_config: Any = None
     """Configuration of the Qwen-VL backbone: an object of transformers, or its dict."""
@@ -181,5 +181,3 @@ class PlumeConfig(PreTrainedConfig):
             )
         if READ_OUT not in self.read_out:
             raise ValueError(f"read_out must hold {READ_OUT}; received {self.read_out!r}")
-
-

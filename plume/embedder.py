@@ -55,7 +55,8 @@ class Plume(SentenceTransformer):
     @property
     def plume_config(self) -> PlumeConfig:
         """The configuration of the loaded checkpoint."""
-        return self[0].model.config
+        transformer: Any = self[0]
+        return transformer.model.config
 
     def encode(  # type: ignore[override]
         self,

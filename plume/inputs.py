@@ -17,9 +17,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 #: The image processor of Qwen2-VL refuses longer shapes.
 MAX_ASPECT_RATIO = 200
 
-_ACCEPTED = (
-    'a string, a PIL image, a pathlib.Path to an image, or a dict with "text", "image" and "instruction"'
-)
+_ACCEPTED = 'a string, a PIL image, a pathlib.Path to an image, or a dict with "text", "image" and "instruction"'
 
 
 class InputError(ValueError):

@@ -15,7 +15,7 @@ from plume import backbone as seam
 from plume import checkpoint, positions, prompt, tokens
 from plume.config import PlumeConfig
 from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
-from plume.rollout import rollout
+from plume.rollout import Rollout, rollout
 from plume.transition import TransitionAdapter, build_adapter
 
 
@@ -55,7 +55,7 @@ class PlumeModel(PreTrainedModel):
     config: PlumeConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = False  # it would drop the key/value cache; see CHANGELOG
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -66,7 +66,7 @@ class PlumeModel(PreTrainedModel):
     def __init__(
         self,
         config: PlumeConfig,
-        backbone: PreTrainedModel | None = None,
+        backbone: seam.Backbone | None = None,
         lm_head: nn.Linear | None = None,
     ):
         super().__init__(config)
@@ -137,9 +137,8 @@ class PlumeModel(PreTrainedModel):
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         if kwargs.get("config") is None:
             checkpoint.check_is_plume(pretrained_model_name_or_path, **hub)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         checkpoint.check_loading(pretrained_model_name_or_path, info)
         model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         return (model, info) if wants_info else model
@@ -180,24 +179,48 @@ class PlumeModel(PreTrainedModel):
             ValueError: a prefix without anchor or not ending with `<bot>`, a suffix without `<gen_emb>`, a K that
                 the adapter cannot run, or tensors whose shapes disagree.
         """
-        batch = len(input_ids)
+        _, result = self.reason(
+            input_ids, attention_mask, pixel_values, image_grid_thw, suffix_ids, suffix_mask, num_latent_steps
+        )
+        suffix_ids, is_suffix = self._suffix(input_ids, suffix_ids, suffix_mask)
+        read_out_column = self._last(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return PlumeOutput(
+            embedding=_unit(result.suffix[rows, read_out_column]),
+            anchor_embedding=_unit(result.anchor),
+            states=result.states,
+            gates=result.gates,
+            suffix_logits=None if labels is None else self._logits(result.last_state, result.suffix, labels),
+        )
+
+    def reason(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        suffix_ids: Tensor | None = None,
+        suffix_mask: Tensor | None = None,
+        num_latent_steps: int | Tensor | None = None,
+    ) -> tuple[seam.CachedDecoder, Rollout]:
+        """Run prefix, latent steps and suffix, without reading an embedding; arguments as in `forward`.
+
+        Returns:
+            The decoder, whose cache holds all that was read, so that more can be written; and the rollout.
+        """
         mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        if suffix_ids is None:
-            own = torch.tensor(self.config.suffix_ids, device=input_ids.device)
-            suffix_ids = own.expand(batch, -1)
-        is_suffix = torch.ones_like(suffix_ids).bool() if suffix_mask is None else suffix_mask.bool()
+        suffix_ids, is_suffix = self._suffix(input_ids, suffix_ids, suffix_mask)
         steps, max_steps = self._steps(num_latent_steps, input_ids)
         anchor_column = self._last(input_ids, mask, self.config.anchor_token_id, tokens.ANCHOR)
-        read_out_column = self._last(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
         if not (input_ids[:, -1] == self.config.latent_start_token_id).all():
             raise ValueError(
                 f"every prefix must end with {tokens.LATENT_START} in the last column; pad on the left and write "
                 "prefixes with the checkpoint's processor"
             )
-
+        decoder = seam.CachedDecoder(self.backbone)
         prefix = seam.embed_prefix(self.backbone, input_ids, mask, pixel_values, image_grid_thw)
         result = rollout(
-            seam.CachedDecoder(self.backbone),
+            decoder,
             self.transition,
             prefix,
             seam.embed_tokens(self.backbone, suffix_ids),
@@ -208,14 +231,16 @@ class PlumeModel(PreTrainedModel):
             start=positions.latent_start(prefix.positions, mask, self.config.latent_positions),
             router_context=self.config.router_context,
         )
-        rows = torch.arange(batch, device=input_ids.device)
-        return PlumeOutput(
-            embedding=_unit(result.suffix[rows, read_out_column]),
-            anchor_embedding=_unit(result.anchor),
-            states=result.states,
-            gates=result.gates,
-            suffix_logits=None if labels is None else self._logits(result.last_state, result.suffix, labels),
-        )
+        return decoder, result
+
+    def _suffix(
+        self, input_ids: Tensor, suffix_ids: Tensor | None, suffix_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Suffix `[B, S]` and its mask; the configuration's where none is given."""
+        if suffix_ids is None:
+            own = torch.tensor(self.config.suffix_ids, device=input_ids.device)
+            suffix_ids = own.expand(len(input_ids), -1)
+        return suffix_ids, torch.ones_like(suffix_ids).bool() if suffix_mask is None else suffix_mask.bool()
 
     def _steps(self, num_latent_steps: int | Tensor | None, input_ids: Tensor) -> tuple[Tensor, int]:
         """K per row, and the largest on the host."""
@@ -252,7 +277,7 @@ def _unit(hidden: Tensor) -> Tensor:
 
 
 def _add_tokens(
-    backbone: PreTrainedModel, head: nn.Linear | None, processor: PlumeProcessor, config: PlumeConfig
+    backbone: seam.Backbone, head: nn.Linear | None, processor: PlumeProcessor, config: PlumeConfig
 ) -> None:
     """Give tokenizer, embeddings, head and configuration the special tokens."""
     tokenizer = processor.tokenizer
@@ -273,5 +298,3 @@ def _add_tokens(
     config.latent_end_token_id = tokens.token_id(tokenizer, tokens.LATENT_END)
     config.read_out_token_id = tokens.token_id(tokenizer, tokens.READ_OUT)
     config.suffix_ids = processor.suffix_ids(prompt.suffix(config))
-
-

@@ -91,9 +91,7 @@ class PlumeProcessor(ProcessorMixin):
             )
         if num_images:
             texts = self._expand(texts, vision["image_grid_thw"])
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=False, return_tensors="pt", return_token_type_ids=False
-        )
+        tokens = self.tokenizer(texts, padding=True, truncation=False, return_tensors="pt", return_token_type_ids=False)
         self._check_length(tokens["attention_mask"].sum(dim=1).tolist())
         return BatchFeature({**tokens, **vision})
 

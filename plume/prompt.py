@@ -63,7 +63,7 @@ def chat_template(config: PlumeConfig) -> str:
 
 
 def suffix(config: PlumeConfig, rationale: str = "", answer: str = "", end_turn: bool = False) -> str:
-    """The text from `<eot>` on.
+    r"""The text from `<eot>` on.
 
     Args:
         config: gives the templates.

@@ -36,6 +36,7 @@ class Rollout:
     anchor `[B, D]`: the hidden state at the anchor.
     last_state `[B, D]`: h_K of each row, K its own.
     suffix `[B, S, D]`: the hidden states of the suffix.
+    next_position `[B]`: the rotary position of a token that follows the longest suffix.
     """
 
     states: Tensor
@@ -43,6 +44,7 @@ class Rollout:
     anchor: Tensor
     last_state: Tensor
     suffix: Tensor
+    next_position: Tensor
 
 
 def rollout(
@@ -106,6 +108,7 @@ def rollout(
         anchor=anchor,
         last_state=stacked[rows, num_latent_steps],
         suffix=hidden[:, len(pending) :],
+        next_position=suffix_positions[0, :, -1] + 1,
     )
 
 

@@ -15,7 +15,25 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
+from plume.tokens import (
+    ANCHOR,
+    IMAGE,
+    LATENT_END,
+    LATENT_START,
+    READ_OUT,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+)
+
+#: Fields of `PlumeConfig` for a model so small that the published prompt would be most of its input.
+SHORT_STRINGS = {
+    "prompt_template": f"{{content}}{ANCHOR}{LATENT_START}",
+    "suffix_template": f"{LATENT_END}{{rationale}}",
+    "answer_template": "",
+    "read_out": READ_OUT,
+    "turn_end": "",
+}
 
 _UNKNOWN = "<unk>"
 _QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE, VIDEO)
@@ -80,6 +98,7 @@ def save_tiny_backbone(
         seed: of the weights.
     """
     tokenizer = tiny_tokenizer(words)
+    token_ids = tokenizer.get_vocab()
     rotary_half = hidden_size // num_heads // 2
     config = Qwen2VLConfig(
         text_config={
@@ -111,10 +130,10 @@ def save_tiny_backbone(
             "temporal_patch_size": temporal_patch_size,
         },
         tie_word_embeddings=tie_word_embeddings,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids(VISION_START),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids(VISION_END),
+        image_token_id=token_ids[IMAGE],
+        video_token_id=token_ids[VIDEO],
+        vision_start_token_id=token_ids[VISION_START],
+        vision_end_token_id=token_ids[VISION_END],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

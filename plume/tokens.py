@@ -28,7 +28,16 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 
 #: Strings with a meaning to the model; a user's text must not contain them.
-RESERVED = (*SPECIAL_TOKENS, VISION_START, VISION_END, IMAGE, VIDEO, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+RESERVED = (
+    *SPECIAL_TOKENS,
+    VISION_START,
+    VISION_END,
+    IMAGE,
+    VIDEO,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+)
 
 # A new row begins as a copy of a row with a similar role. Each pair is (start-like, end-like); the first
 # pair that the tokenizer knows is taken.
@@ -87,7 +96,8 @@ def initialise_rows(
     """
     vocabulary = tokenizer.get_vocab()
     sources = _SOURCES.get(model_type, _SOURCES["qwen2_vl"])
-    old_rows = [index for token, index in vocabulary.items() if token not in added]
+    # Sorted, since a tokenizer lists its tokens in no fixed order, and sums depend on theirs.
+    old_rows = sorted(index for token, index in vocabulary.items() if token not in added)
     for token in added:
         source = sources[0] if token in _STARTS else sources[1]
         row = weight[vocabulary[source]] if source in vocabulary else weight[old_rows].mean(dim=0)

@@ -8,20 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
-from plume import PlumeModel
-from plume.tiny import save_tiny_backbone, tiny_tokenizer
 from plume_eval.hops.make import make_page_task
 
-#: Short strings, so that a test's sequences are short.
-SHORT = {
-    "prompt_template": "{content}<disc_emb><bot>",
-    "suffix_template": "<eot>{rationale}",
-    "read_out": "<gen_emb>",
-    "answer_template": "",
-    "turn_end": "",
-    "expert_dropout": 0.0,
-}
+from plume import PlumeModel
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +36,9 @@ def backbone_folder(tmp_path_factory) -> Path:
 def plume_folder(backbone_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plume")
     torch.manual_seed(0)
-    PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=4, **SHORT).save_pretrained(folder)
+    PlumeModel.from_backbone(
+        str(backbone_folder), num_latent_steps=4, **SHORT_STRINGS, expert_dropout=0.0
+    ).save_pretrained(folder)
     return folder
 
 

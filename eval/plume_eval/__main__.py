@@ -25,9 +25,10 @@ def make(
     """Write pictures, training rows and test rows."""
     from plume_eval.hops.make import make_page_task
 
-    sizes = {"num_train": num_train, "num_test": num_test, "num_symbols": num_symbols, "num_hops": num_hops}
     try:
-        make_page_task(out, seed=seed, **sizes)
+        make_page_task(
+            out, num_train=num_train, num_test=num_test, seed=seed, num_symbols=num_symbols, num_hops=num_hops
+        )
     except (ValueError, FileExistsError) as error:
         raise typer.Exit(_fail(error)) from None
     typer.echo(f"{task}: {num_train} training and {num_test} test pages in {out}")

@@ -61,11 +61,12 @@ def embed_batch(
         model: in eval mode.
         batch: from the model's processor.
         mode: how to reason.
-        num_latent_steps: K of the mode "latent"; None is the checkpoint's.
+        num_latent_steps: K of the mode "latent", by default the checkpoint's; of "explicit", by default 0, the steps
+            to take before the rest is written.
         max_new_tokens: limit of the mode "explicit".
     """
     if mode == "explicit":
-        return _explicit(model, batch, max_new_tokens)
+        return _explicit(model, batch, num_latent_steps or 0, max_new_tokens)
     steps = 0 if mode == "single_pass" else num_latent_steps
     steps = model.config.num_latent_steps if steps is None else steps
     output = model(**batch, num_latent_steps=steps)
@@ -89,44 +90,35 @@ def embed(
     for start in tqdm(range(0, len(items), batch_size), desc=f"Encoding, {mode}", disable=not show_progress):
         batch = model.processor.encode(items[start : start + batch_size]).to(model.device)
         parts.append(
-            embed_batch(
-                model, dict(batch), mode, num_latent_steps=num_latent_steps, max_new_tokens=max_new_tokens
-            )
+            embed_batch(model, dict(batch), mode, num_latent_steps=num_latent_steps, max_new_tokens=max_new_tokens)
         )
     return Embedded.joined(parts)
 
 
-def _explicit(model: PlumeModel, batch: dict[str, Tensor], max_new_tokens: int) -> Embedded:
-    """Write the rationale greedily through the cache, stop at `<gen_emb>`, and read the embedding there.
+def _explicit(model: PlumeModel, batch: dict[str, Tensor], num_latent_steps: int, max_new_tokens: int) -> Embedded:
+    """Take K latent steps, write the rest of the rationale greedily, stop at `<gen_emb>`, read the embedding there.
 
-    A row that is done feeds masked columns while the others go on; a row without a read-out keeps its last state.
+    K = 0 is the explicit baseline. A row that is done feeds masked columns while the others go on; a row without a
+    read-out keeps its last state.
     """
-    config, backbone = model.config, model.backbone
-    input_ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    size = len(input_ids)
+    input_ids = batch["input_ids"]
+    size, device = len(input_ids), input_ids.device
+    begin = torch.full((size, 1), model.config.latent_end_token_id or 0, device=device)  # <eot> is given
+    decoder, result = model.reason(**batch, suffix_ids=begin, num_latent_steps=num_latent_steps)
 
-    decoder = seam.CachedDecoder(backbone)
-    prefix = seam.embed_prefix(backbone, input_ids, mask, **vision)
-    start = positions.latent_start(prefix.positions, mask, config.latent_positions)
-    decoder.feed(prefix)
-
-    token = torch.full((size,), config.latent_end_token_id or 0, device=input_ids.device)  # <eot> is given
-    embedding = torch.zeros(size, config.hidden_size, device=input_ids.device)
-    num_tokens = torch.zeros(size, dtype=torch.long, device=input_ids.device)
-    is_writing = torch.ones(size, dtype=torch.bool, device=input_ids.device)
-    for step in range(max_new_tokens + 1):
-        hidden = decoder.feed(
-            seam.Segment(
-                seam.embed_tokens(backbone, token[:, None]),
-                is_writing[:, None],
-                positions.latent_positions(start, step),
-            )
-        )[:, 0]
+    hidden = result.suffix[:, 0]  # [B, D]
+    embedding = hidden.float()
+    num_tokens = torch.full((size,), num_latent_steps, device=device)
+    is_writing = torch.ones(size, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        token = seam.logits(model.backbone, model.lm_head, hidden).argmax(dim=-1)
+        place = positions.latent_positions(result.next_position, step)
+        written = seam.Segment(seam.embed_tokens(model.backbone, token[:, None]), is_writing[:, None], place)
+        hidden = decoder.feed(written)[:, 0]
         embedding = torch.where(is_writing[:, None], hidden.float(), embedding)
-        is_writing = is_writing & (token != config.read_out_token_id)
+        is_read_out = token == model.config.read_out_token_id
+        num_tokens += is_writing & ~is_read_out
+        is_writing = is_writing & ~is_read_out
         if not is_writing.any():
             break
-        token = seam.logits(backbone, model.lm_head, hidden).argmax(dim=-1)
-        num_tokens += is_writing & (token != config.read_out_token_id)
     return Embedded(F.normalize(embedding, dim=-1), num_tokens.cpu(), ~is_writing.cpu())

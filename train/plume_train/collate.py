@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from plume_train.sampler import StagedIndex
 from plume_train.target import write_target
 
 Batch = dict[str, dict[str, Tensor] | Tensor]
+LastStatePredicts = Literal["latent_end", "next_word", "nothing"]
 
 
 class StagedRecords(Dataset):
@@ -49,7 +51,7 @@ class PairCollator:
         config: PlumeConfig,
         curriculum: Curriculum,
         *,
-        supervise_latent_end: bool = True,
+        last_state_predicts: LastStatePredicts = "latent_end",
         num_cached_images: int = 0,
     ):
         """Set up.
@@ -58,13 +60,13 @@ class PairCollator:
             processor: of the model.
             config: gives the templates.
             curriculum: gives the stages.
-            supervise_latent_end: whether the last latent state learns to predict `<eot>`.
+            last_state_predicts: what the last latent state of a row learns to predict.
             num_cached_images: processed images to hold in memory, in each worker; for small data sets.
         """
         self.processor = processor
         self.config = config
         self.curriculum = curriculum
-        self.supervise_latent_end = supervise_latent_end
+        self.last_state_predicts: LastStatePredicts = last_state_predicts
         self.num_cached_images = num_cached_images
         self._seen: dict[Path, dict[str, Tensor]] = {}
 
@@ -97,9 +99,13 @@ class PairCollator:
         }
 
     def _labels(self, suffixes: list[Tensor]) -> Tensor:
+        """Every token of a suffix is predicted one position before it, the first by the last latent state."""
         labels = pad_sequence(suffixes, batch_first=True, padding_value=-100)
-        if not self.supervise_latent_end:
+        if self.last_state_predicts != "latent_end":
             labels[:, 0] = -100
+        if self.last_state_predicts == "next_word":
+            word = labels[:, 1]
+            labels[:, 0] = torch.where(word == self.config.read_out_token_id, -100, word)
         return labels
 
     def _see(self, paths: Sequence[Path]) -> dict[str, Tensor]:

@@ -61,8 +61,8 @@ class PlumeTrainingArguments(TrainingArguments):
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a bad row, or skip it and list it in `bad_rows.txt`."""
 
-    supervise_latent_end: bool = True
-    """Whether the last latent state learns to predict `<eot>`, as in PLUME; Coconut leaves it free."""
+    last_state_predicts: Literal["latent_end", "next_word", "nothing"] = "latent_end"
+    """What the last latent state learns to predict: `<eot>` (PLUME), the first word behind it, nothing (Coconut)."""
 
     temperature: float = 0.02
     """Contrastive logits are divided by it."""
@@ -102,6 +102,11 @@ class PlumeTrainingArguments(TrainingArguments):
         for name in ("model", "train_file"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
+
+    @property
+    def output_folder(self) -> Path:
+        """`output_dir`, which is always set."""
+        return Path(self.output_dir or "trainer_output")
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -164,12 +169,14 @@ def arguments_from(config: str | Path, **overrides: Any) -> PlumeTrainingArgumen
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file, checked.
+    """The keys of a YAML file, checked; `extends: FILE` takes the keys of another file beside it first.
 
     Raises:
         ValueError: names file, key and the nearest known key.
     """
     settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    if (base := settings.pop("extends", None)) is not None:
+        settings = {**read_yaml(Path(file).parent / base), **settings}
     known = {one.name for one in fields(PlumeTrainingArguments)}
     for key in settings:
         if key not in known:

@@ -135,7 +135,13 @@ def _unwrap(side: Any) -> Any:
 def _turns(turns: list, name: str, where: str) -> tuple[str, str]:
     """The last text of the user and of the assistant."""
     texts = {"user": "", "assistant": ""}
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    roles = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
     for turn in turns:
         if not isinstance(turn, dict):
             raise RowError(f"{where}: a turn of {name!r} is a {type(turn).__name__}; expected an object")
@@ -208,8 +214,13 @@ class Records:
         size = self.file.stat().st_size
         with (
             self.file.open("rb") as file,
-            tqdm(total=size, desc=f"Checking {self.file.name}", unit="B", unit_scale=True, disable=not show_progress)
-            as bar,
+            tqdm(
+                total=size,
+                desc=f"Checking {self.file.name}",
+                unit="B",
+                unit_scale=True,
+                disable=not show_progress,
+            ) as bar,
         ):
             offset = 0
             for number, line in enumerate(file, start=1):

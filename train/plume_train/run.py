@@ -37,9 +37,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
     model.backbone.visual.requires_grad_(args.train_vision)
     if args.max_steps < 0:
-        rows_per_step = (
-            args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        )
+        rows_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         args.max_steps = math.ceil(args.num_train_epochs * len(records) / rows_per_step)
 
     trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate)
@@ -63,7 +61,7 @@ def load_records(args: PlumeTrainingArguments) -> Records:
         show_progress=not args.disable_tqdm,
     )
     if records.bad_rows:
-        report = Path(args.output_dir) / "bad_rows.txt"
+        report = args.output_folder / "bad_rows.txt"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("\n".join(records.bad_rows) + "\n", encoding="utf-8")
     return records

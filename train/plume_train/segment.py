@@ -6,6 +6,7 @@ The segments, joined, are the rationale again to the last character. The publish
 
 from __future__ import annotations
 
+import itertools
 import re
 
 # A sentence ends after a run of CJK terminators, after ASCII terminators (with closing quotes or brackets) before
@@ -61,24 +62,22 @@ def segments(rationale: str, num_segments: int) -> list[str]:
     cuts = [0]
     for index in range(num_segments):
         cuts.append(cuts[-1] + whole + (index < extra))
-    return ["".join(parts[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return ["".join(parts[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _balanced(parts: list[str], num_segments: int) -> list[str]:
-    """Join small parts so that the segments are about equally long; each gets one while there are enough."""
+    """Join small parts so that the segments end as near as can be to equal lengths.
+
+    Each segment gets at least one part while there are enough.
+    """
     total = sum(map(len, parts))
-    result: list[str] = []
-    next_part, length = 0, 0
-    for index in range(num_segments):
-        goal = total * (index + 1) / num_segments
-        spare = len(parts) - next_part - (num_segments - index - 1)  # leave one for each later segment
-        taken = []
-        while next_part < len(parts) and (not taken or (len(taken) < spare and length < goal)):
-            if not taken and spare <= 0:
-                break
-            taken.append(parts[next_part])
-            length += len(parts[next_part])
-            next_part += 1
-        result.append("".join(taken))
-    result[-1] += "".join(parts[next_part:])
-    return result
+    cuts, length = [0], 0
+    for index in range(1, num_segments):
+        cut = cuts[-1]
+        most = max(len(parts) - (num_segments - index), cut)  # leave one part for each later segment
+        while cut < most and (cut == cuts[-1] or length + len(parts[cut]) / 2 <= total * index / num_segments):
+            length += len(parts[cut])
+            cut += 1
+        cuts.append(cut)
+    cuts.append(len(parts))
+    return ["".join(parts[a:b]) for a, b in itertools.pairwise(cuts)]

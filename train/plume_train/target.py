@@ -21,7 +21,7 @@ class UnclosedAnswer(ValueError):  # noqa: N818  # named for what it is
 
 
 def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
-    """Rationale and answer of an assistant's turn.
+    r"""Rationale and answer of an assistant's turn.
 
     Args:
         text: `<think>rationale</think><answer>answer</answer>`; either part may be absent.
@@ -59,9 +59,7 @@ class Target:
         return LATENT_START + LATENT * self.num_latent_steps + self.suffix
 
 
-def write_target(
-    config: PlumeConfig, curriculum: Curriculum, stage: Stage, rationale: str, answer: str = ""
-) -> Target:
+def write_target(config: PlumeConfig, curriculum: Curriculum, stage: Stage, rationale: str, answer: str = "") -> Target:
     """The target of one side at a stage.
 
     Args:
@@ -74,6 +72,4 @@ def write_target(
     parts = segments(rationale, curriculum.num_segments)
     remaining = "".join(parts[curriculum.num_replaced_segments(stage) :])
     answer = "" if stage.drop_answer else answer
-    return Target(
-        curriculum.num_latent_steps(stage), prompt.suffix(config, remaining, answer, end_turn=True)
-    )
+    return Target(curriculum.num_latent_steps(stage), prompt.suffix(config, remaining, answer, end_turn=True))

@@ -51,18 +51,20 @@ class PlumeTrainer(Trainer):
             model.processor,
             model.config,
             curriculum,
-            supervise_latent_end=args.supervise_latent_end,
+            last_state_predicts=args.last_state_predicts,
             num_cached_images=args.num_cached_images,
         )
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation must divide it
         self.curriculum = curriculum
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
-        self.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
+        self.add_callback(LogFile(args.output_folder / "log.jsonl"))
         if evaluate is not None and args.evaluate_every:
             self.add_callback(EvaluationHook(evaluate, args.evaluate_every, self))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+    def compute_loss(
+        self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The sum of all terms, method and weights as in `plume.losses`."""
         weights, parts = self.args.loss_weights, {}
         sides = {name: model(**inputs[name]) for name in ("query", "target") if name in inputs}
@@ -76,9 +78,7 @@ class PlumeTrainer(Trainer):
             keys = {name: inputs[name] for name in ("query_keys", "target_keys")}
             temperature = self.args.temperature
             parts["contrastive"] = info_nce(query.embedding, target.embedding, temperature, **keys)
-            parts["anchor_contrastive"] = info_nce(
-                query.anchor_embedding, target.anchor_embedding, temperature, **keys
-            )
+            parts["anchor_contrastive"] = info_nce(query.anchor_embedding, target.anchor_embedding, temperature, **keys)
             with torch.no_grad():
                 recall = in_batch_recall(query.embedding, target.embedding, keys["target_keys"])
                 self._parts["recall_in_batch"].append(recall)
@@ -135,7 +135,7 @@ class LogFile(TrainerCallback):
     def __init__(self, file: Path):
         self.file = file
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: D102
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
@@ -150,7 +150,7 @@ class EvaluationHook(TrainerCallback):
         self.every = every
         self.trainer = trainer
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:  # noqa: D102
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.is_world_process_zero and (
             state.global_step % self.every == 0 or state.global_step == state.max_steps
         ):

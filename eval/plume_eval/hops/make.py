@@ -42,7 +42,7 @@ def make_page_task(
         num_test: test pages, different from all training pages.
         seed: of everything random.
         num_symbols: keys on a page, 2 to 36.
-        num_hops: how often the table is followed; less than num_symbols, so that no path returns to its start.
+        num_hops: how often the table is followed, at least once.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -51,8 +51,8 @@ def make_page_task(
     """
     if (out / "task.json").exists():
         raise FileExistsError(f"{out} already holds a data set; remove it or choose another --out")
-    if not 1 <= num_hops < num_symbols:
-        raise ValueError(f"num_hops must lie in 1..num_symbols-1={num_symbols - 1}; received {num_hops}")
+    if num_hops < 1:
+        raise ValueError(f"num_hops must be at least 1; received {num_hops}")
     symbols = alphabet(num_symbols)
     rng = random.Random(seed)
     pages = _different_pages(symbols, num_train + num_test, rng)
@@ -74,9 +74,15 @@ def make_page_task(
     for split, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    settings = {"task": "page", "num_hops": num_hops, "seed": seed, "num_train": num_train, "num_test": num_test}
+    settings = {
+        "task": "page",
+        "num_hops": num_hops,
+        "seed": seed,
+        "num_train": num_train,
+        "num_test": num_test,
+    }
     settings["symbols"] = [symbol.name for symbol in symbols]
-    settings["words"] = task.words(symbols) + [str(num_hops)]
+    settings["words"] = [*task.words(symbols), str(num_hops)]
     (out / "task.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -115,7 +121,10 @@ def _reading_row(image: str, page: task.Page, rng: random.Random) -> dict:
     return {
         "dataset_name": "hops/read",
         "qry": {
-            "conversations": [_human("<image>\nread the table"), _gpt(f"<think>{written}</think>\n<gen_emb>")],
+            "conversations": [
+                _human("<image>\nread the table"),
+                _gpt(f"<think>{written}</think>\n<gen_emb>"),
+            ],
             "image": [image],
         },
     }

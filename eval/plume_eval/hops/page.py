@@ -1,9 +1,9 @@
 """The task "page": follow a table of symbols several times.
 
 A page is a picture of tiles. Each tile shows a key symbol and a value symbol side by side. A question names a start
-and how often to follow the table; the answer is the symbol reached. All keys form one cycle, so that no answer is
-more likely than another and none returns to its start early. Without a picture, without tensors: this file is the
-task's logic, `draw_page` its picture.
+and how often to follow the table; the answer is the symbol reached. Values are drawn independently, so a symbol may
+be the value of several keys and a path may run into a cycle; what a guess is worth depends on the page. Without a
+picture and without tensors this file is the task's logic; `draw_page` is its picture.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def question(start: Symbol, num_hops: int) -> str:
 
 
 def rationale(path: list[Symbol]) -> str:
-    """The reasoning, one line per hop: the symbol reached.
+    r"""The reasoning, one line per hop: the symbol reached.
 
     Example:
         >>> rationale([Symbol("disc", "red"), Symbol("ring", "blue"), Symbol("disc", "blue")])
@@ -60,7 +60,7 @@ def rationale(path: list[Symbol]) -> str:
 
 def words(symbols: list[Symbol]) -> list[str]:
     """Every word that questions, rationales and answers use."""
-    return [symbol.name for symbol in symbols] + "start at and follow read the table times".split()
+    return [symbol.name for symbol in symbols] + ["start", "at", "and", "follow", "read", "the", "table", "times"]
 
 
 def draw_page(page: Page) -> Image.Image:

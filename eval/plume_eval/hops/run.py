@@ -47,9 +47,7 @@ class HopsTask:
         """The questions with their pages."""
         texts = [row["qry"]["conversations"][0]["value"].removeprefix("<image>\n") for row in self.rows]
         images = [self.folder / row["qry"]["image"][0] for row in self.rows]
-        return [
-            Item.parse({"text": text, "image": image}) for text, image in zip(texts, images, strict=True)
-        ]
+        return [Item.parse({"text": text, "image": image}) for text, image in zip(texts, images, strict=True)]
 
     def candidates(self, form: TargetForm) -> list[Item]:
         """Every symbol, by name or as a picture."""
@@ -85,7 +83,11 @@ def evaluate(
         Plain numbers: `recall_at_1` and `mrr` by form, `num_queries`, `reasoning_steps` (mean per query) and
         `num_incomplete` (explicit rationales that reached the limit).
     """
-    settings = {"num_latent_steps": num_latent_steps, "batch_size": batch_size, "show_progress": show_progress}
+    settings = {
+        "num_latent_steps": num_latent_steps,
+        "batch_size": batch_size,
+        "show_progress": show_progress,
+    }
     queries = embed(model, task.queries(), mode, **settings)
     labels = task.paths[:, -1]
     result: dict = {

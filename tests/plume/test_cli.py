@@ -1,0 +1,66 @@
+"""`plume encode` on the user's own files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from plume import Plume
+from plume.cli import app
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "note.txt").write_text("a red kite", encoding="utf-8")
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "my photo é.png")
+    (tmp_path / "broken.png").write_text("not an image")
+    (tmp_path / "empty.md").write_text("")
+    (tmp_path / "data.xyz").write_text("?")
+    return tmp_path
+
+
+def run(plume_folder, *arguments):
+    return CliRunner().invoke(app, ["encode", "--model", str(plume_folder), *map(str, arguments)])
+
+
+def test_vectors_of_text_and_image_files_are_written(plume_folder, files):
+    out = files / "vectors.npz"
+    inputs = [files / "note.txt", files / "my photo é.png"]
+    result = run(plume_folder, *inputs, "--text", "blue", "--out", out)
+    assert result.exit_code == 0, result.output
+    saved = np.load(out)
+    assert saved["names"].tolist() == [*map(str, inputs), "blue"]
+    expected = Plume(plume_folder, device="cpu").encode(["a red kite", inputs[1], "blue"])
+    assert np.allclose(saved["embeddings"], expected, atol=1e-6)
+
+
+def test_files_that_cannot_be_embedded_are_named_and_the_rest_is_written(plume_folder, files):
+    out = files / "vectors.jsonl"
+    bad = ["broken.png", "empty.md", "data.xyz", "missing.txt"]
+    result = run(plume_folder, *(files / name for name in ("note.txt", *bad)), "--out", out)
+    assert result.exit_code == 1
+    for name in bad:
+        assert name in result.output
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["name"].endswith("note.txt")
+    assert len(json.loads(line)["embedding"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to encode"),
+        (["--text", "red", "--out", "x.csv"], "ends with .npz, .npy or .jsonl"),
+        (["--text", "red", "--num-latent-steps", "99", "--out", "x.npy"], "exceeds the step table"),
+        (["missing.txt", "--on-error", "raise"], "missing.txt"),
+    ],
+)
+def test_a_wrong_call_stops_with_a_message_and_no_traceback(plume_folder, arguments, message):
+    result = run(plume_folder, *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,154 @@
+"""Training runs at toy size: it learns, workers see the stage, a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from plume_train.collate import PairCollator, StagedRecords
+from plume_train.config import arguments_from, parse_arguments
+from plume_train.curriculum import PAPER, Curriculum
+from plume_train.records import Records
+from plume_train.run import load_model, train
+
+from plume import PlumeModel
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, hops_folder):
+    folder = tmp_path_factory.mktemp("start")
+    words = json.loads((hops_folder / "task.json").read_text())["words"]
+    save_tiny_backbone(folder, words, hidden_size=32, temporal_patch_size=1)
+    return folder
+
+
+def settings(tmp_path, start, hops_folder, **changes):
+    (tmp_path / "run.yaml").write_text("num_segments: 2\nlogging_steps: 1\n")
+    given = {
+        "model": str(start),
+        "plume_config": {**SHORT_STRINGS, "expert_dropout": 0.0},
+        "train_file": str(hops_folder / "train.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "stage_ratios": [0.0, 0.5, 1.0],
+        "stage_shares": [0.4, 0.3, 0.3],
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 10,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return arguments_from(tmp_path / "run.yaml", **{**given, **changes})
+
+
+def weights(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def test_a_run_goes_through_its_stages_and_saves_a_checkpoint(tmp_path, start, hops_folder):
+    seen = []
+    args = settings(tmp_path, start, hops_folder, evaluate_every=5, train_vision=True)
+    model = train(args, lambda model, step: seen.append((step, model.training)) or {"recall": 0.5})
+    assert seen == [(5, False), (10, False)]
+    assert model.config.num_latent_steps == 2
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    stages = {line["step"]: line["num_latent_steps"] for line in log if "contrastive" in line}
+    assert [stages[step] for step in range(1, 11)] == [0] * 4 + [1] * 3 + [2] * 3
+    assert {"loss", "cross_entropy_query", "anchor_contrastive", "recall_in_batch"} <= set(log[0])
+    assert "balance_target" in log[-3]
+    reopened = PlumeModel.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(weight, reopened.state_dict()[name]) for name, weight in weights(model).items())
+
+
+def test_the_loss_falls(tmp_path, start, hops_folder):
+    alone = {"contrastive_weight": 0.0, "anchor_contrastive_weight": 0.0, "learning_rate": 5e-3}
+    explicit = {"stage_ratios": None, "stage_shares": None, "curriculum": "explicit"}
+    train(settings(tmp_path, start, hops_folder, max_steps=40, **explicit, **alone))
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [line["cross_entropy_query"] for line in log if "cross_entropy_query" in line]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_the_vision_tower_is_frozen_unless_asked(tmp_path, start, hops_folder):
+    before = weights(load_model(settings(tmp_path, start, hops_folder)))
+    after = weights(train(settings(tmp_path, start, hops_folder, max_steps=2, warmup_steps=0)))
+    changed = {name for name in before if "visual" in name and not torch.equal(before[name], after[name])}
+    assert changed == set()
+    assert not torch.equal(before["backbone.language_model.norm.weight"], after["backbone.language_model.norm.weight"])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, start, hops_folder):
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def interrupt(model, step):
+        if step == 6:
+            raise Stop
+        return {}
+
+    whole = weights(train(settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "whole"))))
+    saving = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": "auto"}
+    with pytest.raises(Stop):
+        train(settings(tmp_path, start, hops_folder, evaluate_every=3, **saving), interrupt)
+    resumed = weights(train(settings(tmp_path, start, hops_folder, **saving)))
+    for name, weight in whole.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_workers_prepare_rows_for_the_stage_of_their_step(tmp_path, start, hops_folder):
+    results = [
+        weights(
+            train(
+                settings(
+                    tmp_path,
+                    start,
+                    hops_folder,
+                    dataloader_num_workers=workers,
+                    output_dir=str(tmp_path / str(workers)),
+                )
+            )
+        )
+        for workers in (0, 2)
+    ]
+    for name, weight in results[0].items():
+        assert torch.equal(weight, results[1][name]), name
+
+
+def test_a_batch_holds_what_the_stage_says(plume_folder, hops_folder):
+    model = PlumeModel.from_pretrained(plume_folder)
+    curriculum = Curriculum(stages=PAPER, num_segments=2)
+    collate = PairCollator(model.processor, model.config, curriculum)
+    data = StagedRecords(Records(hops_folder / "train.jsonl"))
+    batch = collate([data[0, 0], data[1, 2], data[2, 4]])
+    query = batch["query"]
+    assert query["num_latent_steps"].tolist() == [0, 1, 2]
+    assert query["suffix_ids"].shape == query["labels"].shape
+    written = query["suffix_mask"].sum(dim=1).tolist()
+    assert written[0] > written[1] > written[2] == 2  # <eot><gen_emb>
+    assert ((query["labels"] == -100) == (query["suffix_mask"] == 0)).all()
+    assert batch["query_keys"].dtype == torch.int64
+    same = data.records[0].target.text == data.records[2].target.text
+    assert (batch["target_keys"][0] == batch["target_keys"][2]).item() == same
+
+
+def test_an_unknown_key_of_a_yaml_file_is_named_with_a_hint(tmp_path):
+    (tmp_path / "bad.yaml").write_text("lerning_rate: 1.0\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'"):
+        parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_flags_win_over_the_yaml_file(tmp_path, start, hops_folder):
+    (tmp_path / "base.yaml").write_text("temperature: 0.1\nnum_segments: 3\n")
+    (tmp_path / "run.yaml").write_text(
+        f"extends: base.yaml\nmodel: {start}\ntrain_file: x.jsonl\nnum_segments: 4\noutput_dir: {tmp_path}\n"
+    )
+    args = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--num_segments", "5", "--use_cpu", "true"])
+    assert (args.temperature, args.num_segments, args.model) == (0.1, 5, str(start))
+
+
+def test_a_checkpoint_is_not_silently_changed_by_new_settings(tmp_path, plume_folder, hops_folder):
+    args = settings(tmp_path, plume_folder, hops_folder, plume_config={"top_k": 1})
+    with pytest.raises(ValueError, match=r"plume_config\.top_k=1, but the checkpoint .* was made with 2"):
+        load_model(args)

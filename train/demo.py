@@ -1,0 +1,243 @@
+"""The demo: a small Qwen2-VL learns to reason about pictures, in words and then in latent steps.
+
+Makes pages, pre-trains a small backbone to read them, trains an explicit, a latent and a single-pass embedder, and
+compares them on held-out pages. `make demo` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from plume_eval.baselines import Mode, embed
+from plume_eval.hops.inside import look_inside
+from plume_eval.hops.make import make_page_task
+from plume_eval.hops.plots import draw_inside, draw_search, draw_training
+from plume_eval.hops.run import HopsTask, evaluate
+from plume_eval.latency import latency_ms
+from plume_eval.report import header, markdown_header, markdown_table
+from plume_train.config import PlumeTrainingArguments, arguments_from
+from plume_train.run import train
+
+from plume import PlumeModel
+from plume.tiny import save_tiny_backbone
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "train"
+MARKER = "demo.json"
+
+#: Name of a system, its checkpoint, how it reasons.
+SYSTEMS: list[tuple[str, str, Mode]] = [
+    ("explicit chain of thought", "explicit", "explicit"),
+    ("latent", "latent", "latent"),
+    ("single pass", "single_pass", "single_pass"),
+]
+ABLATIONS: list[tuple[str, str, Mode]] = [
+    ("latent, no curriculum", "no_curriculum", "latent"),
+    ("latent, no adapter", "no_adapter", "latent"),
+    ("latent, last state predicts `<eot>`", "end_token", "latent"),
+]
+
+#: What is trained after reading, and which curves are drawn meanwhile.
+RUNS: list[tuple[str, dict[str, Mode]]] = [
+    ("explicit", {"latent steps, then the rest in words": "explicit"}),
+    ("", {"latent steps, then the rest in words": "explicit", "latent steps only": "latent"}),
+    ("single_pass", {"single pass": "single_pass"}),
+]
+ABLATION_RUNS: list[tuple[str, dict[str, Mode]]] = [
+    ("no_curriculum", {"latent, no curriculum": "latent"}),
+    ("no_adapter", {"latent, no adapter": "latent"}),
+    ("end_token", {"latent, last state predicts <eot>": "latent"}),
+]
+
+
+def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArguments:
+    """`configs/train/demo_<name>.yaml` with its paths under `out`; one segment and one latent step per hop."""
+    args = arguments_from(CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"))
+    moved = {key: getattr(args, key).replace("runs/demo", str(out)) for key in ("model", "train_file", "output_dir")}
+    stages = {}
+    if args.stage_ratios is not None and len(args.stage_ratios) > 1:
+        last = 0.36
+        stages = {
+            "stage_ratios": [(hop + 1) / num_hops for hop in range(num_hops)],
+            "stage_shares": [(1 - last) / (num_hops - 1)] * (num_hops - 1) + [last],
+        }
+    config = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
+    return arguments_from(
+        CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"),
+        **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": config},
+    )
+
+
+class Watch:
+    """Evaluates on a part of the held-out questions while training goes on, and keeps the curves."""
+
+    def __init__(self, task: HopsTask, first_step: int, modes: dict[str, Mode], args: PlumeTrainingArguments):
+        self.task = task
+        self.first_step = first_step
+        self.modes = modes
+        self.args = args
+        self.curves: dict[str, list[tuple[int, float]]] = {name: [] for name in modes}
+
+    def __call__(self, model: PlumeModel, step: int) -> dict[str, float]:
+        """Recall@1 of each mode at this step; the explicit one takes the latent steps of the current stage."""
+        curriculum = self.args.build_curriculum()
+        stage = curriculum.stages[curriculum.stage_at(step - 1, self.args.max_steps)]
+        numbers = {}
+        for name, mode in self.modes.items():
+            steps = curriculum.num_latent_steps(stage) if mode == "explicit" else None
+            result = evaluate(model, self.task, mode, num_latent_steps=steps, forms=("name",))
+            numbers[name] = result["recall_at_1"]["name"]["mean"]
+            self.curves[name].append((self.first_step + step, numbers[name]))
+        return {f"recall_{name}": value for name, value in numbers.items()}
+
+
+def without_adapter(source: Path, out: Path) -> None:
+    """Save a checkpoint with the identity in place of its adapter; at stage 0 no adapter has run yet."""
+    model = PlumeModel.from_pretrained(source)
+    model.config.transition = "identity"
+    bare = PlumeModel(model.config, model.backbone, model.lm_head)
+    bare.processor = model.processor
+    bare.save_pretrained(out)
+
+
+def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict[str, list[tuple[int, float]]]:
+    """Train every system; returns recall curves by name."""
+    watched = HopsTask(out / "data", limit=128)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    train(settings("read", out, seed, num_hops))
+    for name, modes in RUNS + (ABLATION_RUNS if with_ablations else []):
+        if name == "no_adapter":
+            without_adapter(out / "explicit", out / "no_adapter_explicit")
+        args = settings(name, out, seed, num_hops)
+        continues = "explicit" in Path(args.model).name
+        watch = Watch(watched, settings("explicit", out, seed, num_hops).max_steps * continues, modes, args)
+        train(args, watch)
+        for curve, points in watch.curves.items():
+            curves.setdefault(curve, []).extend(points)
+    return curves
+
+
+def compare(out: Path, systems: list[tuple[str, str, Mode]]) -> list[dict]:
+    """Quality and latency of every system on the held-out pages."""
+    task = HopsTask(out / "data")
+    queries = task.queries()
+    results = []
+    for name, folder, mode in systems:
+        model = PlumeModel.from_pretrained(out / folder).eval()
+        result = evaluate(model, task, mode, show_progress=True)
+        result["latency_ms"] = {str(size): latency_ms(model, queries[:size], mode) for size in (1, 32)}
+        results.append({"system": name, **result})
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """The comparison as Markdown."""
+    base = next(one for one in results if one["mode"] == "single_pass")["latency_ms"]
+    rows = []
+    for one in results:
+        recall = [
+            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**one["recall_at_1"][form]) for form in ("name", "picture")
+        ]
+        times = [f"{one['latency_ms'][size]:.2f} ({one['latency_ms'][size] / base[size]:.1f}x)" for size in base]
+        rows.append([one["system"], *recall, f"{one['reasoning_steps']:.1f}", *times])
+    columns = [
+        "system",
+        "recall@1, names [95 %]",
+        "recall@1, pictures [95 %]",
+        "steps or tokens per query",
+        "ms per query, batch 1 (ratio)",
+        "ms per query, batch 32 (ratio)",
+    ]
+    return markdown_table(columns, rows)
+
+
+def draw_all(out: Path, curves: dict, num_hops: int) -> None:
+    """Recall over training, the inside of the latent model, one search."""
+    args = settings("", out, 0, num_hops)
+    curriculum = args.build_curriculum()
+    first = settings("explicit", out, 0, num_hops).max_steps
+    marks, seen = [(0, "explicit")], set()
+    for step in range(args.max_steps):
+        stage = curriculum.stage_at(step, args.max_steps)
+        if stage not in seen:
+            seen.add(stage)
+            marks.append((first + step, f"K = {curriculum.num_latent_steps(curriculum.stages[stage])}"))
+    task = HopsTask(out / "data")
+    draw_training(out / "training.png", curves, marks, 1 / len(task.symbols))
+
+    model = PlumeModel.from_pretrained(out / "latent").eval()
+    inside = look_inside(model, task)
+    draw_inside(out / "inside.png", inside)
+
+    query, candidates = task.queries()[0], task.candidates("picture")
+    scores = embed(model, [query], "latent").embedding @ embed(model, candidates, "latent").embedding.T
+    order = scores[0].argsort(descending=True).tolist()
+    ranking = [(task.symbols[i], scores[0, i].item(), candidates[i].images[0]) for i in order]
+    answer = task.symbols[task.paths[0, -1]]
+    draw_search(out / "search.png", query.images[0], query.text, ranking, answer)
+
+
+def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
+    """An empty folder with data and a backbone; an earlier demo in the same place is replaced."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARKER).exists():
+            sys.exit(f"{out} is not empty and holds no earlier demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text(json.dumps({"seed": seed, **sizes}) + "\n", encoding="utf-8")
+    make_page_task(out / "data", seed=seed, **sizes)
+    words = json.loads((out / "data" / "task.json").read_text(encoding="utf-8"))["words"]
+    save_tiny_backbone(
+        out / "backbone",
+        words,
+        hidden_size=96,
+        num_key_value_heads=4,
+        vision_width=96,
+        temporal_patch_size=1,
+        seed=seed,
+    )
+
+
+def main() -> None:
+    """Parse, run, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and training")
+    parser.add_argument("--ablations", action="store_true", help="also train three ablations")
+    parser.add_argument("--num-symbols", type=int, default=9, help="keys on a page")
+    parser.add_argument("--num-hops", type=int, default=4, help="how often the table is followed")
+    options = parser.parse_args()
+    out, started = options.out, time.perf_counter()
+
+    sizes = {
+        "num_train": 4000,
+        "num_test": 512,
+        "num_symbols": options.num_symbols,
+        "num_hops": options.num_hops,
+    }
+    prepare(out, options.seed, sizes)
+    curves = train_all(out, options.seed, options.num_hops, options.ablations)
+    results = compare(out, SYSTEMS + (ABLATIONS if options.ablations else []))
+    draw_all(out, curves, options.num_hops)
+
+    fields = header(" ".join(["train/demo.py", *sys.argv[1:]])) | {
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "task": f"{options.num_hops} hops, {options.num_symbols} symbols, seed {options.seed}",
+        "model": f"{sum(p.numel() for p in PlumeModel.from_pretrained(out / 'latent').parameters()):,} parameters",
+    }
+    report = {"header": fields, "results": results, "curves": curves}
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    written = f"# Demo\n\n{markdown_header(fields)}\n\n{table(results)}\n"
+    (out / "results.md").write_text(written, encoding="utf-8")
+    print(f"\n{table(results)}\n")  # noqa: T201
+    print(f"Results and pictures are in {out}: results.md, training.png, inside.png, search.png")  # noqa: T201
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(max(torch.get_num_threads(), 1))
+    main()
