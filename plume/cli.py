@@ -105,7 +105,7 @@ def _collect(files: list[Path], texts: list[str]) -> tuple[list[str], list[str |
 def _named(message: str, names: list[str]) -> str:
     """The message with "input 3" followed by the name that the user knows."""
     for index in reversed(range(len(names))):
-        message = message.replace(f"input {index}", names[index][:60])
+        message = message.replace(f"input {index}", names[index])
     return message
 
 

@@ -45,6 +45,7 @@ class PlumeModel(PreTrainedModel):
 
     Example:
         >>> model = PlumeModel.from_backbone(getfixture("backbone_folder"), num_latent_steps=4)
+        >>> from plume import Item
         >>> batch = model.processor.encode([Item.parse("a red kite"), Item.parse("rain")])
         >>> output = model(**batch)
         >>> output.embedding.shape, output.states.shape, output.gates.shape

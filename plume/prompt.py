@@ -74,9 +74,9 @@ def suffix(config: PlumeConfig, rationale: str = "", answer: str = "", end_turn:
 
     Example:
         >>> suffix(PlumeConfig(), rationale="It purrs.", answer="A cat.")
-        '<eot>It purrs.</think><answer>A cat.</answer>\\n<gen_emb>'
+        '<eot>It purrs.</think><answer>A cat.</answer>\n<gen_emb>'
         >>> suffix(PlumeConfig())
-        '<eot></think>\\n<gen_emb>'
+        '<eot></think>\n<gen_emb>'
     """
     answer = config.answer_template.format(answer=answer) if answer else ""
     text = config.suffix_template.format(rationale=rationale, answer=answer)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from plume_eval.hops.make import make_page_task
 
 from plume import PlumeModel
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
+from plume_eval.hops.make import make_page_task
 
 
 @pytest.fixture(autouse=True)

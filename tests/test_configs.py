@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plume_train.config import arguments_from, read_yaml
 
 from plume import PlumeConfig
+from plume_train.config import arguments_from, read_yaml
 
 TRAIN = sorted((Path(__file__).parent.parent / "configs" / "train").glob("*.yaml"))
 

@@ -6,11 +6,11 @@ import doctest
 import importlib
 import pkgutil
 
-import plume_eval
-import plume_train
 import pytest
 
 import plume
+import plume_eval
+import plume_train
 
 
 def modules() -> list[str]:

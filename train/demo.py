@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+
+from plume import PlumeModel
+from plume.tiny import save_tiny_backbone
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task
@@ -23,9 +26,6 @@ from plume_eval.latency import latency_ms
 from plume_eval.report import header, markdown_header, markdown_table
 from plume_train.config import PlumeTrainingArguments, arguments_from
 from plume_train.run import train
-
-from plume import PlumeModel
-from plume.tiny import save_tiny_backbone
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "train"
 MARKER = "demo.json"

@@ -14,7 +14,14 @@ from plume_eval.baselines import Mode, embed_batch
 
 
 def latency_ms(
-    model: PlumeModel, items: Sequence[Item], mode: Mode, *, num_runs: int = 15, num_warm_up: int = 3
+    model: PlumeModel,
+    items: Sequence[Item],
+    mode: Mode,
+    *,
+    num_latent_steps: int | None = None,
+    max_new_tokens: int = 512,
+    num_runs: int = 15,
+    num_warm_up: int = 3,
 ) -> float:
     """Median wall time of one query in milliseconds, in a batch of `len(items)`.
 
@@ -25,6 +32,8 @@ def latency_ms(
         model: a checkpoint in eval mode.
         items: the batch.
         mode: how to reason.
+        num_latent_steps: as in `embed_batch`.
+        max_new_tokens: as in `embed_batch`.
         num_runs: timed runs.
         num_warm_up: runs before.
     """
@@ -34,7 +43,7 @@ def latency_ms(
     for run in range(num_warm_up + num_runs):
         _synchronise(model)
         begin = time.perf_counter()
-        embed_batch(model, batch, mode)
+        embed_batch(model, batch, mode, num_latent_steps=num_latent_steps, max_new_tokens=max_new_tokens)
         _synchronise(model)
         if run >= num_warm_up:
             times.append(1000 * (time.perf_counter() - begin) / len(items))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plume_eval.baselines import embed, embed_batch
-from plume_eval.latency import latency_ms
 from torch.nn.functional import normalize
 
 from plume import Item
 from plume import backbone as seam
+from plume_eval.baselines import embed, embed_batch
+from plume_eval.latency import latency_ms
 
 
 @pytest.fixture

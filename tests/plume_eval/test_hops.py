@@ -9,6 +9,9 @@ import random
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
+
+from plume import PlumeModel
 from plume_eval.__main__ import app
 from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task
@@ -16,9 +19,6 @@ from plume_eval.hops.page import draw_page, make_page, question, rationale
 from plume_eval.hops.run import HopsTask, evaluate
 from plume_eval.hops.symbols import BACKGROUND, TILE, alphabet, draw_symbol
 from plume_train.records import Records
-from typer.testing import CliRunner
-
-from plume import PlumeModel
 
 
 def test_a_path_follows_the_table():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from plume_eval.metrics import bootstrap, mean_reciprocal_rank, ranks, recall_at_1
 
 SCORES = [[0.9, 0.1, 0.2], [0.3, 0.2, 0.1], [0.1, 0.3, 0.3]]

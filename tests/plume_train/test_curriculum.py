@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+
+from plume import PlumeConfig
 from plume_train.curriculum import DIRECT, PAPER, PUBLISHED, Curriculum, Stage
 from plume_train.segment import segments, sentences
 from plume_train.target import UnclosedAnswer, parse_written, write_target
-
-from plume import PlumeConfig
 
 TEXTS = [
     "",

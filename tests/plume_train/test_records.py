@@ -6,6 +6,7 @@ import json
 
 import pytest
 from PIL import Image
+
 from plume_train.records import RecordFormat, Records, RowError
 
 

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 
 import pytest
+
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.sampler import StagedBatchSampler
 

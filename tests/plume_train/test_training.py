@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
+
+from plume import PlumeModel
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.records import Records
 from plume_train.run import load_model, train
-
-from plume import PlumeModel
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 
 
 @pytest.fixture(scope="module")

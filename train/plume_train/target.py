@@ -32,7 +32,7 @@ def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
         UnclosedAnswer: an open `<answer>`, unless accepted.
 
     Example:
-        >>> parse_written("<think>It purrs.</think><answer>A cat.</answer>\\\\n<gen_emb>")
+        >>> parse_written("<think>It purrs.</think><answer>A cat.</answer>\n<gen_emb>")
         ('It purrs.', 'A cat.')
     """
     think = _THINK.search(text)

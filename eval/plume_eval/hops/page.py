@@ -53,7 +53,7 @@ def rationale(path: list[Symbol]) -> str:
 
     Example:
         >>> rationale([Symbol("disc", "red"), Symbol("ring", "blue"), Symbol("disc", "blue")])
-        'blue-ring\\nblue-disc'
+        'blue-ring\nblue-disc'
     """
     return "\n".join(symbol.name for symbol in path[1:])
 

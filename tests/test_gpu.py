@@ -1,0 +1,37 @@
+"""What only a CUDA device can show; `make gpu` runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from plume import Item, PlumeModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def items(picture):
+    return [Item.parse("a red kite"), Item.parse({"image": picture(84, 56), "text": "what?"}), Item.parse(picture())]
+
+
+def test_a_cuda_device_gives_the_embeddings_of_the_cpu(plume_folder, picture):
+    cpu = PlumeModel.from_pretrained(plume_folder).eval()
+    batch = cpu.processor.encode(items(picture))
+    expected = cpu(**batch).embedding
+    found = cpu.to("cuda")(**batch.to("cuda")).embedding.cpu()
+    assert cosine_similarity(found, expected).min() > 0.9999
+
+
+def test_embeddings_in_bfloat16_do_not_depend_on_neighbours(plume_folder, picture):
+    model = PlumeModel.from_pretrained(plume_folder, dtype=torch.bfloat16).to("cuda").eval()
+    together = model(**model.processor.encode(items(picture)).to("cuda")).embedding
+    for row, item in enumerate(items(picture)):
+        alone = model(**model.processor.encode([item]).to("cuda")).embedding[0]
+        assert cosine_similarity(together[row], alone, dim=0) > 0.9999
+
+
+def test_gradients_reach_the_adapter_on_a_cuda_device(plume_folder, picture):
+    model = PlumeModel.from_pretrained(plume_folder).to("cuda")
+    model(**model.processor.encode(items(picture)).to("cuda")).embedding[:, 0].sum().backward()
+    assert model.transition.router.weight.grad.norm() > 0
