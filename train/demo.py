@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--num-hops", type=int, default=4, help="how often the table is followed")
     options = parser.parse_args()
     out, started = options.out, time.perf_counter()
+    fields = header(" ".join(["train/demo.py", *sys.argv[1:]]))
 
     sizes = {
         "num_train": 4000,
@@ -225,7 +226,7 @@ def main() -> None:
     results = compare(out, SYSTEMS + (ABLATIONS if options.ablations else []))
     draw_all(out, curves, options.num_hops)
 
-    fields = header(" ".join(["train/demo.py", *sys.argv[1:]])) | {
+    fields |= {
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "task": f"{options.num_hops} hops, {options.num_symbols} symbols, seed {options.seed}",
         "model": f"{sum(p.numel() for p in PlumeModel.from_pretrained(out / 'latent').parameters()):,} parameters",
