@@ -237,6 +237,9 @@ def main() -> None:
     (out / "results.md").write_text(written, encoding="utf-8")
     print(f"\n{table(results)}\n")  # noqa: T201
     print(f"Results and pictures are in {out}: results.md, training.png, inside.png, search.png")  # noqa: T201
+    question = "start at red-disc and follow the table 4 times"
+    asked = f'--text "{question}" {out}/data/images/pages/004000.png'
+    print(f"Try next: .venv/bin/plume encode {asked} --model {out}/latent --out vectors.npz")  # noqa: T201
 
 
 if __name__ == "__main__":
