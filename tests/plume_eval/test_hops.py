@@ -29,7 +29,8 @@ def test_a_path_follows_the_table():
     assert len(path) == 5
     assert all(table[a] == b for a, b in itertools.pairwise(path))
     assert set(table) == set(symbols)
-    assert rationale(path).splitlines() == [symbol.name for symbol in path[1:]]
+    sentences = [f"{b.name} follows {a.name}." for a, b in zip(path, path[1:], strict=False)]
+    assert rationale(path) == " ".join(sentences)
     assert question(path[0], 4) == f"start at {symbols[3].name} and follow the table 4 times"
 
 
@@ -54,7 +55,8 @@ def test_the_files_are_what_the_trainer_reads_and_share_no_page(hops_folder):
     assert not pages[0] & pages[1]
     for record, line in zip(train, (hops_folder / "train.jsonl").read_text().splitlines(), strict=True):
         path = json.loads(line)["path"]
-        assert record.query.rationale.split() == path[1:]
+        reached = [sentence.split()[0] for sentence in record.query.rationale.split(". ")]
+        assert reached == path[1:]
         assert record.query.answer == path[-1]
         if record.task == "hops/page-name":
             assert record.target.text == path[-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from PIL import Image
 
@@ -49,18 +50,28 @@ def question(start: Symbol, num_hops: int) -> str:
 
 
 def rationale(path: list[Symbol]) -> str:
-    r"""The reasoning, one line per hop: the symbol reached.
+    """The reasoning, one sentence per hop; it begins with the symbol reached.
 
     Example:
         >>> rationale([Symbol("disc", "red"), Symbol("ring", "blue"), Symbol("disc", "blue")])
-        'blue-ring\nblue-disc'
+        'blue-ring follows red-disc. blue-disc follows blue-ring.'
     """
-    return "\n".join(symbol.name for symbol in path[1:])
+    return " ".join(f"{reached.name} follows {left.name}." for left, reached in pairwise(path))
 
 
 def words(symbols: list[Symbol]) -> list[str]:
     """Every word that questions, rationales and answers use."""
-    return [symbol.name for symbol in symbols] + ["start", "at", "and", "follow", "read", "the", "table", "times"]
+    return [symbol.name for symbol in symbols] + [
+        "start",
+        "at",
+        "and",
+        "follow",
+        "read",
+        "the",
+        "table",
+        "times",
+        "follows",
+    ]
 
 
 def draw_page(page: Page) -> Image.Image:
