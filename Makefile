@@ -10,17 +10,17 @@ RUN ?= runs/demo
 .PHONY: demo test check gpu format
 .DEFAULT_GOAL := test
 
+# torch comes first, so that no other package chooses a build of its own.
 $(STAMP):
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
-	# The constrained torch first: it keeps other packages from choosing a build of their own.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-# Trains and compares; ABLATIONS=1 adds two ablations, SEED=1 another seed.
+# Trains and compares; ABLATIONS=1 adds three ablations, SEED=1 takes another seed.
 demo: $(STAMP)
 	$(BIN)/python train/demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
 

@@ -42,6 +42,17 @@ ABLATIONS: list[tuple[str, str, Mode]] = [
     ("latent, last state predicts `<eot>`", "end_token", "latent"),
 ]
 
+#: What is said when a part of the training begins.
+TITLES = {
+    "read": "Learning to read pages",
+    "explicit": "Learning to reason in words",
+    "": "From words to latent steps",
+    "single_pass": "For comparison: a single pass, as many contrastive steps, no rationale",
+    "no_curriculum": "Ablation: latent steps without a curriculum",
+    "no_adapter": "Ablation: the curriculum without an adapter",
+    "end_token": "Ablation: the last latent state predicts <eot>",
+}
+
 #: What is trained after reading, and which curves are drawn meanwhile.
 RUNS: list[tuple[str, dict[str, Mode]]] = [
     ("explicit", {"latent steps, then the rest in words": "explicit"}),
@@ -53,6 +64,11 @@ ABLATION_RUNS: list[tuple[str, dict[str, Mode]]] = [
     ("no_adapter", {"latent, no adapter": "latent"}),
     ("end_token", {"latent, last state predicts <eot>": "latent"}),
 ]
+
+
+def say(title: str) -> None:
+    """Print a heading."""
+    print(f"\n{title}", flush=True)  # noqa: T201
 
 
 def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArguments:
@@ -109,8 +125,10 @@ def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict
     """Train every system; returns recall curves by name."""
     watched = HopsTask(out / "data", limit=128)
     curves: dict[str, list[tuple[int, float]]] = {}
+    say(TITLES["read"])
     train(settings("read", out, seed, num_hops))
     for name, modes in RUNS + (ABLATION_RUNS if with_ablations else []):
+        say(TITLES[name])
         if name == "no_adapter":
             without_adapter(out / "explicit", out / "no_adapter_explicit")
         args = settings(name, out, seed, num_hops)
@@ -223,6 +241,7 @@ def main() -> None:
     }
     prepare(out, options.seed, sizes)
     curves = train_all(out, options.seed, options.num_hops, options.ablations)
+    say("Comparing on held-out pages")
     results = compare(out, SYSTEMS + (ABLATIONS if options.ablations else []))
     draw_all(out, curves, options.num_hops)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from plume_eval.report import markdown_header, markdown_table
 
 #: What differs between runs; the rest of the header must be equal.
-_VARYING = ("command", "minutes", "task", "model")
+_VARYING = ("command", "commit", "minutes", "task", "model")
 
 
 def join(folders: list[Path]) -> tuple[dict, dict[str, list[dict]]]:
@@ -69,8 +69,10 @@ def main() -> None:
     parts = ["# Demo", markdown_header({"commands": "; ".join(f"`{command}`" for command in commands), **common})]
     for task, reports in by_task.items():
         seeds = ", ".join(report["header"]["task"].rsplit("seed ", 1)[1] for report in reports)
-        minutes = ", ".join(str(report["header"]["minutes"]) for report in reports)
-        parts += [f"## {task}", f"Seeds {seeds}; minutes {minutes}.", task_table(reports)]
+        minutes, commits = (
+            ", ".join(str(report["header"][key]) for report in reports) for key in ("minutes", "commit")
+        )
+        parts += [f"## {task}", f"Seeds {seeds}; minutes {minutes}; commits {commits}.", task_table(reports)]
     parts.append(
         "Latency is the median wall time from tensors to embeddings, as a ratio to the single pass of the same run "
         "(median over seeds). recall@1 is over all symbols; intervals and milliseconds are in the JSON file."

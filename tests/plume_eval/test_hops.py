@@ -29,7 +29,7 @@ def test_a_path_follows_the_table():
     assert len(path) == 5
     assert all(table[a] == b for a, b in itertools.pairwise(path))
     assert set(table) == set(symbols)
-    sentences = [f"{b.name} follows {a.name}." for a, b in zip(path, path[1:], strict=False)]
+    sentences = [f"{b.name} follows {a.name}." for a, b in itertools.pairwise(path)]
     assert rationale(path) == " ".join(sentences)
     assert question(path[0], 4) == f"start at {symbols[3].name} and follow the table 4 times"
 
