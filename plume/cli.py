@@ -64,6 +64,7 @@ def encode(
             )
     except (InputError, ValueError, OSError) as error:
         _stop(_named(str(error), names))
+    refused_by_model = sum(str(one.message).count("\n") for one in caught if "were skipped" in str(one.message))
     good = [row for row in range(len(names)) if vectors[row, 0] == vectors[row, 0]]  # NaN marks a skipped row
     refused += [
         line
@@ -71,6 +72,8 @@ def encode(
         if "inputs were skipped" in str(one.message)
         for line in str(one.message).splitlines()[1:]
     ]
+    if len(good) + refused_by_model != len(names):
+        _stop(f"{model} gave NaN for {len(names) - refused_by_model - len(good)} inputs; its weights are broken")
     _write(out, [names[row] for row in good], vectors[good])
     typer.echo(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
     for line in refused:

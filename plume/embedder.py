@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 import plume.model  # noqa: F401  # registers the model, so that the folder opens
 from plume import checkpoint
 from plume.config import PlumeConfig
-from plume.inputs import InputError, Item
+from plume.inputs import InputError, Item, check_text
 
 # Inputs are loaded and embedded in windows of this many batches, so that a folder of photos need not fit into
 # memory, while inputs of like length still meet in a batch.
@@ -106,62 +106,54 @@ class Plume(SentenceTransformer):
         raws: Sequence[Any] = [inputs] if single else list(inputs)
         show = len(raws) > batch_size if show_progress_bar is None else show_progress_bar
 
+        if instruction:
+            check_text(instruction, "the instruction")
+        kept: list[int] = []
         rows: list[torch.Tensor] = []
         skipped: list[str] = []
         window = _BATCHES_PER_WINDOW * batch_size
         with tqdm(total=len(raws), desc="Encoding", unit="input", disable=not show) as bar:
             for start in range(0, len(raws), window):
-                items = self._load(raws, start, start + window, instruction, on_error, skipped)
-                messages = [item.messages() for item in items if item is not None]
-                vectors = super().encode(
-                    messages, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True, **kwargs
-                )
-                rows.append(_with_gaps(vectors, items, self.get_embedding_dimension()))
-                if convert_to_numpy and not convert_to_tensor:
-                    rows[-1] = rows[-1].cpu()
-                bar.update(len(items))
+                stop = min(start + window, len(raws))
+                items = self._load(raws, range(start, stop), instruction, None if on_error == "raise" else skipped)
+                if items:
+                    messages = [item.messages() for item in items.values()]
+                    vectors = super().encode(
+                        messages, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True, **kwargs
+                    )
+                    rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
+                    kept += items
+                bar.update(stop - start)
         if skipped:
             warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=2)
-        return _convert(rows, single, precision, convert_to_tensor, convert_to_numpy)
+        whole = torch.cat(rows) if rows else torch.empty(0, self.get_embedding_dimension() or 0)
+        if skipped:
+            gaps = torch.full((len(raws), whole.shape[1]), torch.nan, device=whole.device)
+            gaps[kept] = whole
+            whole = gaps
+        return _convert(whole, single, precision, convert_to_tensor, convert_to_numpy)
 
     def _load(
-        self,
-        raws: Sequence[Any],
-        start: int,
-        stop: int,
-        instruction: str | None,
-        on_error: str,
-        skipped: list[str],
-    ) -> list[Item | None]:
-        items: list[Item | None] = []
-        for index, raw in enumerate(raws[start:stop], start=start):
+        self, raws: Sequence[Any], places: range, instruction: str | None, skipped: list[str] | None
+    ) -> dict[int, Item]:
+        """The inputs at these places, checked; bad ones are raised, or described in `skipped`."""
+        items = {}
+        for index in places:
             try:
-                item = Item.parse(raw, f"input {index}")
-                items.append(item.instructed(instruction))
+                item = Item.parse(raws[index], f"input {index}").instructed(instruction)
+                self[0].processor.check_length(item, f"input {index}")  # type: ignore[operator,union-attr]
+                items[index] = item
             except InputError as error:
-                if on_error == "raise":
+                if skipped is None:
                     raise
                 skipped.append(str(error))
-                items.append(None)
         return items
 
 
-def _with_gaps(vectors: torch.Tensor, items: Sequence[Item | None], dimension: int | None) -> torch.Tensor:
-    """The vectors of a window with a row of NaN for every input that was skipped."""
-    if None not in items:
-        return vectors
-    width = vectors.shape[-1] if len(vectors) else dimension
-    whole = torch.full((len(items), width or 0), torch.nan, device=vectors.device)
-    if len(vectors):
-        whole[[index for index, item in enumerate(items) if item is not None]] = vectors
-    return whole
-
-
 def _convert(
-    rows: list[torch.Tensor], single: bool, precision: Any, as_tensor: bool, as_numpy: bool
+    whole: Any, single: bool, precision: Any, as_tensor: bool, as_numpy: bool
 ) -> torch.Tensor | np.ndarray | list[torch.Tensor]:
-    whole: Any = torch.cat(rows) if rows else torch.empty(0)
-    if precision != "float32":
+    if precision != "float32" and len(whole):
         whole = quantize_embeddings(whole, precision=precision)
     if as_tensor:
         whole = torch.as_tensor(whole)

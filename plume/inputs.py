@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from plume.tokens import RESERVED
@@ -96,6 +97,10 @@ def check_text(text: str, name: str) -> None:
     Raises:
         InputError: names the token.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: the text is not valid Unicode ({error.reason}); clean it") from None
     for token in RESERVED:
         if token in text:
             raise InputError(f"{name}: the text holds {token!r}, a token that plume places itself; remove it")
@@ -113,13 +118,38 @@ def load_image(image: Image.Image | str | os.PathLike, name: str = "the input") 
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         _check_size(opened, f"{name}: {source}")
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return _as_rgb(ImageOps.exif_transpose(opened), f"{name}: {source}")
     except FileNotFoundError:
         raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: {source} is too large to decode safely; scale it down") from None
-    except (OSError, SyntaxError) as error:
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, AssertionError) as error:
         raise InputError(f"{name}: {source} cannot be read as an image ({error}); replace the file") from error
+
+
+def check_image_file(path: Path, name: str) -> None:
+    """Refuse a file that is no image, or too large, from its header alone.
+
+    Raises:
+        InputError: as `load_image`; what is broken behind the header shows only when it is decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_size(image, f"{name}: {path}")
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: {path} cannot be read as an image ({error}); replace the file") from None
+
+
+def _as_rgb(image: Image.Image, source: str) -> Image.Image:
+    if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to 8
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(f"{source} has 32 bits per pixel, whose range is not known; save it with 8 bits")
+    return image.convert("RGB")
 
 
 def _check_size(image: Image.Image, source: str) -> None:

@@ -69,12 +69,12 @@ def balance_loss(gates: Tensor, num_latent_steps: Tensor) -> Tensor:
         0.0
     """
     gates = _exact(gates)
-    num_gates = num_latent_steps.sum().clamp(min=1).to(gates.dtype)
+    num_gates = num_latent_steps.sum().to(gates.dtype)
     total = gates.sum(dim=(0, 1))  # [E]
     if _is_distributed():
         total = torch.stack(list(all_gather(total))).sum(dim=0)
         dist.all_reduce(num_gates)
-    return (total / num_gates - 1 / gates.shape[-1]).square().mean()
+    return (total / num_gates.clamp(min=1) - 1 / gates.shape[-1]).square().mean()
 
 
 def info_nce(

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from plume import prompt
 from plume.config import PlumeConfig
-from plume.inputs import Item
+from plume.inputs import InputError, Item
 from plume.tokens import IMAGE
 
 #: Pixels per image of the published evaluation: at least one visual token, at most 3,009.
@@ -106,6 +106,21 @@ class PlumeProcessor(ProcessorMixin):
     def encode(self, items: Sequence[Item]) -> BatchFeature:
         """Tensors of some inputs: `write` and `see`, then `__call__`."""
         return self(text=self.write(items), images=[image for item in items for image in item.images])
+
+    def check_length(self, item: Item, name: str) -> None:
+        """Refuse an input that is longer than the model takes.
+
+        Raises:
+            InputError: names the input and its length.
+        """
+        per_image = self.image_processor.size["longest_edge"] // (14 * self.image_processor.merge_size) ** 2
+        written = self.write([item])[0]
+        # No token is shorter than a byte, so most inputs need not be tokenised to know.
+        if len(written.encode()) + per_image * len(item.images) > self.tokenizer.model_max_length:
+            try:
+                self.encode([item])
+            except ValueError as error:
+                raise InputError(f"{name}: {str(error).removeprefix('row 0 of the batch ')}") from None
 
     def suffix_ids(self, text: str) -> list[int]:
         """Token ids of a suffix, tokenised as a whole."""

@@ -110,8 +110,9 @@ class MixtureOfExperts(TransitionAdapter):
         step_embedding = self.step_embed.weight[step].expand_as(state)  # [B, D]
         features = torch.cat([state, step_embedding], dim=-1)  # [B, 2D]
         exact = torch.promote_types(features.dtype, torch.float32)
-        logits = F.linear(features.to(exact), self.router.weight.to(exact), self.router.bias.to(exact))
-        return logits.softmax(dim=-1)
+        with torch.autocast(state.device.type, enabled=False):
+            logits = F.linear(features.to(exact), self.router.weight.to(exact), self.router.bias.to(exact))
+            return logits.softmax(dim=-1)
 
     def forward(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         gates = self.route(state, step, context)  # [B, E]

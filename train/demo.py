@@ -76,7 +76,7 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
     args = arguments_from(CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"))
     moved = {key: getattr(args, key).replace("runs/demo", str(out)) for key in ("model", "train_file", "output_dir")}
     stages = {}
-    if args.stage_ratios is not None and len(args.stage_ratios) > 1:
+    if args.stage_ratios is not None and 1 < len(args.stage_ratios) != num_hops:
         last = 0.36
         stages = {
             "stage_ratios": [(hop + 1) / num_hops for hop in range(num_hops)],
@@ -256,9 +256,10 @@ def main() -> None:
     (out / "results.md").write_text(written, encoding="utf-8")
     print(f"\n{table(results)}\n")  # noqa: T201
     print(f"Results and pictures are in {out}: results.md, training.png, inside.png, search.png")  # noqa: T201
-    question = "start at red-disc and follow the table 4 times"
-    asked = f'--text "{question}" {out}/data/images/pages/004000.png'
-    print(f"Try next: .venv/bin/plume encode {asked} --model {out}/latent --out vectors.npz")  # noqa: T201
+    first = HopsTask(out / "data", limit=1)
+    page, asked = first.rows[0]["qry"]["image"][0], first.queries()[0].text
+    command = f'.venv/bin/plume encode {out}/data/{page} --instruction "{asked}" --model {out}/latent'
+    print(f"Try next: {command} --out vectors.npz")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def run(
     from plume import PlumeModel
     from plume_eval.hops.run import HopsTask, evaluate
 
+    if mode == "single_pass" and num_latent_steps:
+        raise typer.Exit(_fail(ValueError("--num-latent-steps has no effect on a single pass; drop it")))
     try:
         loaded = PlumeModel.from_pretrained(model).eval()
         result = evaluate(

@@ -23,6 +23,8 @@ def ranks(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
         [2, 3]
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
+    if not np.isfinite(scores).all():
+        raise ValueError("some similarities are not finite; the model gave NaN for some input")
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     return (scores >= own).sum(axis=1)
 

@@ -74,6 +74,17 @@ def test_bad_inputs_are_named_and_do_not_cost_the_others(plume):
         assert plume.encode([""], on_error="skip").shape == (1, 64)
 
 
+def test_an_input_that_is_too_long_is_named_and_does_not_cost_the_others(plume):
+    inputs = ["red", "z " * 5000, "blue"]
+    with pytest.raises(InputError, match=r"input 1: has 500\d tokens, the model takes 4096"):
+        plume.encode(inputs)
+    with pytest.warns(UserWarning, match="input 1"):
+        vectors = plume.encode(inputs, on_error="skip", truncate_dim=16, batch_size=1)
+    assert np.isnan(vectors).any(axis=1).tolist() == [False, True, False]
+    with pytest.raises(InputError, match="the instruction: the text holds '<bot>'"):
+        plume.encode(inputs, instruction="<bot>", on_error="skip")
+
+
 def test_windows_keep_order_and_values(plume, monkeypatch):
     inputs = [f"kite {number}" for number in range(23)]
     whole = plume.encode(inputs)
@@ -89,7 +100,7 @@ def test_what_sentence_transformers_offers_still_works(plume):
     assert plume.encode(["red", "blue"], precision="ubinary").shape == (2, 8)
     assert np.allclose(plume.encode_query(["red"]), plume.encode(["red"]))
     assert plume.get_embedding_dimension() == 64
-    assert plume.encode([]).shape == (0,)
+    assert plume.encode([]).shape == (0, 64)
 
 
 def test_every_door_gives_the_same_embedding_to_the_bit(plume, plume_folder, model, tmp_path):

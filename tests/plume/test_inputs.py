@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -53,6 +54,7 @@ BAD_INPUTS = {
     "text of a wrong type": ({"text": 3}, 'input 7: "text" is a int; expected a string'),
     "image of a wrong type": ({"image": 3}, 'input 7: "image" is a int'),
     "image in a list of a wrong type": ({"image": [3]}, "input 7: an image is a int"),
+    "broken Unicode": ("a\ud800b", "input 7: the text is not valid Unicode"),
     "own token": ("a <gen_emb> b", "input 7: the text holds '<gen_emb>', a token that plume places itself"),
 }
 
@@ -86,6 +88,22 @@ def test_images_become_upright_rgb(tmp_path):
     (image,) = Item.parse(Path(tmp_path / "turned.png")).images
     assert image.mode == "RGB"
     assert image.size == (40, 20)
+
+
+def test_sixteen_bits_keep_their_shades_and_unknown_ranges_are_refused():
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[None].repeat(4, axis=0)
+    (image,) = Item.parse(Image.fromarray(ramp)).images
+    assert len(set(image.getdata(0))) == 256
+    with pytest.raises(InputError, match="32 bits per pixel"):
+        Item.parse(Image.new("F", (28, 28)))
+
+
+def test_a_closed_image_is_refused(tmp_path):
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(InputError, match="input 2"):
+        Item.parse(image, "input 2")
 
 
 def test_an_instruction_of_the_call_yields_to_the_inputs_own():

@@ -79,6 +79,14 @@ def test_uniform_gates_over_all_experts_give_their_mean():
     assert torch.allclose(adapter(state, 0, None)[0], state + mean)
 
 
+def test_the_router_is_exact_under_autocast():
+    adapter = build_adapter(config()).eval()
+    state = torch.randn(3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = adapter(state, 0, state)[1]
+    assert torch.equal(gates, adapter.route(state, 0, state))
+
+
 def test_the_router_is_exact_in_bfloat16_models():
     adapter = build_adapter(config()).bfloat16().eval()
     state = torch.randn(3, 12, dtype=torch.bfloat16)

@@ -14,6 +14,11 @@ def test_ranks_count_ties_against_the_label():
     assert ranks(SCORES, [0, 1, 2]).tolist() == [1, 2, 2]
 
 
+def test_scores_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="gave NaN"):
+        ranks([[np.nan, 0.1]], [0])
+
+
 def test_recall_and_reciprocal_rank_are_means_over_queries():
     rank = np.array([1, 2, 4])
     assert recall_at_1(rank).mean == pytest.approx(1 / 3)

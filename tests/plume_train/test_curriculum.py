@@ -9,7 +9,7 @@ import pytest
 from plume import PlumeConfig
 from plume_train.curriculum import DIRECT, PAPER, PUBLISHED, Curriculum, Stage
 from plume_train.segment import segments, sentences
-from plume_train.target import UnclosedAnswer, parse_written, write_target
+from plume_train.target import UnclosedTag, parse_written, write_target
 
 TEXTS = [
     "",
@@ -110,8 +110,10 @@ def test_an_empty_rationale_still_takes_the_latent_steps_of_its_stage():
 def test_written_turns_are_taken_apart():
     assert parse_written("<THINK> why \n so </think><answer> this </answer>") == ("why \n so", "this")
     assert parse_written("no tags") == ("", "")
+    with pytest.raises(UnclosedTag, match="<think> is not closed"):
+        parse_written("<think>why")
     unclosed = "<think>why</think><answer>A cat.\n<gen_emb>"
-    with pytest.raises(UnclosedAnswer):
+    with pytest.raises(UnclosedTag):
         parse_written(unclosed)
     assert parse_written(unclosed, accept_unclosed=True) == ("why", "A cat.\n<gen_emb>")
 

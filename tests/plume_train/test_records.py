@@ -76,6 +76,18 @@ BAD = {
     "no conversations": (row(pos={"text": "x"}), "has no list 'conversations'"),
     "unknown role": (row(pos={"conversations": [{"from": "cat", "value": "x"}]}), "role 'cat'"),
     "a video": (row(pos={**SIDE, "video": ["a.png"]}), "video, which is not supported yet"),
+    "image of a wrong type": (row(qry={**SIDE, "image": 5}), "'image' of 'qry' is 5; expected a path"),
+    "file that is no image": (row(qry={**SIDE, "image": ["pairs.jsonl"]}), "cannot be read as an image"),
+    "video tag": (row(pos={"conversations": [{"from": "human", "value": "<video>x"}]}), "holds <video>"),
+    "read-out in the rationale": (
+        row(
+            qry={
+                **SIDE,
+                "conversations": [SIDE["conversations"][0], {"from": "gpt", "value": "<think>a<gen_emb></think>"}],
+            }
+        ),
+        "the rationale of 'qry': the text holds '<gen_emb>'",
+    ),
     "no object": ("[1]", "a list; expected an object"),
     "broken JSON": ('{"qry": ', "not a JSON object"),
 }
@@ -101,6 +113,14 @@ def test_unclosed_answers_and_missing_targets_are_read_where_that_is_asked_for(f
     (record,) = Records(file, row_format=row_format)
     assert record.target is None
     assert record.query.answer == "b\n<gen_emb>"
+
+
+def test_a_line_that_is_not_utf8_is_a_bad_row_like_others(folder):
+    file = write(folder, row())
+    file.write_bytes(file.read_bytes() + b"\n\xff\xfe\n")
+    with pytest.raises(RowError, match=r"pairs\.jsonl:2: not UTF-8"):
+        Records(file)
+    assert len(Records(file, on_bad_row="skip")) == 1
 
 
 def test_a_file_without_a_usable_row_is_an_error(folder):

@@ -139,6 +139,21 @@ def test_an_unknown_key_of_a_yaml_file_is_named_with_a_hint(tmp_path):
         parse_arguments(["--config", str(tmp_path / "bad.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("on_bad_row: raise", "on_bad_row must be one of 'error', 'skip'; received 'raise'"),
+        ("last_state_predicts: next-word", "last_state_predicts must be one of"),
+        ("curriculum: papr", "curriculum must be one of 'paper'"),
+        ("balance_weight: 1e-1", "balance_weight must be a number; received '1e-1'"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused(tmp_path, setting, message):
+    (tmp_path / "bad.yaml").write_text(f"{setting}\nmodel: a\ntrain_file: b\noutput_dir: {tmp_path}\n")
+    with pytest.raises(ValueError, match=message):
+        arguments_from(tmp_path / "bad.yaml", use_cpu=True)
+
+
 def test_flags_win_over_the_yaml_file(tmp_path, start, hops_folder):
     (tmp_path / "base.yaml").write_text("temperature: 0.1\nnum_segments: 3\n")
     (tmp_path / "run.yaml").write_text(

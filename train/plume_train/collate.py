@@ -73,18 +73,19 @@ class PairCollator:
     def __call__(self, rows: Sequence[tuple[Record, int]]) -> Batch:
         stages = [self.curriculum.stages[stage] for _, stage in rows]
         queries = [record.query for record, _ in rows]
-        batch: Batch = {"query": self._side(queries, stages), "query_keys": _keys(queries)}
+        wheres = [record.where for record, _ in rows]
+        batch: Batch = {"query": self._side(queries, stages, wheres), "query_keys": _keys(queries)}
         targets = [record.target for record, _ in rows if record.target is not None]
         if len(targets) == len(rows):
-            batch |= {"target": self._side(targets, stages), "target_keys": _keys(targets)}
+            batch |= {"target": self._side(targets, stages, wheres), "target_keys": _keys(targets)}
         elif targets:
             without = next(record for record, _ in rows if record.target is None)
             raise ValueError(f"{without.where} has no target while other rows of its task have; give it a dataset_name")
         return batch
 
-    def _side(self, sides: Sequence[Side], stages: Sequence[Stage]) -> dict[str, Tensor]:
+    def _side(self, sides: Sequence[Side], stages: Sequence[Stage], wheres: Sequence[str]) -> dict[str, Tensor]:
         texts = self.processor.write([Item(side.text, side.images) for side in sides])  # type: ignore[arg-type]
-        vision = self._see([path for side in sides for path in side.images])
+        vision = self._see([(path, where) for side, where in zip(sides, wheres, strict=True) for path in side.images])
         targets = [
             write_target(self.config, self.curriculum, stage, side.rationale, side.answer)
             for side, stage in zip(sides, stages, strict=True)
@@ -108,14 +109,14 @@ class PairCollator:
             labels[:, 0] = torch.where(word == self.config.read_out_token_id, -100, word)
         return labels
 
-    def _see(self, paths: Sequence[Path]) -> dict[str, Tensor]:
-        seen = [self._see_one(path) for path in paths]
+    def _see(self, images: Sequence[tuple[Path, str]]) -> dict[str, Tensor]:
+        seen = [self._see_one(path, where) for path, where in images]
         return {key: torch.cat([one[key] for one in seen]) for key in seen[0]} if seen else {}
 
-    def _see_one(self, path: Path) -> dict[str, Tensor]:
+    def _see_one(self, path: Path, where: str) -> dict[str, Tensor]:
         if path in self._seen:
             return self._seen[path]
-        vision = self.processor.see([load_image(path, str(path))])
+        vision = self.processor.see([load_image(path, where)])
         if len(self._seen) < self.num_cached_images:
             self._seen[path] = vision
         return vision

@@ -9,7 +9,7 @@ import difflib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -99,6 +99,15 @@ class PlumeTrainingArguments(TrainingArguments):
                 f"stage_ratios has {len(self.stage_ratios)} entries and stage_shares {len(self.stage_shares)}; "
                 "expected one each per stage"
             )
+        for name, hint in get_type_hints(PlumeTrainingArguments).items():
+            if name not in PlumeTrainingArguments.__annotations__:
+                continue
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                listed = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{name} must be one of {listed}; received {value!r}")
+            if hint in (int, float) and not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number; received {value!r} (YAML reads 1e-1 as text, 1.0e-1 not)")
         for name in ("model", "train_file"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from plume.inputs import InputError, check_text
-from plume.tokens import ANCHOR
-from plume_train.target import UnclosedAnswer, parse_written
+from plume.inputs import InputError, check_image_file, check_text
+from plume.tokens import ANCHOR, READ_OUT
+from plume_train.target import UnclosedTag, parse_written
 
 _TASK_NAMES = ("dataset_name", "dataset", "subset", "source", "task_name")
 _MEDIA_TAG = re.compile(r"<(image|video)>\n?")
@@ -101,7 +101,11 @@ class RecordFormat:
             raise RowError(f"{where}: {name!r} holds a video, which is not supported yet; drop the row")
         asked, written = _turns(turns, name, where)
         images = side.get("image") or side.get("images") or []
-        images = [images] if isinstance(images, str) else list(images)
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+            raise RowError(f"{where}: 'image' of {name!r} is {images!r}; expected a path or a list of paths")
+        if "<video>" in asked:
+            raise RowError(f"{where}: {name!r} holds <video>, which is not supported yet; drop the row")
         if (tags := asked.count(_IMAGE_TAG)) != len(images):
             raise RowError(
                 f"{where}: {name!r} has {len(images)} images but its text holds {tags} {_IMAGE_TAG}; expected one each"
@@ -110,13 +114,12 @@ class RecordFormat:
         try:
             check_text(text, f"{where}: {name!r}")
             rationale, answer = parse_written(written, self.unclosed_answer == "accept")
+            check_text(rationale, f"{where}: the rationale of {name!r}")
+            check_text(answer.replace(READ_OUT, ""), f"{where}: the answer of {name!r}")
         except InputError as error:
             raise RowError(str(error)) from None
-        except UnclosedAnswer as error:
-            raise RowError(
-                f"{where}: {name!r}: {error}; close it, or set unclosed_answer=accept to keep all that follows, as "
-                "the published data need"
-            ) from None
+        except UnclosedTag as error:
+            raise RowError(f"{where}: {name!r}: {error}") from None
         if not text and not images:
             raise RowError(f"{where}: {name!r} has neither text nor image; add one or drop the row")
         return Side(text, tuple(self._find(path, name, where) for path in images), rationale, answer)
@@ -125,6 +128,10 @@ class RecordFormat:
         found = self.media_root / path
         if not found.is_file():
             raise RowError(f"{where}: {name!r} names {path}, but there is no file {found}; set media_root or drop it")
+        try:
+            check_image_file(found, f"{where}: {name!r}")
+        except InputError as error:
+            raise RowError(str(error)) from None
         return found
 
 
@@ -190,7 +197,7 @@ class Records:
         self._places: list[tuple[int, int]] = []  # byte offset and line number
         for offset, number, line in self._lines(show_progress):
             try:
-                record = self.format.parse(line, f"{self.file.name}:{number}")
+                record = self.format.parse(_decode(line, self.file.name, number), f"{self.file.name}:{number}")
             except RowError as error:
                 if on_bad_row == "error":
                     raise
@@ -210,7 +217,7 @@ class Records:
             file.seek(offset)
             return self.format.parse(file.readline().decode("utf-8"), f"{self.file.name}:{number}")
 
-    def _lines(self, show_progress: bool) -> Iterator[tuple[int, int, str]]:
+    def _lines(self, show_progress: bool) -> Iterator[tuple[int, int, bytes]]:
         size = self.file.stat().st_size
         with (
             self.file.open("rb") as file,
@@ -225,13 +232,13 @@ class Records:
             offset = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield offset, number, _decode(line, f"{self.file.name}:{number}")
+                    yield offset, number, line
                 offset += len(line)
                 bar.update(len(line))
 
 
-def _decode(line: bytes, where: str) -> str:
+def _decode(line: bytes, file: str, number: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+        raise RowError(f"{file}:{number}: not UTF-8 ({error}); save the file as UTF-8") from None

@@ -28,6 +28,11 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     Returns:
         The trained model; its `num_latent_steps` is that of the last stage.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which cannot share out a batch of images; start one "
+            "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
+        )
     set_seed(args.seed)
     records = load_records(args)
     curriculum = args.build_curriculum()

@@ -12,12 +12,13 @@ from plume_train.curriculum import Curriculum, Stage
 from plume_train.segment import segments
 
 _THINK = re.compile(r"<think>(.*?)</think>", re.IGNORECASE | re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 
-class UnclosedAnswer(ValueError):  # noqa: N818  # named for what it is
-    """An `<answer>` without `</answer>`."""
+class UnclosedTag(ValueError):  # noqa: N818  # named for what it is
+    """A `<think>` or an `<answer>` that is never closed."""
 
 
 def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
@@ -29,20 +30,25 @@ def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
             then holds their `<gen_emb>` too.
 
     Raises:
-        UnclosedAnswer: an open `<answer>`, unless accepted.
+        UnclosedTag: an open `<think>`, or an open `<answer>` unless that is accepted.
 
     Example:
         >>> parse_written("<think>It purrs.</think><answer>A cat.</answer>\n<gen_emb>")
         ('It purrs.', 'A cat.')
     """
     think = _THINK.search(text)
+    if think is None and _THINK_TAG.search(text):
+        raise UnclosedTag("<think> is not closed by </think>; close it or drop the row")
     rationale = think.group(1).strip() if think else ""
     if answer := _ANSWER.search(text):
         return rationale, answer.group(1).strip()
     if not _ANSWER_TAG.search(text):
         return rationale, ""
     if not accept_unclosed:
-        raise UnclosedAnswer("<answer> is not closed by </answer>")
+        raise UnclosedTag(
+            "<answer> is not closed by </answer>; close it, or set unclosed_answer=accept to keep all that follows, as "
+            "the published data need"
+        )
     return rationale, _ANSWER_TAG.sub("", _THINK.sub("", text)).strip()
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from plume.losses import balance_loss, in_batch_recall, info_nce, suffix_cross_entropy
-from plume.model import PlumeModel
+from plume.model import PlumeModel, PlumeOutput
 from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import Curriculum
@@ -57,6 +57,8 @@ class PlumeTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation must divide it
         self.curriculum = curriculum
+        self.adapter_routes = model.config.transition == "moe"
+        self.num_experts = model.config.num_experts
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self.add_callback(LogFile(args.output_folder / "log.jsonl"))
         if evaluate is not None and args.evaluate_every:
@@ -71,8 +73,8 @@ class PlumeTrainer(Trainer):
         for name, output in sides.items():
             side = inputs[name]
             parts[f"cross_entropy_{name}"] = suffix_cross_entropy(output.suffix_logits, side["labels"])
-            if output.gates is not None:
-                parts[f"balance_{name}"] = balance_loss(output.gates, side["num_latent_steps"])
+            if (gates := self._gates(output)) is not None:
+                parts[f"balance_{name}"] = balance_loss(gates, side["num_latent_steps"])
         if "target" in sides:
             query, target = sides["query"], sides["target"]
             keys = {name: inputs[name] for name in ("query_keys", "target_keys")}
@@ -87,6 +89,13 @@ class PlumeTrainer(Trainer):
         for name, value in parts.items():
             self._parts[name].append(value.detach())
         return (loss, sides) if return_outputs else loss
+
+    def _gates(self, output: PlumeOutput) -> Tensor | None:
+        if output.gates is None and self.adapter_routes and self.args.world_size > 1:
+            # Rows of other processes may take steps; all processes must meet in the same collectives.
+            assert output.embedding is not None
+            return output.embedding.new_zeros(len(output.embedding), 1, self.num_experts)
+        return output.gates
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each term since the last log, and the stage."""
