@@ -6,13 +6,17 @@ import sys
 def main() -> None:
     """Parse, train, exit."""
     from plume_train.config import parse_arguments
+    from plume_train.records import RowError
     from plume_train.run import train
 
     try:
         arguments = parse_arguments(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"plume-train: {error}")
-    train(arguments)
+    try:
+        train(arguments)
+    except (RowError, FileNotFoundError) as error:
+        sys.exit(f"plume-train: {error}")
 
 
 if __name__ == "__main__":
