@@ -1,8 +1,9 @@
 """Training rows: one JSON object per line, checked once, read again when needed.
 
 The format is that of UME-sft (`qry` and `pos`), so that published data can be used as they are. A data set is
-scanned at the start: every row is parsed and its images' headers are read, so that a bad row is named by file and
-line before a GPU is paid for; what is broken behind a header shows when the row is used. Only places in the file are kept in memory.
+scanned at the start: every row is parsed and the headers of its images are read, so that a bad row is named by file
+and line before a GPU is paid for; what is broken behind a header shows when the row is used. Only places in the file
+are kept in memory.
 """
 
 from __future__ import annotations
