@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from plume.config import PlumeConfig
-from plume.inputs import InputError, Item
+from plume.documents import Page, pages
+from plume.images import InputError
+from plume.inputs import Item
 from plume.model import PlumeModel, PlumeOutput
 from plume.processor import PlumeProcessor
 from plume.version import __version__
+from plume.video import Video
 
 if TYPE_CHECKING:
     from plume.embedder import Plume
@@ -24,12 +27,15 @@ AutoProcessor.register(PlumeConfig, PlumeProcessor, exist_ok=True)
 __all__ = [
     "InputError",
     "Item",
+    "Page",
     "Plume",
     "PlumeConfig",
     "PlumeModel",
     "PlumeOutput",
     "PlumeProcessor",
+    "Video",
     "__version__",
+    "pages",
 ]
 
 

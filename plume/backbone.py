@@ -4,6 +4,10 @@ A backbone gives three things: embeddings of a prefix with its vision features i
 that prefix, and a text model that reads a growing sequence through a key/value cache. Vision enters in the
 prefix alone, so the latent steps and the suffix need the text model only.
 
+A family is added here and nowhere else: its name in `SUPPORTED`, and where it differs in `embed_prefix`. Qwen3-VL will
+bring features for several layers of the prefix (deepstack), which travel in a field of `Segment` of their own that
+latent steps and suffix leave empty; its interleaved M-RoPE is the text model's own affair.
+
 Letters: B batch, L prefix length, n new positions, D hidden size, V vocabulary.
 """
 
@@ -129,6 +133,9 @@ def embed_prefix(
     mask: Tensor,
     pixel_values: Tensor | None = None,
     image_grid_thw: Tensor | None = None,
+    pixel_values_videos: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    second_per_grid_ts: Tensor | None = None,
 ) -> Segment:
     """The left-padded prefix with its vision features in place.
 
@@ -138,6 +145,9 @@ def embed_prefix(
         mask: True at real tokens, `[B, L]`.
         pixel_values: patches of all images of the batch, one after the other.
         image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
+        pixel_values_videos: patches of all videos of the batch.
+        video_grid_thw: patches of each video in time, height and width, `[videos, 3]`.
+        second_per_grid_ts: seconds per temporal patch of each video, `[videos]`; Qwen2.5-VL spaces positions by it.
     """
     config = backbone.config
     is_image, is_video = input_ids == config.image_token_id, input_ids == config.video_token_id
@@ -145,12 +155,18 @@ def embed_prefix(
     if pixel_values is not None:
         features = torch.cat(backbone.get_image_features(pixel_values, image_grid_thw).pooler_output)
         embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+    if pixel_values_videos is not None:
+        features = torch.cat(backbone.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
+        embeds = embeds.masked_scatter(is_video[..., None], features.to(embeds.dtype))
+    timing = {} if config.model_type == "qwen2_vl" else {"second_per_grid_ts": second_per_grid_ts}
     # The kind of each token is derived here, since not every processor of transformers 5 emits it.
     positions, _ = backbone.get_rope_index(
         input_ids,
         is_image.int() + 2 * is_video.int(),
         image_grid_thw=image_grid_thw,
+        video_grid_thw=video_grid_thw,
         attention_mask=mask.long(),
+        **timing,
     )
     return Segment(embeds, mask, positions)
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from plume.card import write_model_card
 from plume.config import PlumeConfig
 from plume.version import __version__
 
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
 RUN_TIME_KEYWORDS = ("num_latent_steps",)
+
+#: Instructions for common tasks, by `prompt_name`. The model reads them before the input's text.
+PRESETS = {
+    "retrieve": "Find content that matches the given input:",
+    "classify": "Represent the given input for classification:",
+    "question": "Represent the given input with the following question:",
+}
 
 
 def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
@@ -57,7 +69,7 @@ def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
     The embedding is the model's own output `embedding`; nothing is pooled or normalised again.
     """
     output = {"method": "forward", "method_output_name": "embedding"}
-    modalities: dict[str, dict] = {name: dict(output) for name in ("text", "image", "message")}
+    modalities: dict[str, dict] = {name: dict(output) for name in ("text", "image", "video", "message")}
     modalities["message"]["format"] = "structured"
     files = {
         "modules.json": [
@@ -82,10 +94,41 @@ def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "__version__": {"plume-embed": __version__},
-            "prompts": {},
+            "prompts": PRESETS,
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
     }
     for name, content in files.items():
         (Path(folder) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def push(
+    model: PreTrainedModel,
+    repo_id: str,
+    private: bool | None,
+    commit_message: str,
+    revision: str | None,
+    create_pr: bool,
+    token: str | None,
+) -> str:
+    """Upload a saved model; see `PlumeModel.push_to_hub`."""
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        hub.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.rpartition("/")[2]
+        model.save_pretrained(folder)
+        if hub.file_exists(repo_id, "README.md", revision=revision):
+            (folder / "README.md").unlink()  # somebody's card
+        else:
+            write_model_card(model, folder, repo_id)  # type: ignore[arg-type]
+        uploaded = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return uploaded.commit_url

@@ -91,6 +91,25 @@ class PlumeConfig(PreTrainedConfig):
     read_out: str = f"\n{READ_OUT}"
     """Closes the suffix, unless the answer already holds `<gen_emb>`."""
 
+    blank_image_size: int | None = None
+    """Side in pixels of a white image put before every input without media; None puts none. The published
+    checkpoints need 56: they place a white image of 28 x 28, which their processor enlarges to four visual tokens."""
+
+    video_num_frames: int = 8
+    """Frames taken from a video, evenly, from the first to the last; all frames of a shorter one."""
+
+    video_fps: float | None = None
+    """Frames per second taken instead of a fixed number."""
+
+    video_max_frames: int = 64
+    """The most frames taken at `video_fps`; a longer video gives this many, evenly."""
+
+    video_min_pixels: int = 128 * 28 * 28
+    """Pixels of a frame at least; smaller frames are enlarged. The default of Qwen2-VL's video processor."""
+
+    video_max_pixels: int = 768 * 28 * 28
+    """Pixels of a frame at most; larger frames are reduced. The default of Qwen2-VL's video processor."""
+
     turn_end: str = "<|im_end|>\n"
     """Closes the assistant's turn in training; supervised, never fed at inference."""
 
@@ -160,9 +179,18 @@ class PlumeConfig(PreTrainedConfig):
             if (value := getattr(self, name)) not in choices:
                 listed = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} must be one of {listed}; received {value!r}")
-        for name in ("num_experts", "num_step_embeddings"):
+        for name in ("num_experts", "num_step_embeddings", "video_num_frames", "video_max_frames", "video_min_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; received {getattr(self, name)}")
+        if self.blank_image_size is not None and self.blank_image_size < 28:
+            raise ValueError(f"blank_image_size must be None or at least 28; received {self.blank_image_size}")
+        if self.video_fps is not None and self.video_fps <= 0:
+            raise ValueError(f"video_fps must be None or above 0; received {self.video_fps}")
+        if self.video_max_pixels < self.video_min_pixels:
+            raise ValueError(
+                f"video_max_pixels must be at least video_min_pixels={self.video_min_pixels}; "
+                f"received {self.video_max_pixels}"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k must lie in 1..num_experts={self.num_experts}; received {self.top_k}")
         if not 0 <= self.expert_dropout < 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +15,30 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
-import plume.model  # noqa: F401  # registers the model, so that the folder opens
-from plume import checkpoint
+from plume import card, checkpoint
+from plume.batches import plan_batches
 from plume.config import PlumeConfig
-from plume.inputs import InputError, Item, check_text
+from plume.documents import Page
+from plume.images import InputError
+from plume.inputs import Item, check_text, is_messages
+from plume.model import PlumeModel
+from plume.processor import PlumeProcessor
+from plume.trace import Trace
+from plume.video import Video
 
 # Inputs are loaded and embedded in windows of this many batches, so that a folder of photos need not fit into
 # memory, while inputs of like length still meet in a batch.
 _BATCHES_PER_WINDOW = 8
 
+LatentSteps = int | Mapping[Literal["query", "document"], int]
+"""K, or the K of queries and that of documents."""
+
 
 class Plume(SentenceTransformer):
-    """Embeds text, images and both together into one space of unit vectors.
+    """Embeds text, images, video, pages and mixtures of them into one space of unit vectors.
 
     Everything of `SentenceTransformer` works: `similarity`, `encode_query`, `truncate_dim`, quantised precision,
-    saving, `push_to_hub`.
+    several devices, saving, `push_to_hub`.
 
     Example:
         >>> plume = Plume(getfixture("plume_folder"), device="cpu")
@@ -38,35 +48,49 @@ class Plume(SentenceTransformer):
         (64,)
     """
 
-    def __init__(self, model_name_or_path: str | Path, **kwargs: Any):
+    def __init__(self, model_name_or_path: str | Path, *, num_latent_steps: LatentSteps | None = None, **kwargs: Any):
         """Open a checkpoint.
 
         Args:
             model_name_or_path: a folder or a Hub name.
+            num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
+                "query" and "document" gives `encode_query` and `encode_document` a K each.
             kwargs: as for `SentenceTransformer`, for example `device`, `model_kwargs`, `truncate_dim`.
 
         Raises:
-            ValueError: the checkpoint is not plume's.
+            ValueError: the checkpoint is not plume's, or cannot run this K.
         """
         hub = {k: kwargs[k] for k in ("revision", "token", "local_files_only") if k in kwargs}
         checkpoint.check_is_plume(model_name_or_path, **hub)
         super().__init__(str(model_name_or_path), **kwargs)
+        self._check_steps(num_latent_steps)
+        self.num_latent_steps = num_latent_steps
+
+    @property
+    def plume_model(self) -> PlumeModel:
+        """The model inside."""
+        transformer: Any = self[0]
+        return transformer.model
 
     @property
     def plume_config(self) -> PlumeConfig:
         """The configuration of the loaded checkpoint."""
-        transformer: Any = self[0]
-        return transformer.model.config
+        return self.plume_model.config
 
     def encode(  # type: ignore[override]
         self,
         inputs: Any,
-        *,
-        num_latent_steps: int | None = None,
-        instruction: str | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        *,
+        num_latent_steps: LatentSteps | None = None,
+        instruction: str | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_tokens_per_batch: int = 32_768,
+        task: Literal["query", "document"] | None = None,
+        output_value: Literal["sentence_embedding"] = "sentence_embedding",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
@@ -75,79 +99,168 @@ class Plume(SentenceTransformer):
         """Embed one input or a list that mixes kinds.
 
         Args:
-            inputs: each a string, a PIL image, a `pathlib.Path` to an image file, or a dict with "text", "image" (one
-                or a list) and "instruction".
-            num_latent_steps: K; 0 is a single pass; None is the checkpoint's own.
-            instruction: for every input that brings none of its own.
+            inputs: what `Item.parse` accepts: strings, PIL images, pages, `pathlib.Path`s to files, dicts, chat
+                messages; one of them or a list. A list of messages is one input.
+            prompt_name: one of the checkpoint's presets (`plume.prompts`): "retrieve", "classify", "question".
+            prompt: as `instruction`, by the name that sentence-transformers gives it.
+            batch_size: inputs per pass at most.
+            show_progress_bar: None shows it when there is more than one batch.
+            num_latent_steps: K; 0 is a single pass; None is that of the constructor, else the checkpoint's own.
+            instruction: for every input that brings none of its own; stands before its text.
             on_error: "raise" stops at the first input that cannot be embedded; "skip" warns, names it, and leaves
                 a row of NaN in its place.
-            batch_size: inputs per pass.
-            show_progress_bar: None shows it when there is more than one batch.
+            max_tokens_per_batch: visual and text tokens per pass, padding included, as far as they can be estimated.
+                Inputs of like length share a pass; which ones does not change their embeddings.
+            task: set by `encode_query` and `encode_document`.
+            output_value: only embeddings; `trace` returns what happened inside.
             convert_to_numpy: return a numpy array.
             convert_to_tensor: return a tensor instead.
             precision: quantised by sentence-transformers over all inputs of the call.
-            kwargs: as for `SentenceTransformer.encode`.
+            kwargs: as for `SentenceTransformer.encode`, for example `truncate_dim`, `device`, `pool`.
 
         Returns:
             Unit vectors `[N, D]`, float32, in the order of the inputs; `[D]` for a single input.
 
         Raises:
             InputError: an input that cannot be embedded, named by its place in the list.
-            ValueError: a K that the checkpoint cannot run.
+            ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip"; received {on_error!r}')
         if on_error == "skip" and precision != "float32":
             raise ValueError('on_error="skip" marks rows with NaN, which only precision="float32" can hold')
-        if num_latent_steps is not None:
-            self.plume_config.check_num_latent_steps(num_latent_steps)
-            kwargs["num_latent_steps"] = num_latent_steps
-        single = isinstance(inputs, (str, dict, Path, Image.Image, Item))
+        if output_value != "sentence_embedding":
+            raise ValueError(f"output_value={output_value!r} is not available; Plume.trace returns states and gates")
+        if batch_size < 1 or max_tokens_per_batch < 1:
+            raise ValueError("batch_size and max_tokens_per_batch must be at least 1")
+        steps = self._steps(num_latent_steps, task)
+        if steps is not None:
+            kwargs["num_latent_steps"] = steps
+        instruction = self._instruction(instruction, prompt, prompt_name)
+        single = _is_single(inputs)
         raws: Sequence[Any] = [inputs] if single else list(inputs)
         show = len(raws) > batch_size if show_progress_bar is None else show_progress_bar
 
-        if instruction:
-            check_text(instruction, "the instruction")
         kept: list[int] = []
         rows: list[torch.Tensor] = []
         skipped: list[str] = []
-        window = _BATCHES_PER_WINDOW * batch_size
-        with tqdm(total=len(raws), desc="Encoding", unit="input", disable=not show) as bar:
-            for start in range(0, len(raws), window):
-                stop = min(start + window, len(raws))
-                items = self._load(raws, range(start, stop), instruction, None if on_error == "raise" else skipped)
-                if items:
-                    messages = [item.messages() for item in items.values()]
+        with ExitStack() as stack:
+            if isinstance(kwargs.get("device"), list):
+                kwargs["pool"] = self.start_multi_process_pool(kwargs.pop("device"))
+                stack.callback(self.stop_multi_process_pool, kwargs["pool"])
+            num_processes = len(kwargs["pool"]["processes"]) if kwargs.get("pool") else 0
+            share = _BATCHES_PER_WINDOW * max(num_processes, 1)
+            limit = share * batch_size, share * max_tokens_per_batch
+            bar = stack.enter_context(tqdm(total=len(raws), desc="Encoding", unit="input", disable=not show))
+            for window in self._windows(raws, instruction, limit, None if on_error == "raise" else skipped):
+                places, items, lengths = zip(*window, strict=True)
+                batches = plan_batches(lengths, batch_size, max_tokens_per_batch)
+                if num_processes:  # workers cut a window into equal chunks themselves
+                    kwargs["chunk_size"] = min(max(max_tokens_per_batch // max(lengths), 1), batch_size)
+                    batches = [[i for batch in batches for i in batch]]
+                for batch in batches:
                     vectors = super().encode(
-                        messages, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True, **kwargs
+                        [items[i].messages() for i in batch],
+                        prompt="",  # the instruction is in the messages already
+                        batch_size=kwargs.get("chunk_size") or len(batch),
+                        show_progress_bar=False,
+                        convert_to_tensor=True,
+                        **kwargs,
                     )
                     rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
-                    kept += items
-                bar.update(stop - start)
+                    kept += [places[i] for i in batch]
+                    bar.update(len(batch))
+            bar.update(len(skipped))
         if skipped:
             warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=2)
         whole = torch.cat(rows) if rows else torch.empty(0, self.get_embedding_dimension() or 0)
-        if skipped:
-            gaps = torch.full((len(raws), whole.shape[1]), torch.nan, device=whole.device)
-            gaps[kept] = whole
-            whole = gaps
-        return _convert(whole, single, precision, convert_to_tensor, convert_to_numpy)
+        ordered = whole.new_full((len(raws), whole.shape[1]), torch.nan)
+        ordered[kept] = whole
+        return _convert(ordered, single, precision, convert_to_tensor, convert_to_numpy)
 
-    def _load(
-        self, raws: Sequence[Any], places: range, instruction: str | None, skipped: list[str] | None
-    ) -> dict[int, Item]:
-        """The inputs at these places, checked; bad ones are raised, or described in `skipped`."""
-        items = {}
-        for index in places:
+    def trace(
+        self, inputs: Any, *, num_latent_steps: int | None = None, candidates: Any = None, num_words: int = 5
+    ) -> list[Trace]:
+        """What happened inside the rollout of each input; see `PlumeModel.trace`.
+
+        Args:
+            inputs: one input or a list, as for `encode`.
+            num_latent_steps: K; None is the checkpoint's own.
+            candidates: inputs to compare every state with.
+            num_words: nearest vocabulary tokens per state.
+        """
+        singles = [inputs] if _is_single(inputs) else list(inputs)
+        return self.plume_model.trace(
+            singles, num_latent_steps=num_latent_steps, candidates=candidates, num_words=num_words
+        )
+
+    def _create_model_card(self, path: str, model_name: str | None = None, train_datasets: Any = None) -> None:
+        # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.
+        card.write_model_card(self.plume_model, path, model_name)
+
+    def _check_steps(self, steps: LatentSteps | None) -> None:
+        if isinstance(steps, Mapping):
+            if set(steps) != {"query", "document"}:
+                raise ValueError(f'num_latent_steps needs "query" and "document"; received {sorted(steps)}')
+            for one in steps.values():
+                self.plume_config.check_num_latent_steps(one)
+        elif steps is not None:
+            self.plume_config.check_num_latent_steps(steps)
+
+    def _steps(self, asked: LatentSteps | None, task: str | None) -> int | None:
+        """K of a call; None is the checkpoint's own."""
+        self._check_steps(asked)
+        steps = self.num_latent_steps if asked is None else asked
+        if not isinstance(steps, Mapping):
+            return steps
+        if task not in ("query", "document"):
+            raise ValueError(
+                "num_latent_steps differs for queries and documents; call encode_query or encode_document, "
+                "or give this call one number"
+            )
+        return steps[task]
+
+    def _instruction(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
+        if sum(one is not None for one in (instruction, prompt, prompt_name)) > 1:
+            raise ValueError("give one of instruction, prompt and prompt_name; they mean the same")
+        chosen = self._resolve_prompt(prompt, prompt_name) if instruction is None else instruction
+        if chosen:
+            check_text(chosen, "the instruction")
+        return chosen or ""
+
+    def _windows(
+        self, raws: Sequence[Any], instruction: str, limit: tuple[int, int], skipped: list[str] | None
+    ) -> Iterator[list[tuple[int, Item, int]]]:
+        """Place, item and number of tokens of the inputs, in portions of at most so many inputs or tokens.
+
+        Bad inputs are raised, or described in `skipped`.
+        """
+        processor: PlumeProcessor = self[0].processor  # type: ignore[assignment]
+        window: list[tuple[int, Item, int]] = []
+        tokens = 0
+        for index, raw in enumerate(raws):
             try:
-                item = Item.parse(raws[index], f"input {index}").instructed(instruction)
-                self[0].processor.check_length(item, f"input {index}")  # type: ignore[operator,union-attr]
-                items[index] = item
+                item = processor.parse(raw, f"input {index}").instructed(instruction)
+                processor.check_length(item, f"input {index}")
             except InputError as error:
                 if skipped is None:
                     raise
                 skipped.append(str(error))
-        return items
+                continue
+            length = processor.num_tokens(item)
+            if window and (len(window) == limit[0] or tokens + length > limit[1]):
+                yield window
+                window, tokens = [], 0
+            window.append((index, item, length))
+            tokens += length
+        if window:
+            yield window
+
+
+def _is_single(inputs: Any) -> bool:
+    """Whether this is one input rather than several."""
+    one = (str, Mapping, Path, Image.Image, Item, Page, Video)
+    return isinstance(inputs, one) or is_messages(inputs) or (isinstance(inputs, np.ndarray) and inputs.ndim in (3, 4))
 
 
 def _convert(

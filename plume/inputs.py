@@ -1,79 +1,131 @@
-"""What a user may pass as one input, checked and loaded: text, an image, or both with an instruction."""
+"""What a user may pass as one input, checked and loaded: text, images, video, pages, or any mixture of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from torch import Tensor
 
+from plume.documents import Page
+from plume.files import VIDEO_SUFFIXES, Kind, kind_of
+from plume.images import InputError, load_image
 from plume.tokens import RESERVED
+from plume.video import Sampling, Video, load_video
 
-#: Larger images are refused before a pixel is decoded: about a quarter of a gigabyte as RGB.
-MAX_IMAGE_PIXELS = 89_478_485
-#: The image processor of Qwen2-VL refuses longer shapes.
-MAX_ASPECT_RATIO = 200
+_ACCEPTED = (
+    'a string, a PIL image, a plume.Page, a pathlib.Path, chat messages, or a dict with "text", "image", "video" and '
+    '"instruction"'
+)
+_KEYS = ("text", "image", "video", "instruction", "fps", "max_frames")
 
-_ACCEPTED = 'a string, a PIL image, a pathlib.Path to an image, or a dict with "text", "image" and "instruction"'
+Part = str | Image.Image | Video
+"""A piece of an input, in the place where the model reads it."""
 
 
-class InputError(ValueError):
-    """An input that cannot be embedded; says which, what was expected and what to do."""
+@dataclass(frozen=True)
+class Budget:
+    """What media may cost.
+
+    pixels: the fewest and the most pixels of an image or a page; None leaves images as they are.
+    sampling: frames of a video.
+    """
+
+    pixels: tuple[int, int] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One input, loaded: RGB images in order, then text; either may be absent, not both."""
+    """One input, loaded: text, RGB images and video in the order in which the model reads them.
 
-    text: str
-    images: tuple[Image.Image, ...] = ()
+    content: strings, images and videos; in training, paths to images that are loaded later.
+    instruction: what to do with the input; stands before its first text.
+    """
+
+    content: tuple[Any, ...]
     instruction: str = ""
 
+    @property
+    def text(self) -> str:
+        """All its text."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """Its images, in order."""
+        return tuple(part for part in self.content if not isinstance(part, (str, Video)))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """Its videos, in order."""
+        return tuple(part for part in self.content if isinstance(part, Video))
+
+    @property
+    def modality(self) -> str:
+        """The kinds it holds, for example "image+text"."""
+        kinds = ("image",) * bool(self.images) + ("video",) * bool(self.videos) + ("text",) * bool(self.text)
+        return "+".join(kinds)
+
     @classmethod
-    def parse(cls, raw: Any, name: str = "the input") -> Item:
+    def parse(cls, raw: Any, name: str = "the input", budget: Budget | None = None) -> Item:
         """Check and load what a user passed.
 
         Args:
-            raw: a string (always text, never a path), a PIL image, a `pathlib.Path` to an image file, or a dict
-                with any of "text", "image" (one or a list) and "instruction".
+            raw: one of
+
+                - a string: always text, never a path;
+                - a PIL image; a `Page` of a document;
+                - a `pathlib.Path` to an image, a video, or a text file (an animated GIF is a video);
+                - a dict with any of "text", "image" and "video" (each one or a list) and "instruction"; media stand
+                  before text, whatever the order of the keys. "fps" and "max_frames" sample its videos;
+                - chat messages: a message with "role" and "content", or a list of them, with parts such as
+                  `{"type": "image", "image": ...}` in any order. System messages are instructions.
+
+                An image is a PIL image, a path, a URL, a data URI or an array; a video is a file, or its frames.
             name: how errors call the input, for example "input 3".
+            budget: what media may cost; larger ones are reduced as they are loaded.
 
         Raises:
             InputError: an unsupported type, an empty input, unknown keys, a file that is missing, unreadable or
                 too large, or text that holds one of the model's own tokens.
 
         Example:
-            >>> Item.parse({"text": "a red kite", "instruction": "Find the bird:"}).messages()[0]
-            {'role': 'system', 'content': 'Find the bird:'}
+            >>> item = Item.parse({"text": "a red kite", "instruction": "Find the bird:"})
+            >>> item.content, item.instruction
+            (('a red kite',), 'Find the bird:')
         """
         if isinstance(raw, Item):
             return raw
-        if isinstance(raw, str):
-            raw = {"text": raw}
-        elif isinstance(raw, (Image.Image, Path)):
-            raw = {"image": raw}
-        elif not isinstance(raw, Mapping):
+        budget = budget or Budget()
+        if is_messages(raw):
+            item = _from_messages([raw] if isinstance(raw, Mapping) else raw, name, budget)
+        elif isinstance(raw, Mapping):
+            item = _from_dict(raw, name, budget)
+        elif isinstance(raw, str):
+            item = cls((raw,))
+        elif isinstance(raw, Path):
+            item = cls((_load_path(raw, name, budget),))
+        elif isinstance(raw, Page):
+            item = cls((_load_image(raw, name, budget),))
+        elif isinstance(raw, Video):
+            item = cls((raw,))
+        elif isinstance(raw, (Image.Image, np.ndarray)) and not (isinstance(raw, np.ndarray) and raw.ndim == 4):
+            item = cls((_load_image(raw, name, budget),))
+        elif isinstance(raw, (np.ndarray, Tensor)):
+            item = cls((load_video(raw, budget.sampling, name),))
+        else:
             raise InputError(f"{name} is a {type(raw).__name__}; expected {_ACCEPTED}")
-
-        if unknown := set(raw) - {"text", "image", "instruction"}:
-            raise InputError(f'{name} has unknown keys {sorted(unknown)}; expected "text", "image", "instruction"')
-        text, instruction = raw.get("text") or "", raw.get("instruction") or ""
-        for key, value in (("text", text), ("instruction", instruction)):
-            if not isinstance(value, str):
-                raise InputError(f'{name}: "{key}" is a {type(value).__name__}; expected a string')
-            check_text(value, name)
-        media = raw.get("image")
-        media = [] if media is None else media
-        media = [media] if isinstance(media, (str, os.PathLike, Image.Image)) else media
-        if not isinstance(media, Sequence):
-            raise InputError(f'{name}: "image" is a {type(media).__name__}; expected an image, a path, or a list')
-        if not media and not text.strip():
-            raise InputError(f"{name} is empty; expected text that is not blank, or an image")
-        return cls(text, tuple(load_image(one, name) for one in media), instruction)
+        for text in (*(part for part in item.content if isinstance(part, str)), item.instruction):
+            check_text(text, name)
+        if not any(part.strip() if isinstance(part, str) else part for part in item.content):
+            raise InputError(f"{name} is empty; expected text that is not blank, an image, a page or a video")
+        return item
 
     def instructed(self, instruction: str | None) -> Item:
         """The same input with this instruction, unless it has one of its own."""
@@ -84,11 +136,16 @@ class Item:
 
     def messages(self) -> list[dict]:
         """The input as chat messages, as the processor's chat template reads them."""
-        content: list[dict] = [{"type": "image", "image": image} for image in self.images]
-        if self.text:
-            content.append({"type": "text", "text": self.text})
+        content = [{"type": _type_of(part), _type_of(part): part} for part in self.content if part != ""]
         system = [{"role": "system", "content": self.instruction}] if self.instruction else []
         return [*system, {"role": "user", "content": content}]
+
+
+def is_messages(raw: Any) -> bool:
+    """Whether an input is a chat message, or a list of them, which is one input and not a batch."""
+    if isinstance(raw, Mapping):
+        return "role" in raw and "content" in raw
+    return isinstance(raw, list) and bool(raw) and all(isinstance(one, Mapping) and is_messages(one) for one in raw)
 
 
 def check_text(text: str, name: str) -> None:
@@ -101,62 +158,158 @@ def check_text(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"{name}: the text is not valid Unicode ({error.reason}); clean it") from None
+    if "<" not in text:  # as every token that steers begins
+        return
     for token in RESERVED:
         if token in text:
             raise InputError(f"{name}: the text holds {token!r}, a token that plume places itself; remove it")
 
 
-def load_image(image: Image.Image | str | os.PathLike, name: str = "the input") -> Image.Image:
-    """Load an image as upright RGB, within limits.
+def _from_dict(raw: Mapping, name: str, budget: Budget) -> Item:
+    if unknown := [key for key in raw if key not in _KEYS]:
+        raise InputError(f"{name} has unknown keys {unknown}; expected {', '.join(map(repr, _KEYS))}")
+    instruction = raw.get("instruction") or ""
+    if not isinstance(instruction, str):
+        raise InputError(f'{name}: "instruction" is a {type(instruction).__name__}; expected a string')
+    if raw.get("fps") is not None or raw.get("max_frames") is not None:
+        budget = replace(budget, sampling=_sampled(raw, budget.sampling, name))
+    media: list[Any] = []
+    for key in raw:
+        if key == "image" and raw[key] is not None:
+            media += [_load_image(one, name, budget) for one in _images_of(raw[key], name)]
+        elif key == "video" and raw[key] is not None:
+            media += [load_video(one, budget.sampling, name) for one in _videos_of(raw[key])]
+    texts = raw.get("text") or ""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f'{name}: "text" is a {type(texts).__name__}; expected a string or a list of strings')
+    return Item((*media, *(text for text in texts if text)), instruction)
+
+
+def _from_messages(messages: Sequence[Mapping], name: str, budget: Budget) -> Item:
+    content: list[Any] = []
+    instructions: list[str] = []
+    for message in messages:
+        role, parts = message["role"], message["content"]
+        if role not in ("system", "user"):
+            raise InputError(f"{name} has a message of role {role!r}; plume embeds system and user messages")
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+            raise InputError(f"{name}: the content of a message is {parts!r:.80}; expected a string or a list of parts")
+        for part in parts:
+            loaded = _from_part(part, name, budget)
+            if role == "user":
+                content.append(loaded)
+            elif isinstance(loaded, str):
+                instructions.append(loaded.strip())
+            else:
+                raise InputError(f"{name}: a system message holds media; put them into the user message")
+    return Item(
+        tuple(part for part in content if not isinstance(part, str) or part), " ".join(filter(None, instructions))
+    )
+
+
+def _from_part(part: Mapping, name: str, budget: Budget) -> Part:
+    """Load one part of a message, as transformers and OpenAI's format write them."""
+    kind = str(part.get("type", "text")).removesuffix("_url")
+    if kind not in ("text", "image", "video"):
+        raise InputError(f'{name} has a part of type {part.get("type")!r}; expected "text", "image" or "video"')
+    keys = (kind, f"{kind}_url", "url", "path", "base64")
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if isinstance(value, Mapping) and "url" in value:
+        value = value["url"]
+    if value is None:
+        raise InputError(f"{name} has a part of type {kind!r} without content; expected a key {kind!r}")
+    if kind == "text":
+        if not isinstance(value, str):
+            raise InputError(f'{name}: "text" is a {type(value).__name__}; expected a string')
+        return value
+    if kind == "image":
+        if "base64" in part and isinstance(value, str) and not value.startswith("data:"):
+            value = f"data:;base64,{value}"
+        return _load_image(value, name, budget)
+    if part.get("fps") is not None or part.get("max_frames") is not None:
+        budget = replace(budget, sampling=_sampled(part, budget.sampling, name))
+    return load_video(value, budget.sampling, name)
+
+
+def _load_path(path: Path, name: str, budget: Budget) -> Part:
+    if not path.is_file():
+        raise InputError(f"{name}: no file at {path}; expected a file of text, an image or a video")
+    kind = kind_of(path)
+    if kind is Kind.IMAGE:
+        return load_image(path, name, budget.pixels)
+    if kind is Kind.VIDEO:
+        return load_video(path, budget.sampling, name)
+    if kind is Kind.TEXT:
+        return read_text(path, name)
+    if kind is Kind.PDF:
+        raise InputError(f"{name}: {path} has pages, each an input of its own; pass plume.pages({str(path)!r})")
+    raise InputError(f"{name}: {path} is of no kind that plume reads; rename it, or pass its content")
+
+
+def read_text(path: Path, name: str) -> str:
+    """A text file, UTF-8 with or without a mark at its start.
 
     Raises:
-        InputError: the file is missing, is not a readable image, or is too large or too long to decode safely.
-    """
-    if not isinstance(image, (Image.Image, str, os.PathLike)):
-        raise InputError(f"{name}: an image is a {type(image).__name__}; expected a PIL image or a path")
-    source = "the image" if isinstance(image, Image.Image) else os.fspath(image)
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        _check_size(opened, f"{name}: {source}")
-        return _as_rgb(ImageOps.exif_transpose(opened), f"{name}: {source}")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{name}: {source} is too large to decode safely; scale it down") from None
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, AssertionError) as error:
-        raise InputError(f"{name}: {source} cannot be read as an image ({error}); replace the file") from error
-
-
-def check_image_file(path: Path, name: str) -> None:
-    """Refuse a file that is no image, or too large, from its header alone.
-
-    Raises:
-        InputError: as `load_image`; what is broken behind the header shows only when it is decoded.
+        InputError: it is not UTF-8, or blank.
     """
     try:
-        with Image.open(path) as image:
-            _check_size(image, f"{name}: {path}")
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: {path} cannot be read as an image ({error}); replace the file") from None
-
-
-def _as_rgb(image: Image.Image, source: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to 8
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise InputError(f"{source} has 32 bits per pixel, whose range is not known; save it with 8 bits")
-    return image.convert("RGB")
-
-
-def _check_size(image: Image.Image, source: str) -> None:
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise InputError(
-            f"{source} has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,} are not decoded; scale it down"
-        )
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise InputError(f"{source} is {width} x {height}; sides may differ by {MAX_ASPECT_RATIO} times at most")
+            f"{name}: {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{name}: {path} cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{name}: {path} is empty; expected text that is not blank")
+    return text
+
+
+def _load_image(image: Any, name: str, budget: Budget) -> Image.Image:
+    if isinstance(image, Page):
+        return image.render(_max_pixels(budget), name)
+    return load_image(image, name, budget.pixels)
+
+
+def _images_of(value: Any, name: str) -> Sequence[Any]:
+    if isinstance(value, (str, os.PathLike, Image.Image, np.ndarray, Page)):
+        return [value]
+    if not isinstance(value, Sequence):
+        raise InputError(f'{name}: "image" is a {type(value).__name__}; expected an image, a path, or a list')
+    return value
+
+
+def _videos_of(value: Any) -> Sequence[Any]:
+    """One video, or several: a list of single frames is one video."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return [value]
+    return list(value) if all(_is_video(one) for one in value) else [value]
+
+
+def _is_video(value: Any) -> bool:
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value).lower().endswith(tuple(VIDEO_SUFFIXES))
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.ndim == 4
+    return isinstance(value, (Video, Mapping, list, tuple))
+
+
+def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:
+    fps, most = raw.get("fps"), raw.get("max_frames")
+    for key, value in (("fps", fps), ("max_frames", most)):
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise InputError(f"{name}: {key!r} is {value!r}; expected a number above 0")
+    most = sampling.max_frames if most is None else int(most)
+    if fps is None and sampling.fps is None:
+        return replace(sampling, num_frames=min(sampling.num_frames, most), max_frames=most)
+    return replace(sampling, fps=sampling.fps if fps is None else float(fps), max_frames=most)
+
+
+def _max_pixels(budget: Budget) -> int:
+    return budget.pixels[1] if budget.pixels else 2_359_296
+
+
+def _type_of(part: Any) -> str:
+    return "text" if isinstance(part, str) else "video" if isinstance(part, Video) else "image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from plume import backbone as seam
-from plume import checkpoint, positions, prompt, tokens
+from plume import card, checkpoint, positions, prompt, tokens
 from plume.config import PlumeConfig
 from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
 from plume.rollout import Rollout, rollout
+from plume.trace import Trace, trace
 from plume.transition import TransitionAdapter, build_adapter
 
 
@@ -56,7 +58,7 @@ class PlumeModel(PreTrainedModel):
     config: PlumeConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = False  # it would drop the key/value cache; see CHANGELOG
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -119,7 +121,8 @@ class PlumeModel(PreTrainedModel):
         processor = PlumeProcessor.from_backbone(
             name_or_path, config, min_pixels=min_pixels, max_pixels=max_pixels, **hub
         )
-        _add_tokens(weights, head, processor, config)
+        tokens.install(weights, head, processor.tokenizer, config)
+        config.suffix_ids = processor.suffix_ids(prompt.suffix(config))
         config.backbone_config = weights.config
         config.dtype = weights.dtype
         model = cls(config, weights, head)
@@ -141,7 +144,7 @@ class PlumeModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         checkpoint.check_loading(pretrained_model_name_or_path, info)
-        model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+        model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub).adopt(model.config)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
@@ -150,6 +153,7 @@ class PlumeModel(PreTrainedModel):
         if is_main_process and self.processor is not None:
             self.processor.save_pretrained(save_directory)
             checkpoint.write_sentence_transformers_files(save_directory)
+            card.write_model_card(self, save_directory)
 
     def forward(
         self,
@@ -157,6 +161,9 @@ class PlumeModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
         suffix_ids: Tensor | None = None,
         suffix_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -170,6 +177,9 @@ class PlumeModel(PreTrainedModel):
             attention_mask: 1 at real tokens, `[B, L]`; None where nothing is padded.
             pixel_values: patches of all images of the batch.
             image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
+            pixel_values_videos: patches of all videos of the batch.
+            video_grid_thw: patches of each video in time, height and width, `[videos, 3]`.
+            second_per_grid_ts: seconds per temporal patch of each video, `[videos]`.
             suffix_ids: right-padded suffixes, `[B, S]`; None: the configuration's, the same for every row.
             suffix_mask: 1 at real suffix tokens, `[B, S]`.
             labels: suffix tokens to predict, -100 elsewhere, `[B, S]`.
@@ -181,7 +191,16 @@ class PlumeModel(PreTrainedModel):
                 the adapter cannot run, or tensors whose shapes disagree.
         """
         _, result = self.reason(
-            input_ids, attention_mask, pixel_values, image_grid_thw, suffix_ids, suffix_mask, num_latent_steps
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+            suffix_ids,
+            suffix_mask,
+            num_latent_steps,
         )
         suffix_ids, is_suffix = self._suffix(input_ids, suffix_ids, suffix_mask)
         read_out_column = self._last(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
@@ -200,6 +219,9 @@ class PlumeModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
         suffix_ids: Tensor | None = None,
         suffix_mask: Tensor | None = None,
         num_latent_steps: int | Tensor | None = None,
@@ -219,7 +241,16 @@ class PlumeModel(PreTrainedModel):
                 "prefixes with the checkpoint's processor"
             )
         decoder = seam.CachedDecoder(self.backbone)
-        prefix = seam.embed_prefix(self.backbone, input_ids, mask, pixel_values, image_grid_thw)
+        prefix = seam.embed_prefix(
+            self.backbone,
+            input_ids,
+            mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+        )
         result = rollout(
             decoder,
             self.transition,
@@ -233,6 +264,57 @@ class PlumeModel(PreTrainedModel):
             router_context=self.config.router_context,
         )
         return decoder, result
+
+    def trace(
+        self,
+        inputs: Sequence[Any],
+        *,
+        num_latent_steps: int | None = None,
+        candidates: Sequence[Any] | Tensor | None = None,
+        num_words: int = 5,
+        names: Sequence[str] | None = None,
+    ) -> list[Trace]:
+        """What happened inside the rollout of some inputs; arguments as in `plume.trace.trace`.
+
+        Example:
+            >>> model = getfixture("model")
+            >>> (trace,) = model.trace(["a red kite"], num_latent_steps=2, candidates=["blue", "red"])
+            >>> trace.states.shape, trace.experts.shape, trace.to_candidates.shape
+            (torch.Size([3, 64]), torch.Size([2, 2]), torch.Size([3, 2]))
+        """
+        return trace(
+            self,
+            inputs,
+            num_latent_steps=num_latent_steps,
+            candidates=candidates,
+            num_words=num_words,
+            names=names,
+        )
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload plume checkpoint",
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes; a model card that is there already is kept.
+
+        Args:
+            repo_id: "organisation/name"; created if missing.
+            private: who may see a new repository.
+            commit_message: of the upload.
+            revision: branch to push to.
+            create_pr: open a pull request instead.
+            token: None takes the one that is logged in.
+
+        Returns:
+            The address of the commit.
+        """
+        return checkpoint.push(self, repo_id, private, commit_message, revision, create_pr, token)
 
     def _suffix(
         self, input_ids: Tensor, suffix_ids: Tensor | None, suffix_mask: Tensor | None
@@ -275,27 +357,3 @@ class PlumeModel(PreTrainedModel):
 
 def _unit(hidden: Tensor) -> Tensor:
     return F.normalize(hidden.float(), dim=-1)
-
-
-def _add_tokens(
-    backbone: seam.Backbone, head: nn.Linear | None, processor: PlumeProcessor, config: PlumeConfig
-) -> None:
-    """Give tokenizer, embeddings, head and configuration the special tokens."""
-    tokenizer = processor.tokenizer
-    added = tokens.add_special_tokens(tokenizer)
-    embeddings = backbone.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        # Qwen-VL's matrix has spare rows; only a smaller one must grow.
-        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        embeddings = backbone.get_input_embeddings()
-        if head is not None:
-            grown = torch.zeros(len(tokenizer), head.in_features, dtype=head.weight.dtype)
-            grown[: head.out_features] = head.weight.detach()
-            head.weight, head.out_features = nn.Parameter(grown), len(tokenizer)
-    for matrix in [embeddings] if head is None else [embeddings, head]:
-        tokens.initialise_rows(matrix.weight, tokenizer, added, config.backbone_config.model_type)
-    config.anchor_token_id = tokens.token_id(tokenizer, tokens.ANCHOR)
-    config.latent_start_token_id = tokens.token_id(tokenizer, tokens.LATENT_START)
-    config.latent_end_token_id = tokens.token_id(tokenizer, tokens.LATENT_END)
-    config.read_out_token_id = tokens.token_id(tokenizer, tokens.READ_OUT)
-    config.suffix_ids = processor.suffix_ids(prompt.suffix(config))

@@ -1,18 +1,21 @@
-"""From text and images to left-padded tensors."""
+"""From text, images and video to left-padded tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from plume import prompt
 from plume.config import PlumeConfig
-from plume.inputs import InputError, Item
-from plume.tokens import IMAGE
+from plume.images import InputError, seen_size
+from plume.inputs import Budget, Item
+from plume.tokens import IMAGE, VIDEO
+from plume.video import Sampling, Video, load_video, pack
 
 #: Pixels per image of the published evaluation: at least one visual token, at most 3,009.
 MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
@@ -21,8 +24,8 @@ MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
 class PlumeProcessor(ProcessorMixin):
     """Image processor and tokenizer of a checkpoint, with the chat template that writes its prefix.
 
-    Images always go through the PIL backend, so that embeddings do not depend on whether torchvision is
-    installed. Texts are always padded on the left and never truncated.
+    Images always go through the PIL backend, and videos through `plume.video`, so that embeddings do not depend on
+    whether torchvision is installed. Texts are always padded on the left and never truncated.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
@@ -31,6 +34,14 @@ class PlumeProcessor(ProcessorMixin):
             image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.adopt(PlumeConfig())
+
+    def adopt(self, config: PlumeConfig) -> PlumeProcessor:
+        """Take over what the model's configuration says of inputs: prompt, video frames, blank image."""
+        self._config = config
+        if self.chat_template is None:
+            self.chat_template = prompt.chat_template(config)
+        return self
 
     @classmethod
     def from_backbone(
@@ -46,7 +57,7 @@ class PlumeProcessor(ProcessorMixin):
 
         Args:
             name_or_path: a folder or a Hub name.
-            config: gives the prompt.
+            config: gives the prompt and what is taken from a video.
             min_pixels: smaller images are enlarged to this many pixels.
             max_pixels: larger images are reduced to this many pixels.
             hub_kwargs: `revision`, `token` and the like.
@@ -54,58 +65,131 @@ class PlumeProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **hub_kwargs)
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         images = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, size=size, **hub_kwargs)
-        return cls(images, tokenizer, chat_template=prompt.chat_template(config))
+        return cls(images, tokenizer, chat_template=prompt.chat_template(config)).adopt(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:  # type: ignore[override]
+        """Load the processor of a plume checkpoint; what concerns inputs in its `config.json` applies."""
+        processor: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = ("cache_dir", "revision", "token", "local_files_only")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return processor.adopt(PlumeConfig.from_pretrained(pretrained_model_name_or_path, **hub))
+
+    @property
+    def budget(self) -> Budget:
+        """What media of an input may cost under this checkpoint."""
+        config, size = self._config, self.image_processor.size
+        return Budget(
+            pixels=(size["shortest_edge"], size["longest_edge"]),
+            sampling=Sampling(
+                num_frames=config.video_num_frames,
+                fps=config.video_fps,
+                max_frames=config.video_max_frames,
+                min_pixels=config.video_min_pixels,
+                max_pixels=config.video_max_pixels,
+            ),
+        )
+
+    def parse(self, raw: Any, name: str = "the input") -> Item:
+        """Check and load an input as this checkpoint sees it (`Item.parse` with its pixel and frame budget).
+
+        Raises:
+            InputError: see `Item.parse`.
+        """
+        return Item.parse(raw, name, self.budget)
+
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **kwargs
+    ) -> Any:
+        """Write or tokenise chat messages, as transformers and sentence-transformers ask for it.
+
+        Args:
+            conversation: messages of one input, or a list of such lists.
+            chat_template: instead of the checkpoint's.
+            tokenize: return tensors of text and media instead of text. Media are then loaded as `encode` loads them.
+            kwargs: as in transformers; padding and truncation are fixed here.
+        """
+        if not tokenize:
+            return super().apply_chat_template(conversation, chat_template, tokenize=False, **kwargs)
+        single = bool(conversation) and isinstance(conversation[0], Mapping)
+        inputs = [conversation] if single else conversation
+        items = [self.parse(messages, f"input {index}") for index, messages in enumerate(inputs)]
+        images_kwargs = (kwargs.get("processor_kwargs") or kwargs).get("images_kwargs")
+        batch = self.encode(items, images_kwargs)
+        return batch if kwargs.get("return_dict") else batch["input_ids"]
 
     def __call__(  # type: ignore[override]
         self,
         images: Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
+        videos: Sequence[Any] | None = None,
         images_kwargs: dict | None = None,
         vision: Mapping[str, Tensor] | None = None,
         **ignored,
     ) -> BatchFeature:
-        """Tensors of prefixes that the chat template has written.
+        """Tensors of prefixes that `write` or the chat template has written.
 
         Args:
             images: all images of the batch, flat or one list per text.
-            text: the prefixes, each with one image placeholder per image.
+            text: the prefixes, each with one placeholder per image and video.
+            videos: all videos of the batch, each anything that `plume.video.load_video` takes.
             images_kwargs: passed to the image processor, for example `size`.
-            vision: what `see` returned for the images, where they have been processed already.
+            vision: what `see` returned for the media, where they have been processed already.
             ignored: padding, truncation and other settings of transformers' processors, which are fixed here.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, L]`, and with images `pixel_values` (all patches of the batch) and
-            `image_grid_thw` `[images, 3]`.
+            `input_ids` and `attention_mask` `[B, L]`; with images `pixel_values` (all patches of the batch) and
+            `image_grid_thw` `[images, 3]`; with videos `pixel_values_videos`, `video_grid_thw` and
+            `second_per_grid_ts`.
 
         Raises:
-            ValueError: placeholders and images differ in number, or a prefix exceeds the model's length.
+            ValueError: placeholders and media differ in number, or a prefix exceeds the model's length.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         flat = [one for row in images or [] for one in (row if isinstance(row, (list, tuple)) else [row])]
         if vision is None:
-            vision = self.see(flat, **(images_kwargs or {}))
-        num_images = len(vision["image_grid_thw"]) if vision else 0
-        if (placeholders := sum(row.count(IMAGE) for row in texts)) != num_images:
-            raise ValueError(
-                f"the texts hold {placeholders} image placeholders for {num_images} images; expected one each"
-            )
-        if num_images:
-            texts = self._expand(texts, vision["image_grid_thw"])
+            vision = self.see(flat, videos or (), **(images_kwargs or {}))
+        for placeholder, grid in ((IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw")):
+            texts = self._expand(texts, placeholder, vision.get(grid))
         tokens = self.tokenizer(texts, padding=True, truncation=False, return_tensors="pt", return_token_type_ids=False)
         self._check_length(tokens["attention_mask"].sum(dim=1).tolist())
         return BatchFeature({**tokens, **vision})
 
     def write(self, items: Sequence[Item]) -> list[str]:
-        """The prefixes of some inputs, with one placeholder per image."""
-        return [self.apply_chat_template(item.messages(), tokenize=False) for item in items]  # type: ignore[misc]
+        """The prefixes of some inputs, with one placeholder per image and video."""
+        return [prompt.prefix(self._config, self._complete(item)) for item in items]
 
-    def see(self, images: Sequence[Any], **images_kwargs) -> dict[str, Tensor]:
-        """Patches of some images, `pixel_values` and `image_grid_thw`; empty without images."""
-        return dict(self.image_processor(images, return_tensors="pt", **images_kwargs)) if images else {}
+    def see(self, images: Sequence[Any] = (), videos: Sequence[Any] = (), **images_kwargs) -> dict[str, Tensor]:
+        """Patches of some images and videos; empty without any."""
+        seen: dict[str, Tensor] = {}
+        if images:
+            seen |= self.image_processor(images, return_tensors="pt", **images_kwargs)
+        if videos:
+            settings = self.image_processor
+            seen |= pack(
+                [load_video(video, self.budget.sampling) for video in videos],
+                mean=settings.image_mean,
+                std=settings.image_std,
+                patch=settings.patch_size,
+                merge=settings.merge_size,
+                temporal=settings.temporal_patch_size,
+            )
+        return seen
 
-    def encode(self, items: Sequence[Item]) -> BatchFeature:
+    def encode(self, items: Sequence[Item], images_kwargs: dict | None = None) -> BatchFeature:
         """Tensors of some inputs: `write` and `see`, then `__call__`."""
-        return self(text=self.write(items), images=[image for item in items for image in item.images])
+        complete = [self._complete(item) for item in items]
+        return self(
+            text=[prompt.prefix(self._config, item) for item in complete],
+            images=[image for item in complete for image in item.images],
+            videos=[video for item in complete for video in item.videos],
+            images_kwargs=images_kwargs,
+        )
+
+    def num_tokens(self, item: Item) -> int:
+        """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text."""
+        visual = sum(self._num_image_tokens(image) for image in item.images)
+        return visual + sum(self._num_video_tokens(video) for video in item.videos) + len(item.text.encode()) // 4
 
     def check_length(self, item: Item, name: str) -> None:
         """Refuse an input that is longer than the model takes.
@@ -113,33 +197,63 @@ class PlumeProcessor(ProcessorMixin):
         Raises:
             InputError: names the input and its length.
         """
-        per_image = self.image_processor.size["longest_edge"] // (14 * self.image_processor.merge_size) ** 2
-        written = self.write([item])[0]
+        visual = sum(self._num_image_tokens(image) for image in self._complete(item).images)
+        visual += sum(self._num_video_tokens(video) for video in item.videos)
+        limit = self.tokenizer.model_max_length
+        written = prompt.prefix(self._config, item)
         # No token is shorter than a byte, so most inputs need not be tokenised to know.
-        if len(written.encode()) + per_image * len(item.images) > self.tokenizer.model_max_length:
-            try:
-                self.encode([item])
-            except ValueError as error:
-                raise InputError(f"{name}: {str(error).removeprefix('row 0 of the batch ')}") from None
+        if len(written.encode()) + visual <= limit:
+            return
+        if (length := len(self.tokenizer(written)["input_ids"]) + visual) > limit:
+            raise InputError(f"{name} has {_too_long(length, limit)}")
 
     def suffix_ids(self, text: str) -> list[int]:
         """Token ids of a suffix, tokenised as a whole."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _expand(self, texts: list[str], grids: Any) -> list[str]:
-        # One placeholder stands for all visual tokens of its image: patches / merge_size ** 2.
+    def _complete(self, item: Item) -> Item:
+        """The input with the blank image that some checkpoints expect before text alone."""
+        side = self._config.blank_image_size
+        if side is None or item.images or item.videos:
+            return item
+        return Item((Image.new("RGB", (side, side), "white"), *item.content), item.instruction)
+
+    def _num_image_tokens(self, image: Image.Image) -> int:
+        size = self.image_processor.size
+        width, height = seen_size(image.width, image.height, (size["shortest_edge"], size["longest_edge"]))
+        return height * width // self._pixels_per_token
+
+    def _num_video_tokens(self, video: Video) -> int:
+        frames, _, height, width = video.frames.shape
+        return -(-frames // self.image_processor.temporal_patch_size) * height * width // self._pixels_per_token
+
+    @property
+    def _pixels_per_token(self) -> int:
+        return (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+
+    def _expand(self, texts: list[str], placeholder: str, grids: Tensor | None) -> list[str]:
+        # One placeholder stands for all visual tokens of its image or video: patches / merge_size ** 2.
+        num_media = 0 if grids is None else len(grids)
+        if (found := sum(row.count(placeholder) for row in texts)) != num_media:
+            raise ValueError(f"the texts hold {found} times {placeholder} for {num_media} of them; expected one each")
+        if grids is None:
+            return texts
         counts = iter((grids.prod(dim=-1) // self.image_processor.merge_size**2).tolist())
         expanded = []
         for text in texts:
-            first, *rest = text.split(IMAGE)
-            expanded.append(first + "".join(IMAGE * next(counts) + piece for piece in rest))
+            first, *rest = text.split(placeholder)
+            expanded.append(first + "".join(placeholder * next(counts) + piece for piece in rest))
         return expanded
 
     def _check_length(self, lengths: list[int]) -> None:
         limit = self.tokenizer.model_max_length
         for row, length in enumerate(lengths):
             if length > limit:
-                raise ValueError(
-                    f"row {row} of the batch has {length} tokens, the model takes {limit}; shorten the text or "
-                    "lower the image processor's longest_edge (nothing is truncated)"
-                )
+                raise ValueError(f"row {row} of the batch has {_too_long(length, limit)}")
+
+
+def _too_long(length: int, limit: int) -> str:
+    return (
+        f"{length} tokens, the model takes {limit}; shorten the text, take fewer frames, or lower the image "
+        "processor's longest_edge (nothing is truncated)"
+    )

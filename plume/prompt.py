@@ -1,16 +1,20 @@
 """The text around the latent block, in one place for training and inference.
 
-The prefix is written by a chat template, made here from `PlumeConfig.prompt_template` and saved with the
-processor, so that `apply_chat_template`, sentence-transformers and our own trainer all render the same string.
-The suffix is written by `suffix`.
+`prefix` writes what stands before it, `suffix` what follows. A chat template that writes the same prefix is made here
+too and saved with the processor, for those who render checkpoints without plume.
 """
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from plume.config import PlumeConfig
 from plume.tokens import IMAGE, READ_OUT, VIDEO, VISION_END, VISION_START
+from plume.video import Video
+
+if TYPE_CHECKING:
+    from plume.inputs import Item
 
 # Media and text keep the order of the message. An instruction arrives as a system message (that is how
 # sentence-transformers passes prompts); the published models expect it in the user turn, before the text.
@@ -60,6 +64,32 @@ def chat_template(config: PlumeConfig) -> str:
     for placeholder, string in strings.items():
         template = template.replace(placeholder, json.dumps(string, ensure_ascii=False))
     return template
+
+
+def prefix(config: PlumeConfig, item: Item) -> str:
+    r"""The text up to `<bot>`, with one placeholder per image and video.
+
+    Args:
+        config: gives `prompt_template`.
+        item: the input; its instruction stands before its first text, or last without any.
+
+    Example:
+        >>> from plume import Item
+        >>> config = PlumeConfig(prompt_template="{content}<disc_emb><bot>")
+        >>> prefix(config, Item(("red kite",), instruction="Find:"))
+        'Find: red kite<disc_emb><bot>'
+    """
+    instruction = item.instruction.strip()
+    pieces = []
+    for part in item.content:
+        if not isinstance(part, str):
+            medium = VIDEO if isinstance(part, Video) else IMAGE
+            pieces.append(VISION_START + medium + VISION_END)
+        elif part:
+            pieces.append(f"{instruction} {part}" if instruction else part)
+            instruction = ""
+    before, after = config.prompt_template.split("{content}")
+    return "".join([before, *pieces, instruction, after])
 
 
 def suffix(config: PlumeConfig, rationale: str = "", answer: str = "", end_turn: bool = False) -> str:

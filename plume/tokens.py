@@ -11,9 +11,14 @@ The strings are those of the published PLUME checkpoints (arXiv 2604.02073) and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from transformers import AddedToken, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from plume.config import PlumeConfig
 
 ANCHOR = "<disc_emb>"
 LATENT_START = "<bot>"
@@ -102,3 +107,39 @@ def initialise_rows(
         source = sources[0] if token in _STARTS else sources[1]
         row = weight[vocabulary[source]] if source in vocabulary else weight[old_rows].mean(dim=0)
         weight[vocabulary[token]] = row
+
+
+def install(backbone: Any, head: nn.Linear | None, tokenizer: PreTrainedTokenizerBase, config: PlumeConfig) -> None:
+    """Give tokenizer, embeddings, output head and configuration the special tokens.
+
+    Args:
+        backbone: its embedding matrix grows if it has no spare rows.
+        head: the output head, None where it is the embedding matrix.
+        tokenizer: of the checkpoint.
+        config: gets the ids.
+    """
+    added = add_special_tokens(tokenizer)
+    embeddings = backbone.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        # Qwen-VL's matrix has spare rows; only a smaller one must grow.
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embeddings = backbone.get_input_embeddings()
+        if head is not None:
+            grown = torch.zeros(len(tokenizer), head.in_features, dtype=head.weight.dtype)
+            grown[: head.out_features] = head.weight.detach()
+            head.weight, head.out_features = nn.Parameter(grown), len(tokenizer)
+    for matrix in [embeddings] if head is None else [embeddings, head]:
+        initialise_rows(matrix.weight, tokenizer, added, backbone.config.model_type)
+    remember_ids(tokenizer, config)
+
+
+def remember_ids(tokenizer: PreTrainedTokenizerBase, config: PlumeConfig) -> None:
+    """Write the ids of the special tokens into the configuration.
+
+    Raises:
+        ValueError: the tokenizer lacks one.
+    """
+    config.anchor_token_id = token_id(tokenizer, ANCHOR)
+    config.latent_start_token_id = token_id(tokenizer, LATENT_START)
+    config.latent_end_token_id = token_id(tokenizer, LATENT_END)
+    config.read_out_token_id = token_id(tokenizer, READ_OUT)

@@ -49,6 +49,14 @@ def hops_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def two_page_pdf(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pdf") / "two pages.pdf"
+    sheets = [Image.new("RGB", (120, 160), colour) for colour in ("red", "blue")]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], resolution=72)
+    return path
+
+
 @pytest.fixture
 def model(plume_folder) -> PlumeModel:
     return PlumeModel.from_pretrained(plume_folder).eval()

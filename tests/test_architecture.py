@@ -45,7 +45,7 @@ def test_imports_point_one_way(package):
 def test_only_the_seam_and_the_tiny_model_know_the_backbones_classes():
     for file in PACKAGES["plume"].rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        if file.name not in ("backbone.py", "tiny.py", "processor.py"):
+        if file.name not in ("backbone.py", "tiny.py", "processor.py", "images.py"):
             assert not [name for name in imports(file) if "qwen" in name.lower()], file
             assert "import Qwen" not in text, file
 

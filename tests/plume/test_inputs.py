@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from plume import InputError, Item
-from plume.inputs import MAX_IMAGE_PIXELS
+from plume.images import MAX_IMAGE_PIXELS
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_an_image_that_cannot_be_decoded_safely_is_refused_by_name(files, name):
 
 
 BAD_INPUTS = {
-    "empty string": ("", "input 7 is empty; expected text that is not blank, or an image"),
+    "empty string": ("", "input 7 is empty; expected text that is not blank, an image, a page or a video"),
     "blank string": (" \n", "input 7 is empty"),
     "empty dict": ({}, "input 7 is empty"),
     "number": (3.5, "input 7 is a float; expected a string, a PIL image"),

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from plume.config import PlumeConfig
-from plume.inputs import Item, load_image
+from plume.images import load_image
+from plume.inputs import Item
 from plume.processor import PlumeProcessor
 from plume_train.curriculum import Curriculum, Stage
 from plume_train.records import Record, Records, Side
@@ -84,7 +85,7 @@ class PairCollator:
         return batch
 
     def _side(self, sides: Sequence[Side], stages: Sequence[Stage], wheres: Sequence[str]) -> dict[str, Tensor]:
-        texts = self.processor.write([Item(side.text, side.images) for side in sides])  # type: ignore[arg-type]
+        texts = self.processor.write([Item((*side.images, side.text)) for side in sides])
         vision = self._see([(path, where) for side, where in zip(sides, wheres, strict=True) for path in side.images])
         targets = [
             write_target(self.config, self.curriculum, stage, side.rationale, side.answer)

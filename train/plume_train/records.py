@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from plume.inputs import InputError, check_image_file, check_text
+from plume.images import InputError, check_image_file
+from plume.inputs import check_text
 from plume.tokens import ANCHOR, READ_OUT
 from plume_train.target import UnclosedTag, parse_written
 

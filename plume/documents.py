@@ -1,0 +1,92 @@
+"""Pages of PDF documents, rendered one at a time when they are embedded."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from plume.images import InputError, check_size
+
+#: Pages are rendered to fill the pixel budget, but not finer than this.
+MAX_DPI = 200
+_POINTS_PER_INCH = 72
+# PDFium is not safe to call from two threads.
+_PDFIUM = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a document; an input like any other, rendered when it is embedded.
+
+    document: the file.
+    page: counted from 1.
+    num_pages: of the document.
+    """
+
+    document: Path
+    page: int
+    num_pages: int
+
+    def render(self, max_pixels: int, name: str = "the input") -> Image.Image:
+        """The page as an RGB image of at most `max_pixels` pixels and `MAX_DPI`.
+
+        Raises:
+            InputError: the document cannot be opened, or the page cannot be drawn.
+        """
+        where = f"{name}: page {self.page} of {self.document}"
+        with _PDFIUM, _opened(self.document, name) as document:
+            try:
+                page = document[self.page - 1]
+                width, height = page.get_size()
+                check_size((math.ceil(width), math.ceil(height)), where)
+                scale = min(MAX_DPI / _POINTS_PER_INCH, math.sqrt(max_pixels / (width * height)))
+                # PDFium rounds sides up, which must not exceed the budget.
+                while math.ceil(width * scale) * math.ceil(height * scale) > max_pixels:
+                    scale *= 0.999
+                bitmap = page.render(scale=scale, rev_byteorder=True)
+                image = bitmap.to_pil().convert("RGB")
+                bitmap.close()
+                page.close()
+            except (RuntimeError, IndexError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"{where} cannot be drawn ({error}); replace the file") from None
+        return image
+
+
+def pages(path: str | os.PathLike, name: str = "the input") -> list[Page]:
+    """The pages of a PDF file, none of them rendered yet.
+
+    Raises:
+        InputError: no such file, not a PDF, encrypted, or without pages.
+
+    Example:
+        >>> [page.page for page in pages(getfixture("two_page_pdf"))]
+        [1, 2]
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{name}: no file at {path}; expected a PDF")
+    with _PDFIUM, _opened(path, name) as document:
+        total = len(document)
+    if not total:
+        raise InputError(f"{name}: {path} has no pages; replace the file")
+    return [Page(path, number, total) for number in range(1, total + 1)]
+
+
+def _opened(path: Path, name: str) -> Any:
+    try:
+        import pypdfium2
+    except ImportError:
+        raise InputError(f"{name}: reading {path} needs pypdfium2; pip install 'plume-embed[pdf]'") from None
+    try:
+        return pypdfium2.PdfDocument(path)
+    except pypdfium2.PdfiumError as error:
+        reason = "it is encrypted; save it without a password" if "password" in str(error).lower() else str(error)
+        raise InputError(f"{name}: {path} cannot be opened as a PDF ({reason})") from None

@@ -1,0 +1,308 @@
+"""Video: which frames are taken, how they are decoded, and how they are packed into patches.
+
+Frames are chosen evenly, `linspace(0, N - 1, n)` cut to whole numbers, as the published evaluation does (8 of N; all
+of a shorter clip), or at a number of frames per second. Each is resized as it is decoded, so that a clip never takes
+more memory than the model looks at. Packing follows Qwen2-VL's video processor (transformers,
+`Qwen2VLVideoProcessor`) bit for bit, without torchvision: two frames make one temporal patch.
+
+Letters: T frames, h and w the resized height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageSequence
+from torch import Tensor
+from torch.nn import functional as F
+
+from plume.images import InputError, brief, check_size, load_image, open_source, seen_size
+
+# Where the next frame is further ahead than this, the decoder jumps to the key frame before it.
+_JUMP_FRAMES = 250
+# A patch is dt frames of p x q pixels; mh x mw patches that become one visual token follow each other.
+_PATCHES = "(t dt) c (h mh p) (w mw q) -> (t h w mh mw) (c dt p q)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which frames of a video the model sees, and how large; fields as `PlumeConfig.video_*`."""
+
+    num_frames: int = 8
+    fps: float | None = None
+    max_frames: int = 64
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """The frames of one clip as the model sees them.
+
+    frames: `[T, 3, h, w]`, uint8; h and w are multiples of 28.
+    seconds_per_frame: time between two of them, None where unknown.
+    """
+
+    frames: Tensor
+    seconds_per_frame: float | None = None
+
+    def picture(self, place: float = 0.5) -> Image.Image:
+        """One frame, at this share of the clip."""
+        index = min(int(place * len(self.frames)), len(self.frames) - 1)
+        return Image.fromarray(rearrange(self.frames[index], "c h w -> h w c").numpy())
+
+
+def sample_frames(total: int, sampling: Sampling, source_fps: float | None = None) -> list[int]:
+    """Indices of the frames to take from `total` frames.
+
+    Raises:
+        ValueError: frames per second are asked for, but those of the source are unknown.
+
+    Example:
+        >>> sample_frames(100, Sampling())
+        [0, 14, 28, 42, 56, 70, 84, 99]
+        >>> sample_frames(3, Sampling())
+        [0, 1, 2]
+        >>> sample_frames(100, Sampling(fps=1), source_fps=25)
+        [0, 25, 50, 75]
+    """
+    if sampling.fps is None:
+        wanted = sampling.num_frames
+    elif not source_fps:
+        raise ValueError("frames per second are unknown for this video; give a number of frames (video_num_frames)")
+    else:
+        step = max(source_fps / sampling.fps, 1.0)
+        indices = [int(i * step) for i in range(int((total - 1) / step) + 1)]
+        if len(indices) <= sampling.max_frames:
+            return indices
+        wanted = sampling.max_frames
+    if total <= wanted:
+        return list(range(total))
+    return np.linspace(0, total - 1, wanted).astype(int).tolist()
+
+
+def load_video(video: Any, sampling: Sampling, name: str = "the input") -> Video:
+    """Sample, decode and resize one video.
+
+    Args:
+        video: a path or URL of a file (PyAV decodes it; an animated GIF needs no extra), a sequence of frames (PIL
+            images or paths), an array `[T, height, width, 3]` or a tensor `[T, 3, height, width]` of uint8, or a dict
+            with "array" and "video_metadata" as sentence-transformers takes it.
+        sampling: which frames, and how large.
+        name: how errors call the input.
+
+    Raises:
+        InputError: no frames, frames of several sizes, or a file that cannot be decoded.
+    """
+    if isinstance(video, Video):
+        return video
+    fps = None
+    if isinstance(video, Mapping):
+        metadata = video.get("video_metadata") or {}
+        video, fps = video.get("array"), metadata.get("fps")
+    try:
+        if isinstance(video, (str, os.PathLike)):
+            return _load_file(video, sampling, name)
+        if isinstance(video, (np.ndarray, Tensor)):
+            frames = _as_frames(video, name)
+            return _gather(lambda index: frames[index], len(frames), fps, sampling, name)
+        if isinstance(video, Sequence) and len(video):
+            return _gather(lambda index: _to_tensor(load_image(video[index], name)), len(video), fps, sampling, name)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    raise InputError(f"{name}: a video is {_described(video)}; expected a path, a URL, or frames")
+
+
+def pack(
+    videos: Sequence[Video], *, mean: Sequence[float], std: Sequence[float], patch: int, merge: int, temporal: int
+) -> dict[str, Tensor]:
+    """Patches of some videos, as the vision tower reads them.
+
+    Args:
+        videos: at least one.
+        mean: of the channels, in [0, 1].
+        std: of the channels, in [0, 1].
+        patch: side of a patch in pixels.
+        merge: patches per side of one visual token.
+        temporal: frames per patch; the last frame is repeated to fill the last patch.
+
+    Returns:
+        `pixel_values_videos` `[patches, 3 * temporal * patch * patch]`, float32; `video_grid_thw` `[videos, 3]`;
+        `second_per_grid_ts` `[videos]`, seconds per temporal patch (1 where unknown), which Qwen2.5-VL needs.
+    """
+    patches, grids, seconds = [], [], []
+    scale = torch.tensor(mean)[:, None, None] * 255, torch.tensor(std)[:, None, None] * 255
+    for video in videos:
+        frames = (video.frames.float() - scale[0]) / scale[1]  # [T, 3, h, w]
+        if missing := -len(frames) % temporal:
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+        grids.append([len(frames) // temporal, frames.shape[2] // patch, frames.shape[3] // patch])
+        patches.append(rearrange(frames, _PATCHES, dt=temporal, mh=merge, mw=merge, p=patch, q=patch))
+        seconds.append(temporal * video.seconds_per_frame if video.seconds_per_frame else 1.0)
+    return {
+        "pixel_values_videos": torch.cat(patches),
+        "video_grid_thw": torch.tensor(grids),
+        "second_per_grid_ts": torch.tensor(seconds),
+    }
+
+
+def is_animated(path: str | os.PathLike) -> bool:
+    """Whether an image file moves."""
+    with Image.open(path) as image:
+        return getattr(image, "is_animated", False)
+
+
+def _gather(frame_at: Callable[[int], Tensor], total: int, fps: float | None, sampling: Sampling, name: str) -> Video:
+    """The sampled frames of a source that gives any frame `[3, H, W]`, all of one size."""
+    indices = sample_frames(total, sampling, fps)
+    frames = []
+    size = None
+    for index in indices:
+        frame = frame_at(index)
+        if size is not None and frame.shape != size:
+            raise InputError(f"{name}: frames of a video differ in size, {_size(size)} and {_size(frame.shape)}")
+        size = frame.shape
+        frames.append(_resize(frame, sampling, name))
+    return Video(torch.stack(frames), _spacing(indices, fps))
+
+
+def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Video:
+    opened = open_source(source, name)
+    if isinstance(opened, (str, os.PathLike)) and not Path(opened).is_file():
+        raise InputError(f"{name}: no file at {brief(source)}; expected a path to a video")
+    if os.fspath(source).lower().endswith(".gif"):
+        return _load_gif(opened, sampling, f"{name}: {brief(source)}")
+    try:
+        import av
+        import av.error
+    except ImportError:
+        raise InputError(
+            f"{name}: decoding {brief(source)} needs PyAV; pip install 'plume-embed[video]', or pass its frames"
+        ) from None
+    where = f"{name}: {brief(source)}"
+    try:
+        with av.open(opened if not isinstance(opened, os.PathLike) else str(opened)) as container:
+            return _decode(container, sampling, where)
+    except av.error.FFmpegError as error:
+        raise InputError(f"{where} cannot be decoded as a video ({error.strerror}); replace the file") from None
+
+
+def _decode(container: Any, sampling: Sampling, where: str) -> Video:
+    if not container.streams.video:
+        raise InputError(f"{where} has no video stream; replace the file")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    check_size((stream.width, stream.height), where)
+    fps = float(stream.average_rate) if stream.average_rate else None
+    total = sum(packet.size > 0 for packet in container.demux(stream))
+    while total:
+        indices = sample_frames(total, sampling, fps)
+        container.seek(0)
+        frames, num_read = _frames_at(container, stream, indices, fps, lambda frame: _resize(frame, sampling, where))
+        if len(frames) == len(indices):
+            return Video(torch.stack(frames), _spacing(indices, fps))
+        if num_read >= total:
+            break
+        total = num_read  # some packets hold no frame of their own; sample the frames that there are
+    raise InputError(f"{where} has no frames; replace the file")
+
+
+def _frames_at(
+    container: Any, stream: Any, indices: list[int], fps: float | None, resize: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], int]:
+    """The frames with these indices, resized, as far as they exist, and the number of frames gone through."""
+    frames: list[Tensor] = []
+    start = float((stream.start_time or 0) * stream.time_base)
+    todo, at, jump = deque(indices), 0, False
+    while todo:
+        if jump:
+            container.seek(int((start + todo[0] / fps) / stream.time_base), stream=stream)  # type: ignore[operator]
+        for frame in container.decode(stream):
+            if jump:
+                at, jump = round((frame.time - start) * fps), False  # type: ignore[operator]
+            if at >= todo[0]:
+                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                frames.append(resize(rearrange(pixels, "h w c -> c h w")))
+                todo.popleft()
+                jump = bool(todo and fps and frame.time is not None and todo[0] - at > _JUMP_FRAMES)
+            at += 1
+            if jump or not todo:
+                break
+        else:
+            break
+    return frames, at
+
+
+def _load_gif(source: Any, sampling: Sampling, where: str) -> Video:
+    try:
+        with Image.open(source) as image:
+            check_size(image.size, where)
+            total = getattr(image, "n_frames", 1)
+            milliseconds = image.info.get("duration") or 0
+            fps = 1000 / milliseconds if milliseconds else None
+            indices = sample_frames(total, sampling, fps)
+            frames = [
+                _resize(_to_tensor(frame.convert("RGB")), sampling, where)
+                for index, frame in enumerate(ImageSequence.Iterator(image))
+                if index in indices
+            ]
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where} cannot be read as an animation ({error}); replace the file") from None
+    return Video(torch.stack(frames), _spacing(indices, fps))
+
+
+def _resize(frame: Tensor, sampling: Sampling, where: str) -> Tensor:
+    """One frame at the size that the model sees, `[3, H, W] -> [3, h, w]`, uint8."""
+    height, width = frame.shape[1:]
+    check_size((width, height), where)
+    seen_width, seen_height = seen_size(width, height, (sampling.min_pixels, sampling.max_pixels))
+    if (seen_height, seen_width) == (height, width):
+        return frame.clone()
+    return F.interpolate(
+        frame[None], size=(seen_height, seen_width), mode="bicubic", antialias=True, align_corners=False
+    )[0]
+
+
+def _as_frames(video: np.ndarray | Tensor, name: str) -> Tensor:
+    """`[T, 3, H, W]`, uint8, from the two layouts in use."""
+    array = torch.from_numpy(video) if isinstance(video, np.ndarray) else video
+    if array.dtype == torch.uint8 and array.ndim == 4 and len(array):
+        if array.shape[1] == 3:
+            return array
+        if array.shape[3] == 3:
+            return rearrange(array, "t h w c -> t c h w")
+    raise InputError(
+        f"{name}: a video is {_described(video)}; expected uint8 [T, height, width, 3] or [T, 3, height, width], T > 0"
+    )
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+
+
+def _spacing(indices: list[int], fps: float | None) -> float | None:
+    if not fps or len(indices) < 2:
+        return None
+    return (indices[-1] - indices[0]) / (len(indices) - 1) / fps
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[2]} x {shape[1]}"
+
+
+def _described(video: Any) -> str:
+    if isinstance(video, (np.ndarray, Tensor)):
+        return f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}"
+    return "an empty list" if isinstance(video, Sequence) and not len(video) else f"a {type(video).__name__}"
