@@ -10,8 +10,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
+from plume.backbone import SUPPORTED
 from plume.card import write_model_card
 from plume.config import PlumeConfig
+from plume.published import is_published
 from plume.version import __version__
 
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
@@ -25,6 +27,12 @@ PRESETS = {
 }
 
 
+def is_stock(name_or_path: str | os.PathLike, **hub_kwargs) -> bool:
+    """Whether the configuration is a backbone's own, as that of the published PLUME checkpoints is."""
+    fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)
+    return fields.get("model_type") in SUPPORTED
+
+
 def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
     """Refuse a checkpoint whose configuration is not plume's.
 
@@ -33,6 +41,11 @@ def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
     """
     fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)
     if (found := fields.get("model_type")) != PlumeConfig.model_type:
+        if found in SUPPORTED and is_published(name_or_path, **hub_kwargs):
+            raise ValueError(
+                f"{name_or_path} is a checkpoint in the published PLUME format; convert it once with "
+                f"`plume convert {name_or_path} DST`, or load it with PlumeModel.from_pretrained"
+            )
         raise ValueError(
             f"{name_or_path} is a {found!r} checkpoint without plume's fields (num_latent_steps, transition, "
             f"prompt_template, ...); start a new model from it with PlumeModel.from_backbone({str(name_or_path)!r})"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from plume import backbone as seam
-from plume import card, checkpoint, positions, prompt, tokens
+from plume import card, checkpoint, positions, prompt, published, tokens
 from plume.config import PlumeConfig
 from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
 from plume.rollout import Rollout, rollout
@@ -132,7 +132,7 @@ class PlumeModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:  # type: ignore[override]
-        """Load a plume checkpoint: a folder or a Hub name; keywords as in transformers.
+        """Load a plume checkpoint, or a published PLUME one: a folder or a Hub name; keywords as in transformers.
 
         Raises:
             ValueError: the checkpoint lacks plume's fields, or its weights are not exactly the model's.
@@ -140,11 +140,30 @@ class PlumeModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         if kwargs.get("config") is None:
+            if checkpoint.is_stock(pretrained_model_name_or_path, **hub) and published.is_published(
+                pretrained_model_name_or_path, **hub
+            ):
+                return cls._from_published(pretrained_model_name_or_path, wants_info, hub, **kwargs)
             checkpoint.check_is_plume(pretrained_model_name_or_path, **hub)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         checkpoint.check_loading(pretrained_model_name_or_path, info)
         model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub).adopt(model.config)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_published(cls, name_or_path: Any, wants_info: bool, hub: dict, **kwargs) -> Any:
+        config, weights, processor = published.read_published(name_or_path, **hub)
+        if kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = config.dtype
+        for name in hub:
+            kwargs.pop(name)
+        loaded: Any = super().from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        checkpoint.check_loading(name_or_path, info)
+        model.processor = processor.adopt(model.config)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
