@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
@@ -74,6 +77,25 @@ def check_loading(name_or_path: str | os.PathLike, info: dict) -> None:
                 f"{name_or_path}: {len(names)} {kind.replace('_', ' ')}, for example {names[0]}; the weights do not "
                 "belong to this configuration"
             )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells checkpoints apart: a digest of what decides their embeddings.
+
+    That is the configuration (but the default K, which a caller may change), the pixel budget, and 64 values of each
+    weight, evenly spaced, which every training step moves.
+    """
+    fields = model.config.to_dict()
+    for name in ("num_latent_steps", "transformers_version", "dtype", "architectures", "_name_or_path"):
+        fields.pop(name, None)
+    processor: Any = getattr(model, "processor", None)
+    fields["pixels"] = None if processor is None else dict(processor.image_processor.size)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        places = torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device).long()
+        digest.update(name.encode() + flat[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_sentence_transformers_files(folder: str | os.PathLike) -> None:

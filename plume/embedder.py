@@ -65,6 +65,9 @@ class Plume(SentenceTransformer):
         super().__init__(str(model_name_or_path), **kwargs)
         self._check_steps(num_latent_steps)
         self.num_latent_steps = num_latent_steps
+        folder = Path(model_name_or_path)
+        #: Where the checkpoint came from: a folder, absolute, or a Hub name.
+        self.source = str(folder.resolve()) if folder.is_dir() else str(model_name_or_path)
 
     @property
     def plume_model(self) -> PlumeModel:
@@ -136,6 +139,8 @@ class Plume(SentenceTransformer):
         steps = self._steps(num_latent_steps, task)
         if steps is not None:
             kwargs["num_latent_steps"] = steps
+        if task is not None and instruction is not None:
+            prompt_name = None  # encode_query and encode_document name one of their own accord
         instruction = self._instruction(instruction, prompt, prompt_name)
         single = _is_single(inputs)
         raws: Sequence[Any] = [inputs] if single else list(inputs)

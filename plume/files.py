@@ -1,7 +1,12 @@
-"""Which files plume reads, told by their names."""
+"""Which files plume reads, told by their names, and where they are."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -46,3 +51,64 @@ def kind_of(path: Path) -> Kind | None:
         if suffix in suffixes:
             return kind
     return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that plume reads.
+
+    path: on disk.
+    name: relative to the folder that was walked, with forward slashes.
+    """
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def walk(folder: Path, leave_out: Path | None = None) -> Iterator[Found | Skipped]:
+    """The files below a folder in order of their names, and what is left out.
+
+    Hidden files and folders are passed over, files of other kinds too. Links to files are read, links to folders are
+    not followed, so that a loop of links ends.
+
+    Args:
+        folder: where to begin.
+        leave_out: a folder below it that is passed over.
+    """
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.name.startswith(".") or path == leave_out:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            try:
+                inside = list(walk(path, leave_out))
+            except OSError as error:
+                yield Skipped(entry.name, f"the folder cannot be read ({error.strerror})")
+                continue
+            for one in inside:
+                yield replace(one, name=f"{entry.name}/{one.name}")
+            continue
+        try:
+            target = path.stat()
+        except OSError as error:  # a link to nowhere, or to itself
+            yield Skipped(entry.name, f"cannot be opened ({error.strerror})")
+            continue
+        if stat.S_ISDIR(target.st_mode):
+            yield Skipped(entry.name, "is a link to a folder, which is not followed")
+        elif stat.S_ISREG(target.st_mode) and path.suffix.lower() in SUFFIXES:
+            yield Found(path, entry.name)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,263 @@
+"""Bringing an index up to date with a folder: what is new, what has moved, what is gone.
+
+Content decides, by its SHA-256: files with the same bytes and kind are embedded once, and content that has a row is not
+embedded again, wherever it has moved. Windows of rows are committed as they are embedded, and nothing is deleted before
+the walk is done, so that a run that is killed goes on where it stopped and loses nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from plume.documents import pages
+from plume.files import Found, Kind, Skipped, digest, kind_of, walk
+from plume.images import InputError
+from plume.inputs import Item, read_text
+
+if TYPE_CHECKING:
+    from plume.embedder import Plume
+    from plume.index import Index
+
+_THUMBNAIL_SIDE = 192
+_EXCERPT_LENGTH = 200
+# A window is embedded and committed together: at most this many rows or tokens.
+_ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    embedded: rows that were embedded. reused: rows whose vector was there already, under another name.
+    removed: rows of files that are gone or have changed. unchanged: files that needed nothing.
+    skipped: files and pages that could not be read, with the reason.
+    """
+
+    embedded: int = 0
+    reused: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass
+class _Content:
+    """Files with the same bytes and kind, which are embedded once.
+
+    stats: size and time of change of each file.
+    rows: pages that have a row in the index, and the files whose rows they are.
+    """
+
+    sha256: str
+    kind: Kind
+    files: list[Found] = field(default_factory=list)
+    stats: list[tuple[int, int]] = field(default_factory=list)
+    rows: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What becomes one row of each of its files."""
+
+    content: _Content
+    raw: Any
+    page: int = 0  # 0: not a page
+    num_pages: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        suffix = f", page {self.page}" if self.page else ""
+        return [file.name + suffix for file in self.content.files]
+
+
+def update_index(
+    index: Index, folder: Path, plume: Plume, *, batch_size: int = 32, show_progress: bool | None = None
+) -> Report:
+    """See `Index.update`."""
+    index.check_embedder(plume)
+    root = folder.resolve()
+    if not root.is_dir():
+        raise ValueError(f"{folder} is no folder; expected one with files to index")
+    report = Report()
+    rows = index.rows(["name", "sha256", "page", "num_pages", "size", "mtime_ns"], root)
+    contents, current = _find_work(index, root, rows, report)
+    processor = plume.plume_model.processor
+    assert processor is not None
+    window: list[tuple[_Unit, Item]] = []
+    tokens = 0
+    hidden = None if show_progress is None else not show_progress
+    for content in tqdm(contents, desc="Indexing", unit="file", disable=hidden):
+        for unit in _units(content, report):
+            if unit.page in content.rows:
+                report.reused += _copy(index, root, unit)
+                continue
+            try:
+                item = processor.parse(unit.raw, unit.names[0])
+                processor.check_length(item, unit.names[0])
+            except InputError as error:
+                _skip(report, unit.names, error, content)
+                continue
+            window.append((unit, item))
+            tokens += processor.num_tokens(item)
+            if len(window) == _ROWS_PER_WINDOW or tokens > _TOKENS_PER_WINDOW:
+                _add(index, root, window, plume, batch_size, report)
+                window, tokens = [], 0
+    if window:
+        _add(index, root, window, plume, batch_size, report)
+    report.removed = _remove_stale(index, root, rows, current)
+    index.compact()
+    return report
+
+
+def _find_work(
+    index: Index, root: Path, rows: Sequence[dict[str, Any]], report: Report
+) -> tuple[list[_Content], dict[str, str | None]]:
+    """The contents that need work; and the content of every file by name, None where it cannot be told."""
+    pages_of: dict[tuple[str, str], set[int]] = defaultdict(set)
+    num_pages: dict[tuple[str, str], int] = {}
+    by_stat: dict[tuple[str, int, int], str] = {}
+    for row in rows:
+        key = row["name"], row["sha256"]
+        pages_of[key].add(row["page"])
+        num_pages[key] = row["num_pages"]
+        by_stat[row["name"], row["size"], row["mtime_ns"]] = row["sha256"]
+
+    contents: dict[tuple[str, Kind], _Content] = {}
+    current: dict[str, str | None] = {}
+    for found in walk(root, leave_out=index.path.resolve()):
+        if isinstance(found, Skipped):
+            report.skipped.append(found)
+            current[found.name] = None
+            continue
+        try:
+            stats = found.path.stat()
+            sha = by_stat.get((found.name, stats.st_size, stats.st_mtime_ns)) or digest(found.path)
+        except OSError as error:
+            report.skipped.append(Skipped(found.name, f"cannot be read ({error.strerror})"))
+            current[found.name] = None
+            continue
+        current[found.name] = sha
+        if len(pages_of[found.name, sha]) == num_pages.get((found.name, sha)):
+            report.unchanged += 1
+            continue
+        kind = kind_of(found.path)
+        assert kind is not None  # walk gives no others
+        content = contents.setdefault((sha, kind), _Content(sha, kind))
+        content.files.append(found)
+        content.stats.append((stats.st_size, stats.st_mtime_ns))
+    for row in index.rows(["sha256", "kind", "page", "path"]) if contents else ():
+        if (content := contents.get((row["sha256"], Kind(row["kind"])))) is not None:
+            content.rows[row["page"]].add(row["path"])
+    return list(contents.values()), current
+
+
+def _units(content: _Content, report: Report) -> Iterator[_Unit]:
+    """What a file holds: itself, or its pages."""
+    file = content.files[0]
+    try:
+        if content.kind is Kind.PDF:
+            for page in pages(file.path, file.name):
+                yield _Unit(content, page, page.page, page.num_pages)
+        elif content.kind is Kind.TEXT:
+            yield _Unit(content, read_text(file.path, file.name))
+        else:
+            yield _Unit(content, file.path)
+    except InputError as error:
+        _skip(report, [file.name for file in content.files], error, content)
+
+
+def _skip(report: Report, names: Sequence[str], error: InputError, content: _Content) -> None:
+    """List every file with this content, with the reason alone."""
+    path = str(content.files[0].path)
+    reason = str(error).removeprefix(names[0]).removeprefix(": ").strip()
+    reason = reason.replace(f"{path} ", "").replace(path, "the file")
+    report.skipped += [Skipped(name, reason) for name in names]
+
+
+def _add(
+    index: Index, root: Path, window: Sequence[tuple[_Unit, Item]], plume: Plume, batch_size: int, report: Report
+) -> None:
+    """Embed a window and commit its rows, one for each file that holds the content."""
+    vectors = plume.encode_document(
+        [item for _, item in window],
+        instruction=index.identity.instruction,
+        num_latent_steps=index.identity.num_latent_steps,
+        batch_size=batch_size,
+        show_progress_bar=False,
+    )
+    rows = [
+        row
+        for (unit, item), vector in zip(window, vectors, strict=True)
+        for row in _rows_of(root, unit, item, vector / np.linalg.norm(vector))  # truncated, it is not of unit length
+    ]
+    index.add(rows)
+    report.embedded += len(window)
+    report.reused += len(rows) - len(window)
+
+
+def _rows_of(root: Path, unit: _Unit, item: Item, vector: np.ndarray) -> Iterator[dict[str, Any]]:
+    content, thumbnail = unit.content, _thumbnail(item)
+    for file, (size, mtime_ns) in zip(content.files, content.stats, strict=True):
+        yield {
+            "root": str(root),
+            "name": file.name,
+            "path": str(root / file.name),
+            "kind": str(content.kind),
+            "page": unit.page,
+            "num_pages": unit.num_pages,
+            "sha256": content.sha256,
+            "size": size,
+            "mtime_ns": mtime_ns,
+            "excerpt": item.text[:_EXCERPT_LENGTH],
+            "thumbnail": thumbnail,
+            "vector": vector,
+        }
+
+
+def _copy(index: Index, root: Path, unit: _Unit) -> int:
+    """Give the row of a known content to those of its files that lack it; the number of rows written."""
+    content = unit.content
+    lacking = [
+        (file, stats)
+        for file, stats in zip(content.files, content.stats, strict=True)
+        if str(root / file.name) not in content.rows[unit.page]
+    ]
+    if lacking:
+        row = index.one_row(content.sha256, content.kind, unit.page)
+        index.add(
+            {**row, "root": str(root), "name": file.name, "path": str(root / file.name), "size": size, "mtime_ns": time}
+            for file, (size, time) in lacking
+        )
+    return len(lacking)
+
+
+def _remove_stale(index: Index, root: Path, rows: Sequence[dict[str, Any]], current: dict[str, str | None]) -> int:
+    """Delete rows of files that are gone or hold something else now; those that cannot be told stay."""
+    stale: dict[tuple[str, str], int] = defaultdict(int)
+    for row in rows:
+        if current.get(row["name"], "gone") not in (None, row["sha256"]):
+            stale[row["name"], row["sha256"]] += 1
+    for name, sha in stale:
+        index.delete(root, name, sha)
+    return sum(stale.values())
+
+
+def _thumbnail(item: Item) -> bytes:
+    """A small JPEG of the first image, or of the middle of the first video; empty for text."""
+    image = item.images[0] if item.images else item.videos[0].picture() if item.videos else None
+    if image is None:
+        return b""
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
