@@ -5,42 +5,41 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Multimodal embeddings by latent reasoning.")
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+Files = Annotated[list[Path] | None, typer.Argument(help="Text, image, video and PDF files; a PDF gives its pages.")]
+Model = Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")]
+Text = Annotated[list[str] | None, typer.Option(help="A text to take as well; may be repeated.")]
+Steps = Annotated[int | None, typer.Option(help="K; 0 is a single pass; the checkpoint's own if not given.")]
+BatchSize = Annotated[int, typer.Option(help="Inputs per pass.", min=1)]
 
-
-@app.callback()
-def _commands() -> None:
-    # With a callback, typer keeps "encode" a command of its own although it is the only one.
-    pass
+_DEMO = "runs/demo/latent"
 
 
 @app.command()
 def encode(
-    files: Annotated[list[Path] | None, typer.Argument(help="Text and image files.")] = None,
-    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")] = "runs/demo/latent",
+    files: Files = None,
+    model: Model = _DEMO,
     out: Annotated[Path, typer.Option(help="Where to write: .npz, .npy or .jsonl.")] = Path("vectors.npz"),
-    text: Annotated[list[str] | None, typer.Option(help="A text to embed as well; may be repeated.")] = None,
+    text: Text = None,
     instruction: Annotated[str | None, typer.Option(help="For every input.")] = None,
-    num_latent_steps: Annotated[
-        int | None, typer.Option(help="K; 0 is a single pass; the checkpoint's own if not given.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
+    prompt_name: Annotated[str | None, typer.Option(help="A preset instead: retrieve, classify or question.")] = None,
+    num_latent_steps: Steps = None,
+    batch_size: BatchSize = 32,
     on_error: Annotated[
         Literal["skip", "raise"], typer.Option(help="Skip inputs that cannot be embedded, or stop.")
     ] = "skip",
 ) -> None:
     """Write one unit vector per input.
 
-    A text file is one input. Inputs that cannot be embedded are named, the others are written all the same, and the
-    exit status is 1.
+    A text file is one input, a page of a PDF too. Inputs that cannot be embedded are named, the others are written all
+    the same, and the exit status is 1.
     """
     if out.suffix not in (".npz", ".npy", ".jsonl"):
         _stop(f"--out {out}: expected a name that ends with .npz, .npy or .jsonl")
@@ -59,60 +58,214 @@ def encode(
                 inputs,
                 num_latent_steps=num_latent_steps,
                 instruction=instruction,
+                prompt_name=prompt_name,
                 batch_size=batch_size,
                 on_error=on_error,
             )
     except (InputError, ValueError, OSError) as error:
         _stop(_named(str(error), names))
-    refused_by_model = sum(str(one.message).count("\n") for one in caught if "were skipped" in str(one.message))
-    good = [row for row in range(len(names)) if vectors[row, 0] == vectors[row, 0]]  # NaN marks a skipped row
-    refused += [
+    skipped = [
         line
         for one in caught
         if "inputs were skipped" in str(one.message)
         for line in str(one.message).splitlines()[1:]
     ]
-    if len(good) + refused_by_model != len(names):
-        _stop(f"{model} gave NaN for {len(names) - refused_by_model - len(good)} inputs; its weights are broken")
+    good = [row for row in range(len(names)) if vectors[row, 0] == vectors[row, 0]]  # NaN marks a skipped row
+    if len(good) + len(skipped) != len(names):
+        _stop(f"{model} gave NaN for {len(names) - len(skipped) - len(good)} inputs; its weights are broken")
     _write(out, [names[row] for row in good], vectors[good])
     typer.echo(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
-    for line in refused:
+    for line in refused + skipped:
         typer.echo(f"skipped: {_named(line, names)}", err=True)
-    if refused:
+    if refused or skipped:
         raise typer.Exit(1)
 
 
-def _collect(files: list[Path], texts: list[str]) -> tuple[list[str], list[str | Path], list[str]]:
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="Walked with its subfolders; hidden files are passed over.")],
+    model: Model = _DEMO,
+    out: Annotated[Path, typer.Option(help="The index; extended if it exists.")] = Path("plume-index"),
+    instruction: Annotated[str, typer.Option(help="For every document.")] = "",
+    query_instruction: Annotated[str, typer.Option(help="For every query.")] = "",
+    num_latent_steps: Annotated[int | None, typer.Option(help="K of documents; 0 is a single pass.")] = None,
+    query_latent_steps: Annotated[int | None, typer.Option(help="K of queries; 0 is a single pass.")] = None,
+    truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
+    batch_size: BatchSize = 32,
+    forget: Annotated[bool, typer.Option("--forget", help="Remove the folder's rows instead of adding.")] = False,
+) -> None:
+    """Embed a folder of text, images, video and PDFs, or bring its index up to date.
+
+    Run it again after files were added, changed or deleted, or after it was interrupted: what has been embedded is not
+    embedded again. Files that cannot be read are listed and left out.
+    """
+    from plume import Plume
+    from plume.index import Index
+
+    try:
+        if forget:
+            typer.echo(f"{Index.open(out).remove(folder)} rows removed from {out}")
+            return
+        plume = Plume(model, truncate_dim=truncate_dim)
+        target = Index.create(
+            out,
+            plume,
+            num_latent_steps=num_latent_steps,
+            query_latent_steps=query_latent_steps,
+            instruction=instruction,
+            query_instruction=query_instruction,
+        )
+        report = target.update(folder, plume, batch_size=batch_size)
+    except (ValueError, OSError) as error:
+        _stop(str(error))
+    for skipped in report.skipped:
+        typer.echo(f"skipped: {skipped.name}: {skipped.reason}", err=True)
+    typer.echo(
+        f"{len(target)} rows in {out}: {report.embedded} embedded, {report.reused} reused, {report.removed} removed; "
+        f"{report.unchanged} files unchanged, {len(report.skipped)} skipped"
+    )
+
+
+@app.command()
+def search(
+    text: Annotated[str | None, typer.Argument(help="Words to search for.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to search with; may be repeated.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to search with.")] = None,
+    index: Annotated[Path, typer.Option(help="The index.")] = Path("plume-index"),
+    model: Annotated[str | None, typer.Option(help="Checkpoint; the one that made the index if not given.")] = None,
+    top_k: Annotated[int, typer.Option(help="Results at most.", min=1)] = 10,
+    where: Annotated[str | None, typer.Option(help="A condition, for example \"kind = 'pdf'\".")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails.")] = None,
+) -> None:
+    """Search an index by words, an image, a video, or all of them as one query."""
+    query = {key: value for key, value in (("image", image), ("video", video), ("text", text)) if value}
+    if not query:
+        _stop("nothing to search for; give words, --image or --video")
+
+    from plume import Plume
+    from plume.gallery import gallery
+    from plume.index import Index
+
+    try:
+        source = Index.open(index)
+        dim = source.identity.dim
+        plume = Plume(model or source.identity.model)
+        if dim < (plume.get_embedding_dimension() or 0):
+            plume.truncate_dim = dim
+        hits = source.search(query, plume, top_k=top_k, where=where)
+    except (ValueError, OSError) as error:
+        _stop(str(error))
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
+        html.write_text(gallery(hits, title), encoding="utf-8")
+        typer.echo(f"{len(hits)} results in {html}")
+    for rank, hit in enumerate(hits, start=1):
+        if as_json:
+            typer.echo(json.dumps({"rank": rank, **hit.to_dict()}, ensure_ascii=False))
+        elif html is None:
+            place = f"{hit.path}#page={hit.page}" if hit.page else hit.path
+            excerpt = " ".join(hit.excerpt.split())[:60]
+            typer.echo(f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else ""))
+    if not hits:
+        typer.echo("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
+
+
+@app.command()
+def trace(
+    files: Files = None,
+    model: Model = _DEMO,
+    out: Annotated[Path, typer.Option(help="Folder for trace.json and the pictures.")] = Path("trace"),
+    text: Text = None,
+    candidate: Annotated[list[str] | None, typer.Option(help="A text to compare every state with.")] = None,
+    num_latent_steps: Steps = None,
+) -> None:
+    """Show what happened inside: states, gates, nearest words, as a page per input and one JSON file.
+
+    With several inputs, experts.png shows which experts served which modality.
+    """
+    names, inputs, refused = _collect(files or [], text or [])
+    if refused:
+        _stop("\n".join(refused))
+    if not inputs:
+        _stop("nothing to trace; name files, or give --text")
+
+    import torch
+
+    from plume import PlumeModel
+    from plume.draw import draw_expert_use, draw_trace
+    from plume.trace import expert_use
+
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = PlumeModel.from_pretrained(model).to(device).eval()
+        traces = loaded.trace(inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
+    except (ValueError, OSError) as error:
+        _stop(_named(str(error), names))
+    out.mkdir(parents=True, exist_ok=True)
+    use = {modality: share.tolist() for modality, share in expert_use(traces).items()}
+    whole = {"model": model, "expert_use": use, "traces": [one.to_dict() for one in traces]}
+    (out / "trace.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        for number, one in enumerate(traces):
+            draw_trace(one, out / f"{number:03}.png")
+        if len(traces) > 1 and use:
+            draw_expert_use(traces, out / "experts.png")
+    except ImportError as error:
+        _stop(f"{out / 'trace.json'} is written, pictures are not: {error}")
+    typer.echo(f"{len(traces)} traces in {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Published PLUME checkpoint: a folder or a Hub name.")],
+    destination: Annotated[Path, typer.Argument(help="Where to write; must be new or empty.")],
+) -> None:
+    """Turn a published PLUME checkpoint into a folder that opens everywhere."""
+    if destination.exists() and any(destination.iterdir()):
+        _stop(f"{destination} is not empty; name a new folder")
+
+    from plume import PlumeModel
+    from plume.published import is_published
+
+    try:
+        if not is_published(source):
+            _stop(f"{source} holds no adapter of the published format (latent_moe_transition.*); nothing to convert")
+        model = PlumeModel.from_pretrained(source)
+        model.save_pretrained(destination)
+    except (ValueError, OSError) as error:
+        _stop(str(error))
+    config = model.config
+    typer.echo(
+        f"{destination}: K = {config.num_latent_steps}, {config.num_experts} experts, "
+        f"positions {config.latent_positions}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
+
+
+def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], list[Any], list[str]]:
     """Names and inputs of what can be read, and a line for each file that cannot."""
-    names: list[str] = []
-    inputs: list[str | Path] = []
+    from plume.images import InputError
+    from plume.inputs import inputs_of
+
+    found: list[tuple[str, Any]] = []
     refused: list[str] = []
     for file in files:
         try:
-            found: str | Path
-            if file.suffix.lower() in TEXT_SUFFIXES:
-                found = file.read_text(encoding="utf-8")
-            elif file.suffix.lower() in IMAGE_SUFFIXES:
-                found = file
-            else:
-                kinds = ", ".join(sorted(TEXT_SUFFIXES | IMAGE_SUFFIXES))
-                raise ValueError(f"unknown kind of file; expected one of {kinds}")
-        except (OSError, ValueError) as error:
-            refused.append(f"{file}: {error}")
-        else:
-            names.append(str(file))
-            inputs.append(found)
-    return [*names, *texts], [*inputs, *texts], refused
+            found += inputs_of(file)
+        except InputError as error:
+            refused.append(str(error))
+    return [*(name for name, _ in found), *texts], [*(one for _, one in found), *texts], refused
 
 
-def _named(message: str, names: list[str]) -> str:
+def _named(message: str, names: Sequence[str]) -> str:
     """The message with "input 3" followed by the name that the user knows."""
-    for index in reversed(range(len(names))):
-        message = message.replace(f"input {index}", names[index])
+    for place in reversed(range(len(names))):
+        message = message.replace(f"input {place}", names[place])
     return message
 
 
-def _write(out: Path, names: list[str], vectors) -> None:
+def _write(out: Path, names: list[str], vectors: Any) -> None:
     import numpy as np
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +275,7 @@ def _write(out: Path, names: list[str], vectors) -> None:
         np.save(out, vectors)
     else:
         lines = (
-            json.dumps({"name": name, "embedding": vector.tolist()})
+            json.dumps({"name": name, "embedding": vector.tolist()}, ensure_ascii=False)
             for name, vector in zip(names, vectors, strict=True)
         )
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -40,8 +40,9 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
     lines.set(ylim=(-1.05, 1.05), ylabel="cosine")
     norms = lines.twinx()
     norms.plot(steps, trace.norms, color="#999999", linestyle="--", label="norm")
-    norms.set(ylim=(0, None), ylabel="norm")
-    lines.legend(*map(sum, zip(*(a.get_legend_handles_labels() for a in (lines, norms)), strict=True), ([], [])))
+    norms.set(ylim=(0, 1.15 * trace.norms.max().item()), ylabel="norm")
+    handles = [*lines.get_lines(), *norms.get_lines()]
+    lines.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, frameon=False)
     _steps(lines, steps, "state")
 
     if trace.gates is not None and trace.experts is not None and len(steps) > 1:
@@ -63,9 +64,9 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
     words.axis("off")
     for row, nearest in enumerate(trace.words):
         y = 1 - (row + 1.5) / (len(trace.words) + 1)
-        shown = "   ".join(f"{_escaped(token)} {chance:.2f}" for token, chance in nearest)
+        shown = "   ".join(f"{_escaped(token)} {chance:.2f}" for token, chance in nearest)[:96]
         words.text(0, y, f"h{row}", color="#888888", transform=words.transAxes)
-        words.text(0.06, y, shown, color=_INK, family="monospace", fontsize=9, transform=words.transAxes)
+        words.text(0.06, y, shown, color=_INK, family="monospace", fontsize=8, transform=words.transAxes)
     words.set_title("nearest tokens through the output head", fontsize=10, color=_INK, loc="left")
 
     figure.tight_layout()

@@ -55,8 +55,8 @@ def load_image(
         return _reduced(_as_rgb(ImageOps.exif_transpose(opened), f"{name}: {source}"), pixels)
     except FileNotFoundError:
         raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{name}: {source} is too large to decode safely; scale it down") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: {source} is too large to decode safely ({error}); scale it down") from None
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, AssertionError) as error:

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from plume.documents import Page
-from plume.files import VIDEO_SUFFIXES, Kind, kind_of
+from plume.documents import Page, pages
+from plume.files import SUFFIXES, VIDEO_SUFFIXES, Kind, kind_of
 from plume.images import InputError, load_image
 from plume.tokens import RESERVED
 from plume.video import Sampling, Video, load_video
@@ -313,3 +313,26 @@ def _max_pixels(budget: Budget) -> int:
 
 def _type_of(part: Any) -> str:
     return "text" if isinstance(part, str) else "video" if isinstance(part, Video) else "image"
+
+
+def inputs_of(path: Path) -> list[tuple[str, Any]]:
+    """What a file holds, as inputs with names: itself, or the pages of a PDF. Media are not read yet.
+
+    Raises:
+        InputError: no such file, a kind that plume does not read, a text or PDF that cannot be opened.
+
+    Example:
+        >>> path = getfixture("two_page_pdf")
+        >>> [name.rpartition("/")[2] for name, _ in inputs_of(path)]
+        ['two pages.pdf#page=1', 'two pages.pdf#page=2']
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    kind = kind_of(path)
+    if kind is Kind.PDF:
+        return [(f"{path}#page={page.page}", page) for page in pages(path, str(path))]
+    if kind is Kind.TEXT:
+        return [(str(path), read_text(path, str(path)))]
+    if kind is None:
+        raise InputError(f"{path}: unknown kind of file; expected one of {', '.join(sorted(SUFFIXES))}")
+    return [(str(path), path)]

@@ -204,7 +204,7 @@ class PlumeProcessor(ProcessorMixin):
         # No token is shorter than a byte, so most inputs need not be tokenised to know.
         if len(written.encode()) + visual <= limit:
             return
-        if (length := len(self.tokenizer(written)["input_ids"]) + visual) > limit:
+        if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
             raise InputError(f"{name} has {_too_long(length, limit)}")
 
     def suffix_ids(self, text: str) -> list[int]:

@@ -1,0 +1,279 @@
+"""Indexing a folder of everything, killing it, going on, and searching."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from plume import Plume, PlumeModel
+from plume.cli import app
+from plume.index import Index
+from plume.tiny import SHORT_STRINGS
+from tests.mixed import BROKEN, write_mixed_folder
+
+_COLUMNS = ["name", "kind", "page", "num_pages", "sha256", "excerpt", "thumbnail"]
+
+# Dies without warning before the fourth commit.
+_KILLED = """
+import os, signal, sys
+from plume import cli, index, indexing
+indexing._ROWS_PER_WINDOW = 24
+commit, commits = index.Index.add, []
+def add(self, rows):
+    commits.append(1)
+    if len(commits) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(self, rows)
+index.Index.add = add
+sys.argv = ["plume", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def plume(plume_folder) -> Plume:
+    return Plume(plume_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> tuple[Path, int]:
+    root = tmp_path_factory.mktemp("mixed folder")
+    return root, write_mixed_folder(root)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, plume, tmp_path_factory):
+    index = Index.create(tmp_path_factory.mktemp("whole") / "index", plume)
+    return index, index.update(folder[0], plume, show_progress=False)
+
+
+def content(index: Index) -> tuple[list[dict], np.ndarray]:
+    rows = sorted(index.rows([*_COLUMNS, "vector"]), key=lambda row: (row["name"], row["page"]))
+    return [{name: row[name] for name in _COLUMNS} for row in rows], np.array([row["vector"] for row in rows])
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout + "\n" + result.stderr
+
+
+def test_every_sound_file_has_its_rows_and_every_broken_one_is_named(folder, whole):
+    index, report = whole
+    assert len(list(folder[0].rglob("*"))) >= 200
+    assert len(index) == folder[1] + 1  # and the link to a picture
+    skipped = {one.name: one.reason for one in report.skipped}
+    assert skipped.keys() == BROKEN.keys()
+    for name, reason in BROKEN.items():
+        assert reason in skipped[name], name
+        assert str(folder[0]) not in skipped[name]
+    assert (report.embedded, report.reused) == (len(index) - 2, 2)
+
+
+def test_rows_hold_the_vectors_of_the_embedder(folder, whole, plume):
+    rows, vectors = content(whole[0])
+    places = {(row["name"], row["page"]): place for place, row in enumerate(rows)}
+    text = places["notes/000 red é.txt", 0]
+    image = places["Bilder und Fotos/001 green é.png", 0]
+    expected = plume.encode_document(["a red kite, number 0", folder[0] / rows[image]["name"]])
+    assert np.allclose(vectors[[text, image]], expected, atol=1e-5)
+    assert rows[text]["excerpt"] == "a red kite, number 0"
+    assert rows[image]["thumbnail"][:2] == b"\xff\xd8"
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_where_an_uninterrupted_one_does(
+    folder, whole, plume, plume_folder, tmp_path
+):
+    out = tmp_path / "index"
+    arguments = ["index", str(folder[0]), "--model", str(plume_folder), "--out", str(out)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    index = Index.open(out)
+    committed = len(index)
+    assert 0 < committed < len(whole[0])
+    report = index.update(folder[0], plume, show_progress=False)
+    # The last file of a window may have copies elsewhere, which are rows but not work.
+    assert report.embedded == whole[1].embedded - len(
+        {(r["sha256"], r["page"], r["kind"]) for r in _head(index, committed)}
+    )
+    assert {one.name for one in report.skipped} == BROKEN.keys()
+    (rows, vectors), (expected, exact) = content(index), content(whole[0])
+    assert rows == expected
+    assert np.allclose(vectors, exact, atol=1e-5)
+    for query in ("a red kite", Image.new("RGB", (40, 40), "blue")):
+        found, sure = (one.search(query, plume, top_k=20) for one in (index, whole[0]))
+        assert np.allclose([hit.score for hit in found], [hit.score for hit in sure], atol=1e-5)
+    again = index.update(folder[0], plume, show_progress=False)
+    assert (again.embedded, again.reused, again.removed) == (0, 0, 0)
+
+
+def _head(index: Index, count: int) -> list[dict]:
+    """The rows that were committed first."""
+    return index.rows(["sha256", "page", "kind"])[:count]
+
+
+def test_files_are_added_changed_moved_and_deleted(plume, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("stays", "changes", "moves", "goes"):
+        (folder / f"{name}.txt").write_text(f"a kite that {name}")
+    index = Index.create(tmp_path / "index", plume)
+    assert index.update(folder, plume, show_progress=False).embedded == 4
+    (folder / "changes.txt").write_text("a table now")
+    (folder / "moves.txt").rename(folder / "moved.txt")
+    (folder / "goes.txt").unlink()
+    (folder / "comes.txt").write_text("a blue one")
+    report = index.update(folder, plume, show_progress=False)
+    assert (report.unchanged, report.embedded, report.reused, report.removed) == (1, 2, 1, 3)
+    rows, _ = content(index)
+    assert {row["name"]: row["excerpt"] for row in rows} == {
+        "stays.txt": "a kite that stays",
+        "changes.txt": "a table now",
+        "moved.txt": "a kite that moves",
+        "comes.txt": "a blue one",
+    }
+
+
+def test_a_file_that_cannot_be_read_now_keeps_its_rows(plume, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "note.txt").write_text("a kite")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(folder, plume, show_progress=False)
+    (folder / "note.txt").unlink()
+    (folder / "note.txt").symlink_to(folder / "note.txt")
+    report = index.update(folder, plume, show_progress=False)
+    assert [one.name for one in report.skipped] == ["note.txt"]
+    assert (report.removed, len(index)) == (0, 1)
+
+
+def test_an_index_inside_its_folder_does_not_index_itself_and_folders_can_be_forgotten(plume, tmp_path):
+    (tmp_path / "a.txt").write_text("a kite")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path, plume, show_progress=False)
+    other = tmp_path / "index" / ".." / "other"
+    other.mkdir()
+    (other / "b.txt").write_text("blue")
+    index.update(other, plume, show_progress=False)
+    assert len(index) == 2
+    shutil.rmtree(other)
+    assert index.remove(other) == 1
+    assert [row["name"] for row in index.rows(["name"])] == ["a.txt"]
+
+
+def test_the_same_bytes_are_read_by_their_names(plume, tmp_path):
+    for name in ("a.png", "b.txt", "c.png"):
+        (tmp_path / name).write_text("a kite")
+    index = Index.create(tmp_path / "index", plume)
+    report = index.update(tmp_path, plume, show_progress=False)
+    assert [one.name for one in report.skipped] == ["a.png", "c.png"]
+    assert [row["name"] for row in index.rows(["name"])] == ["b.txt"]
+
+
+def test_an_index_refuses_what_it_was_not_made_with(plume, plume_folder, backbone_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("a kite")
+    path = tmp_path / "index"
+    index = Index.create(path, plume, num_latent_steps=0, query_instruction="Find:")
+    index.update(tmp_path, plume, show_progress=False)
+    with pytest.raises(ValueError, match=r"num_latent_steps=0; this call uses num_latent_steps=4"):
+        Index.create(path, plume, query_instruction="Find:")
+    with pytest.raises(ValueError, match="query_instruction='Find:'; this call uses query_instruction='Seek:'"):
+        index.search("kite", plume, instruction="Seek:")
+    with pytest.raises(ValueError, match="query_latent_steps=4; this call uses query_latent_steps=1"):
+        index.search("kite", plume, num_latent_steps=1)
+    with pytest.raises(ValueError, match="dim=64; this call uses dim=16"):
+        index.search("kite", Plume(plume_folder, device="cpu", truncate_dim=16))
+    other = PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=4, **SHORT_STRINGS)
+    other.save_pretrained(tmp_path / "other")
+    stranger = Plume(tmp_path / "other", device="cpu")
+    with pytest.raises(ValueError, match=r"made with checkpoint .*; this call uses checkpoint .*other"):
+        index.search("kite", stranger)
+    with pytest.raises(ValueError, match="make a new index"):
+        index.update(tmp_path, stranger)
+    (hit,) = index.search("kite", plume)
+    expected = plume.similarity(
+        plume.encode("kite", instruction="Find:", num_latent_steps=4), plume.encode("a kite", num_latent_steps=0)
+    )
+    assert hit.score == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_truncated_vectors_are_searched_as_unit_vectors(plume_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("a kite")
+    short = Plume(plume_folder, device="cpu", truncate_dim=16)
+    index = Index.create(tmp_path / "index", short)
+    index.update(tmp_path, short, show_progress=False)
+    assert index.search("a kite", short)[0].score == pytest.approx(1, abs=1e-5)
+
+
+def test_a_search_is_exact_and_heeds_its_condition(whole, plume):
+    index, _ = whole
+    rows, vectors = content(index)
+    query = plume.encode_query("a blue kite")
+    best = np.sort(vectors @ query)[::-1]
+    assert np.allclose([hit.score for hit in index.search("a blue kite", plume, top_k=7)], best[:7], atol=1e-5)
+    pdfs = index.search("a blue kite", plume, top_k=500, where="kind = 'pdf' AND page = 2")
+    assert len(pdfs) == sum(row["kind"] == "pdf" and row["page"] == 2 for row in rows)
+    assert {(hit.kind, hit.page) for hit in pdfs} == {("pdf", 2)}
+    with pytest.raises(ValueError, match="where='colour = 3' is not understood"):
+        index.search("a", plume, where="colour = 3")
+
+
+def test_the_commands_index_and_search_print_what_they_did(folder, plume_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    shutil.copy(folder[0] / "Bilder und Fotos" / "001 green é.png", tmp_path / "files" / "a picture.png")
+    (tmp_path / "files" / "note <b>.txt").write_text("a red kite & a table")
+    (tmp_path / "files" / "bad.png").write_text("no picture")
+    out = tmp_path / "index"
+    code, output = run("index", tmp_path / "files", "--model", plume_folder, "--out", out)
+    assert code == 0, output
+    assert "skipped: bad.png: cannot be read as an image" in output
+    assert "2 rows in" in output
+    assert "2 embedded, 0 reused, 0 removed; 0 files unchanged, 1 skipped" in output
+
+    code, output = run("search", "a red kite & a table", "--index", out)
+    assert code == 0, output
+    assert output.split()[:3] == ["1", "1.000", "text"]
+    picture = tmp_path / "files" / "a picture.png"
+    code, output = run("search", "--image", picture, "--index", out, "--json", "--where", "kind = 'image'")
+    found = json.loads(output.splitlines()[0])
+    assert found["score"] == pytest.approx(1, abs=1e-5)
+    assert found["path"] == str(picture.resolve())
+    page = tmp_path / "results" / "found.html"
+    code, output = run("search", "<kites>", "--index", out, "--html", page)
+    html = page.read_text()
+    assert "&lt;kites&gt;" in html
+    assert "<kites>" not in html
+    assert "note &lt;b&gt;.txt" in html
+    assert html.count("data:image/jpeg;base64,") == 1
+    code, output = run("index", tmp_path / "files", "--out", out, "--forget")
+    assert "2 rows removed" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "--index", "none"], "nothing to search for"),
+        (["search", "kite", "--index", "none"], "none is no index; make one with `plume index"),
+        (["index", "nowhere", "--out", "index"], "nowhere is no folder"),
+        (["index", ".", "--out", "."], "holds files but no index.json"),
+    ],
+)
+def test_a_wrong_call_stops_with_a_message(plume_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a kite")
+    if arguments[0] == "index":
+        arguments = [*arguments, "--model", str(plume_folder)]
+    code, output = run(*arguments)
+    assert code == 1
+    assert message in output
+    assert "Traceback" not in output
+    assert os.listdir("index") == [] if Path("index").exists() and "nowhere" not in arguments else True
