@@ -51,6 +51,7 @@ class PlumeProcessor(ProcessorMixin):
         *,
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
+        images_from: str | None = None,
         **hub_kwargs,
     ) -> PlumeProcessor:
         """The processor of a stock Qwen-VL checkpoint, with plume's prefix; tokens are added elsewhere.
@@ -60,11 +61,12 @@ class PlumeProcessor(ProcessorMixin):
             config: gives the prompt and what is taken from a video.
             min_pixels: smaller images are enlarged to this many pixels.
             max_pixels: larger images are reduced to this many pixels.
+            images_from: where the image processor comes from, if not from the same place.
             hub_kwargs: `revision`, `token` and the like.
         """
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **hub_kwargs)
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        images = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, size=size, **hub_kwargs)
+        images = Qwen2VLImageProcessorPil.from_pretrained(images_from or name_or_path, size=size, **hub_kwargs)
         return cls(images, tokenizer, chat_template=prompt.chat_template(config)).adopt(config)
 
     @classmethod

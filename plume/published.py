@@ -17,8 +17,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from plume import prompt, tokens
@@ -176,11 +175,8 @@ def _read_processor(folder: Path, config: PlumeConfig, hub_kwargs: dict) -> Plum
     width = config.hidden_size
     tokenizer_from = _source(folder, ("tokenizer.json", "vocab.json"), width, hub_kwargs)
     images_from = _source(folder, ("preprocessor_config.json", "processor_config.json"), width, hub_kwargs)
-    # Other knobs of the Hub belong to the checkpoint, not to the base model that files are taken from.
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from, padding_side="left")
-    size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    images = Qwen2VLImageProcessorPil.from_pretrained(images_from, size=size)
-    return PlumeProcessor(images, tokenizer, chat_template=prompt.chat_template(config)).adopt(config)
+    # Revision and the like belong to the checkpoint, not to the base model that files are taken from.
+    return PlumeProcessor.from_backbone(tokenizer_from, config, images_from=images_from)
 
 
 def _source(folder: Path, names: tuple[str, ...], width: int, hub_kwargs: dict) -> str:
