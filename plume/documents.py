@@ -71,8 +71,6 @@ def pages(path: str | os.PathLike, name: str = "the input") -> list[Page]:
         [1, 2]
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{name}: no file at {path}; expected a PDF")
     with _PDFIUM, _opened(path, name) as document:
         total = len(document)
     if not total:
@@ -85,6 +83,8 @@ def _opened(path: Path, name: str) -> Any:
         import pypdfium2
     except ImportError:
         raise InputError(f"{name}: reading {path} needs pypdfium2; pip install 'plume-embed[pdf]'") from None
+    if not path.is_file():
+        raise InputError(f"{name}: no file at {path}; expected a PDF")
     try:
         return pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:

@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 import string
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from plume.tokens import (
@@ -80,9 +87,10 @@ def save_tiny_backbone(
     vision_layers: int = 1,
     temporal_patch_size: int = 2,
     tie_word_embeddings: bool = True,
+    family: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl",
     seed: int = 0,
 ) -> None:
-    """Write a stock Qwen2-VL folder: configuration, random weights, tokenizer, image processor.
+    """Write a stock Qwen2-VL (or Qwen2.5-VL) folder: configuration, random weights, tokenizer, image processor.
 
     Args:
         folder: created if missing.
@@ -95,12 +103,26 @@ def save_tiny_backbone(
         vision_layers: its layers.
         temporal_patch_size: frames per patch; 1 halves the work where there is no video.
         tie_word_embeddings: whether the output head is the embedding matrix.
+        family: the architecture.
         seed: of the weights.
     """
     tokenizer = tiny_tokenizer(words)
     token_ids = tokenizer.get_vocab()
     rotary_half = hidden_size // num_heads // 2
-    config = Qwen2VLConfig(
+    if family == "qwen2_vl":
+        config_class: Any = Qwen2VLConfig
+        model_class: Any = Qwen2VLForConditionalGeneration
+        vision = {"embed_dim": vision_width, "hidden_size": hidden_size, "mlp_ratio": 2}
+    else:
+        config_class, model_class = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        vision = {
+            "hidden_size": vision_width,
+            "out_hidden_size": hidden_size,
+            "intermediate_size": 2 * vision_width,
+            "window_size": 56,
+            "fullatt_block_indexes": [vision_layers - 1],
+        }
+    config = config_class(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": hidden_size,
@@ -121,12 +143,10 @@ def save_tiny_backbone(
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
+            **vision,
             "depth": vision_layers,
-            "embed_dim": vision_width,
             "initializer_range": vision_width**-0.5,
-            "hidden_size": hidden_size,
             "num_heads": 4,
-            "mlp_ratio": 2,
             "temporal_patch_size": temporal_patch_size,
         },
         tie_word_embeddings=tie_word_embeddings,
@@ -137,7 +157,7 @@ def save_tiny_backbone(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
+        model = model_class(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(temporal_patch_size=temporal_patch_size).save_pretrained(folder)

@@ -84,7 +84,7 @@ class Trace:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def trace(
     model: PlumeModel,
     inputs: Sequence[Any],

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from plume import Plume
+from plume import Plume, pages
 from plume.cli import app
+from tests.mixed import write_clip
 
 
 @pytest.fixture
@@ -64,3 +65,38 @@ def test_a_wrong_call_stops_with_a_message_and_no_traceback(plume_folder, argume
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_pages_clips_and_presets_are_embedded_by_name(plume_folder, two_page_pdf, tmp_path):
+    write_clip(tmp_path / "clip.mp4", [0, 100, 200])
+    out = tmp_path / "vectors.npz"
+    result = run(plume_folder, two_page_pdf, tmp_path / "clip.mp4", "--prompt-name", "classify", "--out", out)
+    assert result.exit_code == 0, result.output
+    saved = np.load(out)
+    assert [name.rpartition("/")[2] for name in saved["names"]] == [
+        "two pages.pdf#page=1",
+        "two pages.pdf#page=2",
+        "clip.mp4",
+    ]
+    plume = Plume(plume_folder, device="cpu")
+    inputs = [*pages(two_page_pdf), tmp_path / "clip.mp4"]
+    assert np.allclose(saved["embeddings"], plume.encode(inputs, prompt_name="classify"), atol=1e-5)
+
+
+def test_convert_writes_a_folder_that_opens_everywhere(tmp_path):
+    from tests.plume.test_published import save_published
+
+    source = save_published(tmp_path / "published")
+    result = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
+    assert result.exit_code == 0, result.output
+    assert "K = 3, 4 experts, positions kv_length" in result.output
+    assert Plume(tmp_path / "converted", device="cpu").encode("red").shape == (32,)
+    again = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
+    assert again.exit_code == 1
+    assert "is not empty" in again.output
+
+
+def test_convert_says_what_is_no_published_checkpoint(backbone_folder, tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(backbone_folder), str(tmp_path / "converted")])
+    assert result.exit_code == 1
+    assert "nothing to convert" in result.output

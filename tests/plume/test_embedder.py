@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel
 
-from plume import InputError, Item, Plume, PlumeModel
+from plume import InputError, Item, Plume, PlumeModel, pages
+from plume.tiny import SHORT_STRINGS
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,123 @@ def test_every_door_gives_the_same_embedding_to_the_bit(plume, plume_folder, mod
     plume.save_pretrained(str(tmp_path / "saved"))
     reopened = Plume(tmp_path / "saved", device="cpu")
     assert torch.equal(reopened.encode(["a red kite"], convert_to_tensor=True), expected)
+
+
+def everything(picture, two_page_pdf):
+    frames = np.stack([np.asarray(picture(56, 56, seed)) for seed in range(3)])
+    message = [
+        {"role": "system", "content": "Find:"},
+        {"role": "user", "content": [{"type": "text", "text": "red "}, {"type": "image", "image": picture()}]},
+    ]
+    return [
+        "a red kite",
+        picture(84, 56),
+        {"image": [picture(), picture(28, 28, 1)], "text": "which?"},
+        {"video": frames, "text": "what moves?"},
+        pages(two_page_pdf)[0],
+        message,
+        {"text": "kite", "instruction": "Find:"},
+        *(f"caption {number} " * number for number in range(1, 9)),
+    ]
+
+
+def test_embeddings_do_not_depend_on_how_inputs_are_grouped(plume, picture, two_page_pdf):
+    inputs = everything(picture, two_page_pdf)
+    whole = plume.encode(inputs)
+    alone = np.stack([plume.encode(one) for one in inputs])
+    assert np.allclose(whole, alone, atol=1e-5)
+    for budget in ({"batch_size": 3}, {"max_tokens_per_batch": 1}, {"max_tokens_per_batch": 40}):
+        assert np.allclose(plume.encode(inputs, **budget), whole, atol=1e-5)
+
+
+def test_the_token_budget_separates_long_inputs_from_short_ones(plume, picture, monkeypatch):
+    seen = []
+    forward = type(plume.plume_model).forward
+
+    def spy(self, input_ids, *arguments, **keywords):
+        seen.append(tuple(input_ids.shape))
+        return forward(self, input_ids, *arguments, **keywords)
+
+    monkeypatch.setattr(type(plume.plume_model), "forward", spy)
+    captions = ["red kite"] * 20
+    plume.encode([*captions[:10], picture(560, 560), *captions[10:]], max_tokens_per_batch=512)
+    assert [rows for rows, _ in seen] == [1, 20]
+    assert seen[1][1] < 10
+
+
+def test_queries_and_documents_may_have_different_numbers_of_steps(plume_folder, plume):
+    both = Plume(plume_folder, device="cpu", num_latent_steps={"query": 3, "document": 0})
+    assert np.array_equal(both.encode_query("red"), plume.encode("red", num_latent_steps=3))
+    assert np.array_equal(both.encode_document(["red"]), plume.encode(["red"], num_latent_steps=0))
+    asked = {"query": 1, "document": 2}
+    assert np.array_equal(plume.encode_query("red", num_latent_steps=asked), plume.encode("red", num_latent_steps=1))
+    assert np.array_equal(both.encode("red", num_latent_steps=2), plume.encode("red", num_latent_steps=2))
+    with pytest.raises(ValueError, match="call encode_query or encode_document"):
+        both.encode("red")
+    with pytest.raises(ValueError, match='needs "query" and "document"'):
+        Plume(plume_folder, device="cpu", num_latent_steps={"query": 3})
+    with pytest.raises(ValueError, match="exceeds the step table"):
+        Plume(plume_folder, device="cpu", num_latent_steps={"query": 99, "document": 0})
+
+
+def test_presets_are_instructions_in_the_user_turn(plume):
+    for name in ("retrieve", "classify", "question"):
+        expected = plume.encode("red", instruction=plume.prompts[name])
+        assert np.array_equal(plume.encode("red", prompt_name=name), expected)
+    with pytest.raises(ValueError, match="'summarise' not found"):
+        plume.encode("red", prompt_name="summarise")
+    with pytest.raises(ValueError, match="give one of instruction, prompt and prompt_name"):
+        plume.encode("red", prompt_name="retrieve", instruction="Find:")
+
+
+def test_all_precisions_and_lengths_are_those_of_sentence_transformers(plume):
+    texts = [f"kite {number}" for number in range(12)]
+    whole = plume.encode(texts)
+    for precision in ("int8", "uint8", "binary", "ubinary"):
+        expected = quantize_embeddings(whole, precision=precision)
+        assert np.array_equal(plume.encode(texts, precision=precision), expected)
+    short = plume.encode(texts, truncate_dim=16, normalize_embeddings=True)
+    assert np.allclose(short, whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True), atol=1e-6)
+
+
+def test_two_processes_give_what_one_gives(plume, picture, two_page_pdf):
+    inputs = everything(picture, two_page_pdf)
+    whole = plume.encode(inputs)
+    with pytest.warns(UserWarning, match="input 15 is empty"):
+        found = plume.encode([*inputs, ""], device=["cpu", "cpu"], batch_size=4, on_error="skip", num_latent_steps=4)
+    assert np.allclose(found[:-1], whole, atol=1e-5)
+    assert np.isnan(found[-1]).all()
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_sentence_transformers_gives_the_same_for_every_kind(plume, plume_folder, picture, two_page_pdf, kind):
+    inputs = everything(picture, two_page_pdf)
+    inputs[4] = pages(two_page_pdf)[0].render(10_000)
+    stock = SentenceTransformer(str(plume_folder), device="cpu")
+    assert np.array_equal(stock.encode([inputs[kind]]), plume.encode([inputs[kind]]))
+    assert np.array_equal(stock.encode(["red"], prompt="Find:"), plume.encode(["red"], instruction="Find:"))
+
+
+def test_a_blank_image_before_text_is_a_field_of_the_checkpoint(backbone_folder, tmp_path):
+    model = PlumeModel.from_backbone(str(backbone_folder), blank_image_size=56, **SHORT_STRINGS).eval()
+    model.save_pretrained(tmp_path)
+    blank = Image.new("RGB", (56, 56), "white")
+    plume = Plume(tmp_path, device="cpu")
+    assert np.allclose(plume.encode("red"), plume.encode({"image": blank, "text": "red"}), atol=1e-6)
+    assert np.allclose(SentenceTransformer(str(tmp_path), device="cpu").encode("red"), plume.encode("red"), atol=1e-6)
+    config = model.config.to_dict()
+    assert config["blank_image_size"] == 56
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_value": None}, "Plume.trace returns states"),
+        ({"max_tokens_per_batch": 0}, "must be at least 1"),
+        ({"on_error": "ignore"}, '"raise" or "skip"'),
+        ({"latent_steps": 3}, "latent_steps"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused(plume, settings, message):
+    with pytest.raises(ValueError, match=message):
+        plume.encode("red", **settings)

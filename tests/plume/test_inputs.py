@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import http.server
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from plume import InputError, Item
@@ -109,3 +114,105 @@ def test_a_closed_image_is_refused(tmp_path):
 def test_an_instruction_of_the_call_yields_to_the_inputs_own():
     assert Item.parse("a").instructed("Find:").instruction == "Find:"
     assert Item.parse({"text": "a", "instruction": "Say:"}).instructed("Find:").instruction == "Say:"
+
+
+def parts(item: Item) -> list[str]:
+    return [part if isinstance(part, str) else type(part).__name__ for part in item.content]
+
+
+def test_the_dict_of_qwen3_vl_embedding_is_taken_as_it_is(picture, tmp_path):
+    picture().save(tmp_path / "demo.jpeg")
+    raws = [
+        {"text": "A woman plays with her dog.", "instruction": "Retrieve images relevant to the query."},
+        {"image": str(tmp_path / "demo.jpeg")},
+        {"text": "A dog", "image": [str(tmp_path / "demo.jpeg")], "video": None},
+        {"video": [picture()] * 3, "text": None, "fps": None, "max_frames": 2},
+    ]
+    items = [Item.parse(raw) for raw in raws]
+    assert [item.modality for item in items] == ["text", "image", "image+text", "video"]
+    assert items[0].instruction == "Retrieve images relevant to the query."
+    assert len(items[3].videos[0].frames) == 2
+
+
+def test_media_of_a_dict_stand_before_its_text_whatever_the_order_of_keys(picture):
+    raw = {"text": ["a", "b"], "video": [picture(), picture()], "image": [picture(), picture()]}
+    assert parts(Item.parse(raw)) == ["Video", "Image", "Image", "a", "b"]
+
+
+def test_chat_messages_keep_the_order_of_their_parts(picture, tmp_path):
+    path = tmp_path / "a.png"
+    picture().save(path)
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    user = [
+        {"type": "text", "text": "between "},
+        {"type": "image", "image": picture()},
+        {"type": "text", "text": " and "},
+        {"type": "image_url", "image_url": {"url": data}},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "url": path.as_uri()},
+        {"type": "video", "video": [picture(), picture()]},
+    ]
+    messages = [{"role": "system", "content": "Compare:"}, {"role": "user", "content": user}]
+    item = Item.parse(messages)
+    assert parts(item) == ["between ", "Image", " and ", "Image", "Image", "Image", "Video"]
+    assert item.instruction == "Compare:"
+    assert np.array_equal(item.images[1], item.images[2])
+    assert parts(Item.parse({"role": "user", "content": "red"})) == ["red"]
+
+
+def test_an_image_behind_a_url_is_downloaded(picture, tmp_path):
+    picture().save(tmp_path / "a.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        (image,) = Item.parse({"image": f"{address}/a.png"}).images
+        with pytest.raises(InputError, match=r"input 3: http://.*/b.png cannot be downloaded .*404"):
+            Item.parse({"image": f"{address}/b.png"}, "input 3")
+        server.shutdown()
+    assert np.array_equal(image, picture())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"role": "assistant", "content": "a"}, "a message of role 'assistant'"),
+        ({"role": "user", "content": 3}, "the content of a message is 3"),
+        ({"role": "user", "content": [{"type": "audio", "audio": "x"}]}, "a part of type 'audio'"),
+        ({"role": "user", "content": [{"type": "image"}]}, "a part of type 'image' without content"),
+        ({"role": "user", "content": [{"type": "image", "base64": "%"}]}, "not valid base64"),
+        ({"role": "user", "content": []}, "is empty"),
+        ({"video": [Path("a.png")], "fps": -1}, "'fps' is -1; expected a number above 0"),
+        ({"image": np.zeros((4, 4), np.uint8)}, "expected uint8 [height, width, 3]"),
+        (Path("report.pdf"), "pass plume.pages('report.pdf')"),
+        (Path("archive.zip"), "of no kind that plume reads"),
+        (Path("latin.txt"), "is not UTF-8 text"),
+    ],
+)
+def test_what_is_wrong_with_a_composed_input_is_said(raw, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("report.pdf", "archive.zip"):
+        Path(name).write_bytes(b"x")
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError, match="input 5") as caught:
+        Item.parse(raw, "input 5")
+    assert message in str(caught.value)
+
+
+def test_a_large_image_is_reduced_as_it_is_loaded_to_what_the_image_processor_makes_of_it(model, picture):
+    """Waiting inputs then hold no more pixels than the model looks at; the patches are the same to the bit."""
+    processor = model.processor
+    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": 56 * 56}
+    large = picture(300, 170)
+    (small,) = processor.parse(large).images
+    assert small.width * small.height <= 56 * 56
+    assert torch.equal(processor.see([small])["pixel_values"], processor.see([large])["pixel_values"])
+    assert processor.parse(picture(30, 30)).images[0].size == (30, 30)
+
+
+def test_a_path_is_read_by_its_name_and_a_string_never_is(tmp_path, picture):
+    (tmp_path / "note.txt").write_text("a kite", encoding="utf-8-sig")
+    picture().save(tmp_path / "a.PNG")
+    assert Item.parse(tmp_path / "note.txt").text == "a kite"
+    assert Item.parse(tmp_path / "a.PNG").modality == "image"
+    assert Item.parse(str(tmp_path / "a.PNG")).modality == "text"

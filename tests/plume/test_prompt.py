@@ -45,6 +45,23 @@ def test_a_prompt_of_sentence_transformers_lands_in_the_user_turn(processor):
     assert processor.apply_chat_template(messages) == PUBLISHED.format("query: red")
 
 
+def test_the_chat_template_writes_what_the_processor_writes(processor, picture):
+    messages = [
+        {"role": "system", "content": " Compare "},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture()},
+                {"type": "text", "text": "this\n"},
+                {"type": "video", "video": [picture()] * 2},
+                {"type": "text", "text": "that"},
+            ],
+        },
+    ]
+    for one in (messages, messages[1:], [messages[0], {"role": "user", "content": messages[1]["content"][:1]}]):
+        assert processor.apply_chat_template(one) == processor.write([processor.parse(one)])[0]
+
+
 def test_an_image_takes_as_many_placeholders_as_visual_tokens(processor, picture):
     batch = processor.encode([Item.parse(picture(84, 56)), Item.parse("red")])
     image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")

@@ -1,0 +1,77 @@
+"""PDF pages: rendered one at a time within the pixel budget."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pypdfium2
+import pytest
+from PIL import Image
+
+from plume import InputError, Item, pages
+from tests.mixed import ENCRYPTED, write_pdf
+
+
+def test_a_document_gives_its_pages_with_their_numbers(two_page_pdf):
+    first, second = pages(two_page_pdf)
+    assert (first.page, second.page, first.num_pages) == (1, 2, 2)
+    assert first.document == two_page_pdf
+    shades = [np.asarray(page.render(10_000)).reshape(-1, 3).mean(axis=0).round() for page in (first, second)]
+    assert np.abs(shades[0] - [255, 0, 0]).max() < 3
+    assert np.abs(shades[1] - [0, 0, 255]).max() < 3
+
+
+@pytest.mark.parametrize("max_pixels", [784, 5_000, 50_000, 602_112])
+@pytest.mark.parametrize("size", [(595, 842), (842, 595), (100, 700)], ids=str)
+def test_a_page_fills_the_pixel_budget_and_never_exceeds_it(tmp_path, max_pixels, size):
+    document = pypdfium2.PdfDocument.new()
+    document.new_page(*size)
+    document.save(tmp_path / "a.pdf")
+    (page,) = pages(tmp_path / "a.pdf")
+    image = page.render(max_pixels)
+    finest = math.prod(side * 200 / 72 for side in size)
+    assert 0.8 * min(max_pixels, finest) < image.width * image.height <= max_pixels
+
+
+def test_a_page_is_an_input_like_any_other(model, plume_folder, two_page_pdf):
+    page = pages(two_page_pdf)[1]
+    item = model.processor.parse(page)
+    assert item.modality == "image"
+    assert item.images[0].width * item.images[0].height <= model.processor.budget.pixels[1]
+    both = Item.parse({"image": [page, Image.new("RGB", (28, 28))], "text": "compare"})
+    assert [image.size for image in both.images][1] == (28, 28)
+
+
+def test_pages_are_small_when_they_are_listed(tmp_path):
+    write_pdf(tmp_path / "long.pdf", ["red"] * 50)
+    assert [page.page for page in pages(tmp_path / "long.pdf")] == list(range(1, 51))
+
+
+BAD = {
+    "encrypted.pdf": (ENCRYPTED, "it is encrypted; save it without a password"),
+    "text.pdf": (b"no document", "cannot be opened as a PDF"),
+    "empty.pdf": (b"", "cannot be opened as a PDF"),
+    "missing.pdf": (None, "no file at"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_document_that_cannot_be_read_is_named(tmp_path, name):
+    content, message = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        pages(tmp_path / name, "input 1")
+    assert str(caught.value).startswith("input 1: ")
+    assert name in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_document_that_has_gone_is_named_with_its_page(two_page_pdf, tmp_path):
+    copy = tmp_path / "copy.pdf"
+    copy.write_bytes(two_page_pdf.read_bytes())
+    page = pages(copy)[1]
+    copy.unlink()
+    with pytest.raises(InputError, match=r"input 4: .*copy.pdf"):
+        Item.parse(page, "input 4")
