@@ -28,3 +28,22 @@ def plan_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
             longest = lengths[index]
         batches[-1].append(index)
     return batches
+
+
+def join_batches(batches: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Batches that follow each other with the same number of rows, joined, so that one call can run them all.
+
+    Returns:
+        Rows per batch, and the indices of such a run; only the last batch of a run may have fewer rows.
+
+    Example:
+        >>> join_batches([[4], [0], [1, 2], [3, 5], [6]])
+        [(1, [4, 0]), (2, [1, 2, 3, 5, 6])]
+    """
+    runs: list[tuple[int, list[int]]] = []
+    for batch in batches:
+        if runs and len(batch) <= runs[-1][0] and len(runs[-1][1]) % runs[-1][0] == 0:
+            runs[-1][1].extend(batch)
+        else:
+            runs.append((len(batch), list(batch)))
+    return runs

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +19,11 @@ from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
 from plume import card, checkpoint
-from plume.batches import plan_batches
+from plume.batches import join_batches, plan_batches
 from plume.config import PlumeConfig
 from plume.documents import Page
 from plume.images import InputError
-from plume.inputs import Item, check_text, is_messages
+from plume.inputs import Budget, Item, check_text, is_messages
 from plume.model import PlumeModel
 from plume.processor import PlumeProcessor
 from plume.trace import Trace
@@ -32,6 +35,38 @@ _BATCHES_PER_WINDOW = 8
 
 LatentSteps = int | Mapping[Literal["query", "document"], int]
 """K, or the K of queries and that of documents."""
+
+
+class _Ahead:
+    """Prepares the tensors of the next batch in a thread, while the model runs on this one.
+
+    Worth it for media: tokenising text holds Python's lock, so that a thread would only be in the way.
+    """
+
+    def __init__(
+        self, thread: ThreadPoolExecutor, prepare: Callable[[Sequence[Item]], Any], batches: Sequence[Sequence[Item]]
+    ):
+        self._thread, self._prepare = thread, prepare
+        self._batches = iter(batches)
+        self._next = thread.submit(prepare, next(self._batches))
+
+    def take(self) -> Any:
+        """Tensors of the batch whose turn it is."""
+        tensors = self._next.result()
+        if (batch := next(self._batches, None)) is not None:
+            self._next = self._thread.submit(self._prepare, batch)
+        return tensors
+
+
+class _Loaded(NamedTuple):
+    """An input that is checked and loaded.
+
+    rank: sentence-transformers runs the highest first. ahead: has the tensors of its batch, if anybody prepares them.
+    """
+
+    item: Item
+    rank: int
+    ahead: _Ahead | None = None
 
 
 class Plume(SentenceTransformer):
@@ -153,28 +188,25 @@ class Plume(SentenceTransformer):
             if isinstance(kwargs.get("device"), list):
                 kwargs["pool"] = self.start_multi_process_pool(kwargs.pop("device"))
                 stack.callback(self.stop_multi_process_pool, kwargs["pool"])
-            num_processes = len(kwargs["pool"]["processes"]) if kwargs.get("pool") else 0
-            share = _BATCHES_PER_WINDOW * max(num_processes, 1)
+            workers = len(kwargs["pool"]["processes"]) if kwargs.get("pool") else 0
+            share = _BATCHES_PER_WINDOW * max(workers, 1)
             limit = share * batch_size, share * max_tokens_per_batch
+            thread = stack.enter_context(ThreadPoolExecutor(1))
             bar = stack.enter_context(tqdm(total=len(raws), desc="Encoding", unit="input", disable=not show))
-            for window in self._windows(raws, instruction, limit, None if on_error == "raise" else skipped):
-                places, items, lengths = zip(*window, strict=True)
-                batches = plan_batches(lengths, batch_size, max_tokens_per_batch)
-                if num_processes:  # workers cut a window into equal chunks themselves
-                    kwargs["chunk_size"] = min(max(max_tokens_per_batch // max(lengths), 1), batch_size)
-                    batches = [[i for batch in batches for i in batch]]
-                for batch in batches:
-                    vectors = super().encode(
-                        [items[i].messages() for i in batch],
-                        prompt="",  # the instruction is in the messages already
-                        batch_size=kwargs.get("chunk_size") or len(batch),
-                        show_progress_bar=False,
-                        convert_to_tensor=True,
-                        **kwargs,
-                    )
+            budget = self._budget(kwargs)
+            for window in self._windows(raws, instruction, budget, limit, None if on_error == "raise" else skipped):
+                lengths = [length for *_, length in window]
+                if workers:  # they cut a window into equal chunks themselves
+                    num_rows = min(max(max_tokens_per_batch // max(lengths), 1), batch_size)
+                    kwargs["chunk_size"] = num_rows
+                    runs = [(num_rows, sorted(range(len(window)), key=lambda i: -lengths[i]))]
+                else:
+                    runs = join_batches(plan_batches(lengths, batch_size, max_tokens_per_batch))
+                for num_rows, run in runs:
+                    vectors = self._embed([window[i][1] for i in run], num_rows, None if workers else thread, kwargs)
                     rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
-                    kept += [places[i] for i in batch]
-                    bar.update(len(batch))
+                    kept += [window[i][0] for i in run]
+                    bar.update(len(run))
             bar.update(len(skipped))
         if skipped:
             warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=2)
@@ -182,6 +214,41 @@ class Plume(SentenceTransformer):
         ordered = whole.new_full((len(raws), whole.shape[1]), torch.nan)
         ordered[kept] = whole
         return _convert(ordered, single, precision, convert_to_tensor, convert_to_numpy)
+
+    def _embed(
+        self, items: Sequence[Item], num_rows: int, thread: ThreadPoolExecutor | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Vectors of loaded inputs, in batches of so many rows, in this order."""
+        ahead = None
+        if thread is not None and any(item.images or item.videos for item in items):
+            batches = [items[i : i + num_rows] for i in range(0, len(items), num_rows)]
+            ahead = _Ahead(thread, partial(self._processor.encode, images_kwargs=_image_settings(kwargs)), batches)
+        return super().encode(
+            [_Loaded(item, -place, ahead) for place, item in enumerate(items)],  # type: ignore[arg-type]
+            prompt="",  # each item holds its instruction
+            batch_size=num_rows,
+            show_progress_bar=False,
+            convert_to_tensor=True,
+            **kwargs,
+        )
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Tensors of a batch; items that are loaded already skip the parsing of sentence-transformers."""
+        if inputs and all(isinstance(one, _Loaded) for one in inputs):
+            if inputs[0].ahead is not None:
+                return inputs[0].ahead.take()
+            return self._processor.encode([one.item for one in inputs], _image_settings(kwargs))
+        return super().preprocess(inputs, prompt, **kwargs)
+
+    @staticmethod
+    def _input_length(sample: Any) -> int:
+        # By which sentence-transformers sorts before it cuts batches.
+        return sample.rank if isinstance(sample, _Loaded) else SentenceTransformer._input_length(sample)
+
+    @property
+    def _processor(self) -> PlumeProcessor:
+        transformer: Any = self[0]
+        return transformer.processor
 
     def trace(
         self, inputs: Any, *, num_latent_steps: int | None = None, candidates: Any = None, num_words: int = 5
@@ -233,19 +300,25 @@ class Plume(SentenceTransformer):
             check_text(chosen, "the instruction")
         return chosen or ""
 
+    def _budget(self, kwargs: dict[str, Any]) -> Budget:
+        """What media may cost in this call."""
+        budget = self._processor.budget
+        size = (_image_settings(kwargs) or {}).get("size")
+        return replace(budget, pixels=(size["shortest_edge"], size["longest_edge"])) if size else budget
+
     def _windows(
-        self, raws: Sequence[Any], instruction: str, limit: tuple[int, int], skipped: list[str] | None
+        self, raws: Sequence[Any], instruction: str, budget: Budget, limit: tuple[int, int], skipped: list[str] | None
     ) -> Iterator[list[tuple[int, Item, int]]]:
         """Place, item and number of tokens of the inputs, in portions of at most so many inputs or tokens.
 
         Bad inputs are raised, or described in `skipped`.
         """
-        processor: PlumeProcessor = self[0].processor  # type: ignore[assignment]
+        processor = self._processor
         window: list[tuple[int, Item, int]] = []
         tokens = 0
         for index, raw in enumerate(raws):
             try:
-                item = processor.parse(raw, f"input {index}").instructed(instruction)
+                item = Item.parse(raw, f"input {index}", budget).instructed(instruction)
                 processor.check_length(item, f"input {index}")
             except InputError as error:
                 if skipped is None:
@@ -260,6 +333,11 @@ class Plume(SentenceTransformer):
             tokens += length
         if window:
             yield window
+
+
+def _image_settings(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a call says of images, as sentence-transformers passes it."""
+    return (kwargs.get("processing_kwargs") or {}).get("image")
 
 
 def _is_single(inputs: Any) -> bool:

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 #: Larger images are refused before a pixel is decoded: about a quarter of a gigabyte as RGB.
@@ -52,7 +52,9 @@ def load_image(
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(open_source(image, name))
         check_size(opened.size, f"{name}: {source}")
-        return _reduced(_as_rgb(ImageOps.exif_transpose(opened), f"{name}: {source}"), pixels)
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            opened = ImageOps.exif_transpose(opened)
+        return _reduced(_as_rgb(opened, f"{name}: {source}"), pixels)
     except FileNotFoundError:
         raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
     except Image.DecompressionBombError as error:
@@ -141,7 +143,9 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 def _reduced(image: Image.Image, pixels: tuple[int, int] | None) -> Image.Image:
     if pixels is None or image.width * image.height <= pixels[1]:
         return image
-    return image.resize(seen_size(image.width, image.height, pixels), Image.Resampling.BICUBIC)
+    size = seen_size(image.width, image.height, pixels)
+    # Budgets whose ends nearly meet do not map every size to itself; then the image waits as it is.
+    return image.resize(size, Image.Resampling.BICUBIC) if seen_size(*size, pixels) == size else image
 
 
 def _as_rgb(image: Image.Image, source: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from plume import prompt
 from plume.config import PlumeConfig
-from plume.images import InputError, seen_size
+from plume.images import InputError, load_image, seen_size
 from plume.inputs import Budget, Item
+from plume.patches import Layout, pack_images, pack_videos
 from plume.tokens import IMAGE, VIDEO
-from plume.video import Sampling, Video, load_video, pack
+from plume.video import Sampling, Video, load_video
 
 #: Pixels per image of the published evaluation: at least one visual token, at most 3,009.
 MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
@@ -24,7 +26,7 @@ MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
 class PlumeProcessor(ProcessorMixin):
     """Image processor and tokenizer of a checkpoint, with the chat template that writes its prefix.
 
-    Images always go through the PIL backend, and videos through `plume.video`, so that embeddings do not depend on
+    The image processor holds the settings; its work is done by `plume.patches`, so that embeddings do not depend on
     whether torchvision is installed. Texts are always padded on the left and never truncated.
     """
 
@@ -135,7 +137,7 @@ class PlumeProcessor(ProcessorMixin):
             images: all images of the batch, flat or one list per text.
             text: the prefixes, each with one placeholder per image and video.
             videos: all videos of the batch, each anything that `plume.video.load_video` takes.
-            images_kwargs: passed to the image processor, for example `size`.
+            images_kwargs: `size` of images, as `see` takes it.
             vision: what `see` returned for the media, where they have been processed already.
             ignored: padding, truncation and other settings of transformers' processors, which are fixed here.
 
@@ -161,37 +163,56 @@ class PlumeProcessor(ProcessorMixin):
         """The prefixes of some inputs, with one placeholder per image and video."""
         return [prompt.prefix(self._config, self._complete(item)) for item in items]
 
-    def see(self, images: Sequence[Any] = (), videos: Sequence[Any] = (), **images_kwargs) -> dict[str, Tensor]:
-        """Patches of some images and videos; empty without any."""
-        seen: dict[str, Tensor] = {}
+    def see(
+        self, images: Sequence[Any] = (), videos: Sequence[Any] = (), size: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Patches of some images and videos; empty without any.
+
+        Args:
+            images: anything that `load_image` takes.
+            videos: anything that `load_video` takes.
+            size: "shortest_edge" and "longest_edge", pixels of an image at least and at most; None: the checkpoint's.
+        """
+        sampling = self.budget.sampling
+        return self._pack(
+            [load_image(image) for image in images], [load_video(video, sampling) for video in videos], size
+        )
+
+    def _pack(
+        self, images: Sequence[Image.Image], videos: Sequence[Video], size: Mapping[str, int] | None
+    ) -> dict[str, Tensor]:
+        layout = self._layout(size or self.image_processor.size)
+        packed: dict[str, Tensor] = {}
         if images:
-            seen |= self.image_processor(images, return_tensors="pt", **images_kwargs)
+            packed |= pack_images(images, layout)
         if videos:
-            settings = self.image_processor
-            seen |= pack(
-                [load_video(video, self.budget.sampling) for video in videos],
-                mean=settings.image_mean,
-                std=settings.image_std,
-                patch=settings.patch_size,
-                merge=settings.merge_size,
-                temporal=settings.temporal_patch_size,
-            )
-        return seen
+            packed |= pack_videos(videos, layout)
+        return packed
+
+    def _layout(self, size: Mapping[str, int]) -> Layout:
+        settings = self.image_processor
+        return Layout(
+            pixels=(size["shortest_edge"], size["longest_edge"]),
+            mean=tuple(settings.image_mean),
+            std=tuple(settings.image_std),
+            patch=settings.patch_size,
+            merge=settings.merge_size,
+            temporal=settings.temporal_patch_size,
+        )
 
     def encode(self, items: Sequence[Item], images_kwargs: dict | None = None) -> BatchFeature:
         """Tensors of some inputs: `write` and `see`, then `__call__`."""
         complete = [self._complete(item) for item in items]
-        return self(
-            text=[prompt.prefix(self._config, item) for item in complete],
-            images=[image for item in complete for image in item.images],
-            videos=[video for item in complete for video in item.videos],
-            images_kwargs=images_kwargs,
+        vision = self._pack(
+            [image for item in complete for image in item.images],
+            [video for item in complete for video in item.videos],
+            (images_kwargs or {}).get("size"),
         )
+        return self(text=[prompt.prefix(self._config, item) for item in complete], vision=vision)
 
     def num_tokens(self, item: Item) -> int:
         """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text."""
-        visual = sum(self._num_image_tokens(image) for image in item.images)
-        return visual + sum(self._num_video_tokens(video) for video in item.videos) + len(item.text.encode()) // 4
+        return self._num_visual_tokens(item) + len(item.text.encode()) // 4
 
     def check_length(self, item: Item, name: str) -> None:
         """Refuse an input that is longer than the model takes.
@@ -199,13 +220,12 @@ class PlumeProcessor(ProcessorMixin):
         Raises:
             InputError: names the input and its length.
         """
-        visual = sum(self._num_image_tokens(image) for image in self._complete(item).images)
-        visual += sum(self._num_video_tokens(video) for video in item.videos)
         limit = self.tokenizer.model_max_length
-        written = prompt.prefix(self._config, item)
-        # No token is shorter than a byte, so most inputs need not be tokenised to know.
-        if len(written.encode()) + visual <= limit:
+        visual = self._num_visual_tokens(self._complete(item))
+        # No token is shorter than a byte and no character longer than four, so most inputs need not be tokenised.
+        if 4 * (len(item.text) + len(item.instruction) + len(self._config.prompt_template)) + visual <= limit:
             return
+        written = prompt.prefix(self._config, item)
         if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
             raise InputError(f"{name} has {_too_long(length, limit)}")
 
@@ -220,18 +240,14 @@ class PlumeProcessor(ProcessorMixin):
             return item
         return Item((Image.new("RGB", (side, side), "white"), *item.content), item.instruction)
 
-    def _num_image_tokens(self, image: Image.Image) -> int:
-        size = self.image_processor.size
-        width, height = seen_size(image.width, image.height, (size["shortest_edge"], size["longest_edge"]))
-        return height * width // self._pixels_per_token
-
-    def _num_video_tokens(self, video: Video) -> int:
-        frames, _, height, width = video.frames.shape
-        return -(-frames // self.image_processor.temporal_patch_size) * height * width // self._pixels_per_token
-
-    @property
-    def _pixels_per_token(self) -> int:
-        return (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+    def _num_visual_tokens(self, item: Item) -> int:
+        settings = self.image_processor
+        pixels = settings.size["shortest_edge"], settings.size["longest_edge"]
+        num_pixels = sum(math.prod(seen_size(image.width, image.height, pixels)) for image in item.images)
+        for video in item.videos:
+            frames, _, height, width = video.frames.shape
+            num_pixels += -(-frames // settings.temporal_patch_size) * height * width
+        return num_pixels // (settings.patch_size * settings.merge_size) ** 2
 
     def _expand(self, texts: list[str], placeholder: str, grids: Tensor | None) -> list[str]:
         # One placeholder stands for all visual tokens of its image or video: patches / merge_size ** 2.

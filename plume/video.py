@@ -1,9 +1,8 @@
-"""Video: which frames are taken, how they are decoded, and how they are packed into patches.
+"""Video: which frames are taken, and how they are decoded.
 
 Frames are chosen evenly, `linspace(0, N - 1, n)` cut to whole numbers, as the published evaluation does (8 of N; all
 of a shorter clip), or at a number of frames per second. Each is resized as it is decoded, so that a clip never takes
-more memory than the model looks at. Packing follows Qwen2-VL's video processor (transformers,
-`Qwen2VLVideoProcessor`) bit for bit, without torchvision: two frames make one temporal patch.
+more memory than the model looks at, as Qwen2-VL's video processor resizes it (the rest is in `plume/patches.py`).
 
 Letters: T frames, h and w the resized height and width in pixels.
 """
@@ -28,8 +27,6 @@ from plume.images import InputError, brief, check_size, load_image, open_source,
 
 # Where the next frame is further ahead than this, the decoder jumps to the key frame before it.
 _JUMP_FRAMES = 250
-# A patch is dt frames of p x q pixels; mh x mw patches that become one visual token follow each other.
-_PATCHES = "(t dt) c (h mh p) (w mw q) -> (t h w mh mw) (c dt p q)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,39 +118,6 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input") -> Video
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
     raise InputError(f"{name}: a video is {_described(video)}; expected a path, a URL, or frames")
-
-
-def pack(
-    videos: Sequence[Video], *, mean: Sequence[float], std: Sequence[float], patch: int, merge: int, temporal: int
-) -> dict[str, Tensor]:
-    """Patches of some videos, as the vision tower reads them.
-
-    Args:
-        videos: at least one.
-        mean: of the channels, in [0, 1].
-        std: of the channels, in [0, 1].
-        patch: side of a patch in pixels.
-        merge: patches per side of one visual token.
-        temporal: frames per patch; the last frame is repeated to fill the last patch.
-
-    Returns:
-        `pixel_values_videos` `[patches, 3 * temporal * patch * patch]`, float32; `video_grid_thw` `[videos, 3]`;
-        `second_per_grid_ts` `[videos]`, seconds per temporal patch (1 where unknown), which Qwen2.5-VL needs.
-    """
-    patches, grids, seconds = [], [], []
-    scale = torch.tensor(mean)[:, None, None] * 255, torch.tensor(std)[:, None, None] * 255
-    for video in videos:
-        frames = (video.frames.float() - scale[0]) / scale[1]  # [T, 3, h, w]
-        if missing := -len(frames) % temporal:
-            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-        grids.append([len(frames) // temporal, frames.shape[2] // patch, frames.shape[3] // patch])
-        patches.append(rearrange(frames, _PATCHES, dt=temporal, mh=merge, mw=merge, p=patch, q=patch))
-        seconds.append(temporal * video.seconds_per_frame if video.seconds_per_frame else 1.0)
-    return {
-        "pixel_values_videos": torch.cat(patches),
-        "video_grid_thw": torch.tensor(grids),
-        "second_per_grid_ts": torch.tensor(seconds),
-    }
 
 
 def is_animated(path: str | os.PathLike) -> bool:

@@ -1,5 +1,6 @@
-"""`plume-eval hops make`, `plume-eval hops run`."""
+"""`plume-eval hops make`, `plume-eval hops run`, `plume-eval overhead`."""
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,6 +64,56 @@ def run(
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
     typer.echo(json.dumps({"model": model, "data": str(data), **result}))
+
+
+@app.command()
+def overhead(
+    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
+    num_batches: Annotated[int, typer.Option(help="Batches per call.", min=1)] = 8,
+    num_runs: Annotated[int, typer.Option(help="Timed runs.", min=1)] = 9,
+) -> None:
+    """Measure what `Plume.encode` costs over the bare forward pass, on queries of the built-in task."""
+    import json
+
+    from plume import Plume
+    from plume_eval.hops.run import HopsTask
+    from plume_eval.overhead import encode_overhead
+    from plume_eval.report import header, markdown_header, markdown_table
+
+    try:
+        plume, count = Plume(model), batch_size * num_batches
+        queries = HopsTask(data).queries()[:count]
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    if len(queries) < count:
+        raise typer.Exit(_fail(ValueError(f"{data} has {len(queries)} queries; {num_batches} batches need {count}")))
+    inputs = {
+        "text": [query.text for query in queries],
+        "page": [query.images[0] for query in queries],
+        "page and text": [{"image": query.images[0], "text": query.text} for query in queries],
+    }
+    results = {
+        kind: encode_overhead(plume, raws, batch_size=batch_size, num_runs=num_runs) for kind, raws in inputs.items()
+    }
+    command = f"plume-eval overhead --model {model} --data {data} --batch-size {batch_size} --num-batches {num_batches}"
+    head = header(command)
+    rows = [
+        [kind, *(f"{one[name]:.1f}" for name in ("forward_ms", "prepare_ms", "encode_ms")), f"{one['overhead']:.1%}"]
+        for kind, one in results.items()
+    ]
+    table = markdown_table(["input", "forward alone, ms", "preparing alone, ms", "encode, ms", "overhead"], rows)
+    typer.echo(table)
+    if out is not None:
+        name = f"encode_overhead_{plume.device.type}_{date.today():%Y%m}"
+        text = f"# What `Plume.encode` costs over the forward pass\n\n{markdown_header(head)}\n\n"
+        text += f"Medians per batch of {batch_size}; {num_batches} batches per call; media decoded before.\n\n{table}\n"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        (out / f"{name}.json").write_text(json.dumps({**head, "results": results}, indent=2) + "\n", encoding="utf-8")
+    typer.echo(json.dumps(results))
 
 
 def _fail(error: Exception) -> int:

@@ -239,3 +239,23 @@ def test_a_blank_image_before_text_is_a_field_of_the_checkpoint(backbone_folder,
 def test_a_setting_that_cannot_be_honoured_is_refused(plume, settings, message):
     with pytest.raises(ValueError, match=message):
         plume.encode("red", **settings)
+
+
+def test_the_size_of_images_can_be_set_for_one_call(plume, picture):
+    settings = {"image": {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}}}
+    found = plume.encode([picture(280, 280), "red"], processing_kwargs=settings)
+    expected = plume.encode([picture(280, 280).resize((56, 56), Image.Resampling.BICUBIC), "red"])
+    assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_an_error_while_preparing_the_next_batch_is_raised(plume, picture, monkeypatch):
+    encode = type(plume.plume_model.processor).encode
+
+    def fail(self, items, *arguments, **keywords):
+        if any(item.text == "bad" for item in items):
+            raise RuntimeError("the disk is gone")
+        return encode(self, items, *arguments, **keywords)
+
+    monkeypatch.setattr(type(plume.plume_model.processor), "encode", fail)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        plume.encode([{"image": picture(), "text": "red"}, {"image": picture(28, 28), "text": "bad"}], batch_size=1)

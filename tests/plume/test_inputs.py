@@ -117,7 +117,7 @@ def test_an_instruction_of_the_call_yields_to_the_inputs_own():
 
 
 def parts(item: Item) -> list[str]:
-    return [part if isinstance(part, str) else type(part).__name__ for part in item.content]
+    return [part if isinstance(part, str) else "Video" if part in item.videos else "Image" for part in item.content]
 
 
 def test_the_dict_of_qwen3_vl_embedding_is_taken_as_it_is(picture, tmp_path):

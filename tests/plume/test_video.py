@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from plume import InputError, Item, PlumeModel
-from plume.video import Sampling, Video, load_video, pack, sample_frames
+from plume.patches import Layout, pack_videos
+from plume.video import Sampling, Video, load_video, sample_frames
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SMALL = Sampling(min_pixels=784, max_pixels=56 * 56)
@@ -41,7 +42,7 @@ def greys(video: Video) -> list[int]:
 
 
 def packed(videos: list[Video]) -> dict[str, torch.Tensor]:
-    return pack(videos, mean=MEAN, std=STD, patch=14, merge=2, temporal=2)
+    return pack_videos(videos, Layout(pixels=(784, 602_112), mean=MEAN, std=STD))
 
 
 def noise(num_frames: int, height: int, width: int) -> np.ndarray:
