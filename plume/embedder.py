@@ -319,13 +319,12 @@ class Plume(SentenceTransformer):
         for index, raw in enumerate(raws):
             try:
                 item = Item.parse(raw, f"input {index}", budget).instructed(instruction)
-                processor.check_length(item, f"input {index}")
+                length = processor.num_tokens(item, f"input {index}")
             except InputError as error:
                 if skipped is None:
                     raise
                 skipped.append(str(error))
                 continue
-            length = processor.num_tokens(item)
             if window and (len(window) == limit[0] or tokens + length > limit[1]):
                 yield window
                 window, tokens = [], 0

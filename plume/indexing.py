@@ -102,12 +102,12 @@ def update_index(
                 continue
             try:
                 item = processor.parse(unit.raw, unit.names[0])
-                processor.check_length(item, unit.names[0])
+                length = processor.num_tokens(item, unit.names[0])
             except InputError as error:
                 _skip(report, unit.names, error, content)
                 continue
             window.append((unit, item))
-            tokens += processor.num_tokens(item)
+            tokens += length
             if len(window) == _ROWS_PER_WINDOW or tokens > _TOKENS_PER_WINDOW:
                 _add(index, root, window, plume, batch_size, report)
                 window, tokens = [], 0

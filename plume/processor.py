@@ -210,24 +210,20 @@ class PlumeProcessor(ProcessorMixin):
         )
         return self(text=[prompt.prefix(self._config, item) for item in complete], vision=vision)
 
-    def num_tokens(self, item: Item) -> int:
-        """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text."""
-        return self._num_visual_tokens(item) + len(item.text.encode()) // 4
-
-    def check_length(self, item: Item, name: str) -> None:
-        """Refuse an input that is longer than the model takes.
+    def num_tokens(self, item: Item, name: str = "the input") -> int:
+        """About how many tokens an input takes: exact for its media, a quarter of its characters for its text.
 
         Raises:
-            InputError: names the input and its length.
+            InputError: it is longer than the model takes; this is decided exactly.
         """
-        limit = self.tokenizer.model_max_length
+        limit, num_characters = self.tokenizer.model_max_length, len(item.text) + len(item.instruction)
         visual = self._num_visual_tokens(self._complete(item))
         # No token is shorter than a byte and no character longer than four, so most inputs need not be tokenised.
-        if 4 * (len(item.text) + len(item.instruction) + len(self._config.prompt_template)) + visual <= limit:
-            return
-        written = prompt.prefix(self._config, item)
-        if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
-            raise InputError(f"{name} has {_too_long(length, limit)}")
+        if 4 * (num_characters + len(self._config.prompt_template)) + visual > limit:
+            written = prompt.prefix(self._config, item)
+            if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
+                raise InputError(f"{name} has {_too_long(length, limit)}")
+        return visual + num_characters // 4
 
     def suffix_ids(self, text: str) -> list[int]:
         """Token ids of a suffix, tokenised as a whole."""
