@@ -149,8 +149,10 @@ def search(
 
     try:
         source = Index.open(index)
-        dim = source.identity.dim
-        plume = Plume(model or source.identity.model)
+        dim, made_with = source.identity.dim, source.identity.model
+        if model is None and Path(made_with).is_absolute() and not Path(made_with).is_dir():
+            _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
+        plume = Plume(model or made_with)
         if dim < (plume.get_embedding_dimension() or 0):
             plume.truncate_dim = dim
         hits = source.search(query, plume, top_k=top_k, where=where)
@@ -161,6 +163,8 @@ def search(
         title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
         html.write_text(gallery(hits, title), encoding="utf-8")
         typer.echo(f"{len(hits)} results in {html}")
+    if hits and not as_json and html is None:
+        typer.echo("  #   score  kind   file")
     for rank, hit in enumerate(hits, start=1):
         if as_json:
             typer.echo(json.dumps({"rank": rank, **hit.to_dict()}, ensure_ascii=False))

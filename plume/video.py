@@ -195,8 +195,9 @@ def _frames_at(
             if jump:
                 at, jump = round((frame.time - start) * fps), False  # type: ignore[operator]
             if at >= todo[0]:
-                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                frames.append(resize(rearrange(pixels, "h w c -> c h w")))
+                # Phones store frames sideways, and how far to turn them, in degrees against the clock.
+                upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+                frames.append(resize(rearrange(torch.from_numpy(upright), "h w c -> c h w")))
                 todo.popleft()
                 jump = bool(todo and fps and frame.time is not None and todo[0] - at > _JUMP_FRAMES)
             at += 1

@@ -170,6 +170,20 @@ def test_an_index_inside_its_folder_does_not_index_itself_and_folders_can_be_for
     assert [row["name"] for row in index.rows(["name"])] == ["a.txt"]
 
 
+def test_an_index_whose_checkpoint_has_moved_is_searched_with_its_new_place(plume_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_text("a kite")
+    shutil.copytree(plume_folder, tmp_path / "here")
+    run("index", tmp_path / "files", "--model", tmp_path / "here", "--out", tmp_path / "index")
+    (tmp_path / "here").rename(tmp_path / "there")
+    code, output = run("search", "kite", "--index", tmp_path / "index")
+    assert code == 1
+    assert "here, which is not there any more; say where it is with --model" in output
+    code, output = run("search", "kite", "--index", tmp_path / "index", "--model", tmp_path / "there")
+    assert code == 0, output
+    assert "a.txt" in output
+
+
 def test_the_same_bytes_are_read_by_their_names(plume, tmp_path):
     for name in ("a.png", "b.txt", "c.png"):
         (tmp_path / name).write_text("a kite")
@@ -241,7 +255,7 @@ def test_the_commands_index_and_search_print_what_they_did(folder, plume_folder,
 
     code, output = run("search", "a red kite & a table", "--index", out)
     assert code == 0, output
-    assert output.split()[:3] == ["1", "1.000", "text"]
+    assert output.splitlines()[1].split()[:3] == ["1", "1.000", "text"]
     picture = tmp_path / "files" / "a picture.png"
     code, output = run("search", "--image", picture, "--index", out, "--json", "--where", "kind = 'image'")
     found = json.loads(output.splitlines()[0])

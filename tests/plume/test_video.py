@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -74,6 +75,27 @@ def test_a_file_gives_the_frames_that_were_asked_for(tmp_path):
     assert np.allclose(greys(video), [shade(index) for index in sample_frames(60, SMALL)], atol=7)
     assert video.frames.shape == (8, 3, 56, 56)
     assert video.seconds_per_frame == pytest.approx(59 / 7 / 10)
+
+
+def test_a_clip_of_a_phone_stands_upright(tmp_path):
+    """The file holds a matrix that turns frames by 90 degrees clockwise, so that what is left comes to the top."""
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
+        for _ in range(3):
+            frame = np.zeros((56, 112, 3), np.uint8)
+            frame[:, :56] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    frame = load_video(path, Sampling(min_pixels=784, max_pixels=602_112)).frames[0].float()
+    assert frame.shape == (3, 112, 56)
+    assert frame[:, :50].mean() > 240
+    assert frame[:, 62:].mean() < 15
 
 
 def test_long_stretches_are_jumped_over_and_end_at_the_same_frames(tmp_path):
