@@ -163,6 +163,19 @@ class Plume(SentenceTransformer):
             InputError: an input that cannot be embedded, named by its place in the list.
             ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
         """
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], _Loaded):
+            # A worker process of sentence-transformers before 6.2, which hands a chunk to `encode` once more.
+            steps = {} if num_latent_steps is None else {"num_latent_steps": num_latent_steps}
+            return super().encode(
+                inputs,  # type: ignore[arg-type]
+                prompt="",
+                batch_size=batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=convert_to_numpy,
+                convert_to_tensor=convert_to_tensor,
+                **steps,
+                **kwargs,
+            )
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip"; received {on_error!r}')
         if on_error == "skip" and precision != "float32":
