@@ -22,6 +22,22 @@ from plume.version import __version__
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
 RUN_TIME_KEYWORDS = ("num_latent_steps",)
 
+# Fields of the configuration that decide embeddings, besides K.
+_DECISIVE = (
+    "transition",
+    "top_k",
+    "router_context",
+    "latent_positions",
+    "prompt_template",
+    "suffix_ids",
+    "blank_image_size",
+    "video_num_frames",
+    "video_fps",
+    "video_max_frames",
+    "video_min_pixels",
+    "video_max_pixels",
+)
+
 #: Instructions for common tasks, by `prompt_name`. The model reads them before the input's text.
 PRESETS = {
     "retrieve": "Find content that matches the given input:",
@@ -82,19 +98,20 @@ def check_loading(name_or_path: str | os.PathLike, info: dict) -> None:
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells checkpoints apart: a digest of what decides their embeddings.
 
-    That is the configuration (but the default K, which a caller may change), the pixel budget, and 64 values of each
-    weight, evenly spaced, which every training step moves.
+    That is some fields of the configuration (not the default K, which a caller may change, nor the dtype), the pixel
+    budget, and 64 values of each weight, evenly spaced, which every training step moves.
     """
-    fields = model.config.to_dict()
-    for name in ("num_latent_steps", "transformers_version", "dtype", "architectures", "_name_or_path"):
-        fields.pop(name, None)
-    processor: Any = getattr(model, "processor", None)
-    fields["pixels"] = None if processor is None else dict(processor.image_processor.size)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    config, processor = model.config, getattr(model, "processor", None)
+    fields: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
+    fields["backbone"] = config.backbone_config.model_type
+    fields["pixels"] = None if processor is None else sorted(dict(processor.image_processor.size).items())
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
-        places = torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device).long()
-        digest.update(name.encode() + flat[places].float().cpu().numpy().tobytes())
+        count = min(64, len(flat))
+        places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
+        # Rounded, so that a checkpoint in bfloat16 is the same one when it is loaded as float32.
+        digest.update(name.encode() + flat[places].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -106,7 +123,7 @@ def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
     output = {"method": "forward", "method_output_name": "embedding"}
     modalities: dict[str, dict] = {name: dict(output) for name in ("text", "image", "video", "message")}
     modalities["message"]["format"] = "structured"
-    files = {
+    files: dict[str, Any] = {
         "modules.json": [
             {
                 "idx": 0,
@@ -134,6 +151,9 @@ def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
             "similarity_fn_name": "cosine",
         },
     }
+    settings = Path(folder) / "config_sentence_transformers.json"
+    if settings.is_file():  # sentence-transformers has saved prompts and truncation of its own
+        files[settings.name] |= json.loads(settings.read_text(encoding="utf-8"))
     for name, content in files.items():
         (Path(folder) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -75,6 +76,9 @@ def encode(
         _stop(f"{model} gave NaN for {len(names) - len(skipped) - len(good)} inputs; its weights are broken")
     _write(out, [names[row] for row in good], vectors[good])
     typer.echo(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
+    for one in caught:
+        if "inputs were skipped" not in str(one.message):
+            typer.echo(f"warning: {one.message}", err=True)
     for line in refused + skipped:
         typer.echo(f"skipped: {_named(line, names)}", err=True)
     if refused or skipped:
@@ -99,6 +103,9 @@ def index(
     Run it again after files were added, changed or deleted, or after it was interrupted: what has been embedded is not
     embedded again. Files that cannot be read are listed and left out.
     """
+    if not forget and not folder.is_dir():
+        _stop(f"{folder} is no folder; expected one with files to index")
+
     from plume import Plume
     from plume.index import Index
 
@@ -157,12 +164,12 @@ def search(
             plume.truncate_dim = dim
         hits = source.search(query, plume, top_k=top_k, where=where)
     except (ValueError, OSError) as error:
-        _stop(str(error))
+        _stop(str(error).replace("input 0", "the query"))
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
         html.write_text(gallery(hits, title), encoding="utf-8")
-        typer.echo(f"{len(hits)} results in {html}")
+        typer.echo(f"{len(hits)} results in {html}", err=as_json)
     if hits and not as_json and html is None:
         typer.echo("  #   score  kind   file")
     for rank, hit in enumerate(hits, start=1):
@@ -227,7 +234,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Where to write; must be new or empty.")],
 ) -> None:
     """Turn a published PLUME checkpoint into a folder that opens everywhere."""
-    if destination.exists() and any(destination.iterdir()):
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         _stop(f"{destination} is not empty; name a new folder")
 
     from plume import PlumeModel
@@ -264,9 +271,9 @@ def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], li
 
 def _named(message: str, names: Sequence[str]) -> str:
     """The message with "input 3" followed by the name that the user knows."""
-    for place in reversed(range(len(names))):
-        message = message.replace(f"input {place}", names[place])
-    return message
+    return re.sub(
+        r"\binput (\d+)\b", lambda found: names[int(found[1])] if int(found[1]) < len(names) else found[0], message
+    )
 
 
 def _write(out: Path, names: list[str], vectors: Any) -> None:

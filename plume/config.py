@@ -6,6 +6,7 @@ Defaults are those of the PLUME paper (arXiv 2604.02073) and the strings of its 
 from __future__ import annotations
 
 import difflib
+from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -151,7 +152,7 @@ class PlumeConfig(PreTrainedConfig):
         Raises:
             ValueError: negative, not whole, or beyond the step table.
         """
-        if isinstance(num_latent_steps, bool) or not isinstance(num_latent_steps, int) or num_latent_steps < 0:
+        if isinstance(num_latent_steps, bool) or not isinstance(num_latent_steps, Integral) or num_latent_steps < 0:
             raise ValueError(f"num_latent_steps must be a whole number >= 0; received {num_latent_steps!r}")
         if self.max_latent_steps is not None and num_latent_steps > self.max_latent_steps:
             raise ValueError(

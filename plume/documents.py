@@ -42,13 +42,14 @@ class Page:
         where = f"{name}: page {self.page} of {self.document}"
         with _PDFIUM, _opened(self.document, name) as document:
             try:
+                document.init_forms()  # else what people filled in is not drawn
                 page = document[self.page - 1]
                 width, height = page.get_size()
-                check_size((math.ceil(width), math.ceil(height)), where)
                 scale = min(MAX_DPI / _POINTS_PER_INCH, math.sqrt(max_pixels / (width * height)))
                 # PDFium rounds sides up, which must not exceed the budget.
                 while math.ceil(width * scale) * math.ceil(height * scale) > max_pixels:
                     scale *= 0.999
+                check_size((math.ceil(width * scale), math.ceil(height * scale)), where)
                 bitmap = page.render(scale=scale, rev_byteorder=True)
                 image = bitmap.to_pil().convert("RGB")
                 bitmap.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,11 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    plt = _pyplot()
     steps = np.arange(len(trace.states))
     panels = 2 + (trace.gates is not None and len(steps) > 1) + (trace.to_candidates is not None)
     height = 2.2 * (panels - 1) + 0.9 + 0.3 * len(steps)
-    figure, axes = plt.subplots(
-        panels, figsize=(8, height), height_ratios=[2.2] * (panels - 1) + [0.9 + 0.3 * len(steps)]
-    )
+    figure = _figure(8, height)
+    axes = figure.subplots(panels, height_ratios=[2.2] * (panels - 1) + [0.9 + 0.3 * len(steps)])
     figure.suptitle(f"{_shortened(trace.name)}  ({trace.modality}, K = {len(steps) - 1})", color=_INK)
     rows = iter(axes)
 
@@ -46,11 +43,13 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
     _steps(lines, steps, "state")
 
     if trace.gates is not None and trace.experts is not None and len(steps) > 1:
+        from matplotlib.patches import Rectangle
+
         gates = next(rows)
         _heat(gates, trace.gates.T.numpy(), "Blues", 0, 1)
         for step, experts in enumerate(trace.experts.tolist()):
             for expert in experts:
-                gates.add_patch(plt.Rectangle((step - 0.5, expert - 0.5), 1, 1, fill=False, edgecolor="#d9480f", lw=2))
+                gates.add_patch(Rectangle((step - 0.5, expert - 0.5), 1, 1, fill=False, edgecolor="#d9480f", lw=2))
         _steps(gates, steps[:-1], "latent step (outlined: experts kept)")
         gates.set(ylabel="expert", yticks=range(trace.gates.shape[1]))
 
@@ -71,7 +70,6 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
 
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def draw_expert_use(traces: Sequence[Trace], path: str | os.PathLike) -> None:
@@ -83,16 +81,15 @@ def draw_expert_use(traces: Sequence[Trace], path: str | os.PathLike) -> None:
     use = expert_use(traces)
     if not use:
         raise ValueError("no input went through a router; expert use needs transition='moe' and at least one step")
-    plt = _pyplot()
     shares = np.stack([share.numpy() for share in use.values()])
-    figure, axes = plt.subplots(figsize=(1.6 + 1.1 * shares.shape[1], 1.6 + 0.5 * len(use)))
+    figure = _figure(1.6 + 1.1 * shares.shape[1], 1.6 + 0.5 * len(use))
+    axes = figure.subplots()
     _heat(axes, shares, "Blues", 0, 1)
     counts = {modality: sum(one.modality == modality for one in traces) for modality in use}
     axes.set_yticks(range(len(use)), [f"{modality} ({counts[modality]})" for modality in use])
     axes.set(xlabel="expert", xticks=range(shares.shape[1]), title="share of kept experts")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _heat(axes: Any, values: np.ndarray, colours: str, low: float, high: float) -> None:
@@ -108,8 +105,11 @@ def _steps(axes: Any, steps: np.ndarray, label: str) -> None:
 
 
 def _shortened(text: str, length: int = 60) -> str:
-    text = _escaped(Path(text).name if os.sep in text else text)
-    return text if len(text) <= length else text[: length - 3] + "..."
+    text = _escaped(text)
+    if len(text) <= length:
+        return text
+    # The end of a path tells most, the beginning of a sentence.
+    return "..." + text[3 - length :] if os.sep in text else text[: length - 3] + "..."
 
 
 def _escaped(text: str) -> str:
@@ -117,12 +117,10 @@ def _escaped(text: str) -> str:
     return text.replace("\n", "\\n").replace("$", r"\$")
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    # Not by pyplot, which would change the backend of a notebook.
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("drawing needs matplotlib; pip install 'plume-embed[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height))

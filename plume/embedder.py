@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,13 +90,15 @@ class Plume(SentenceTransformer):
         Args:
             model_name_or_path: a folder or a Hub name.
             num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
-                "query" and "document" gives `encode_query` and `encode_document` a K each.
+                "query" and "document" gives `encode_query` and `encode_document` a K each. Not saved with the model.
             kwargs: as for `SentenceTransformer`, for example `device`, `model_kwargs`, `truncate_dim`.
 
         Raises:
             ValueError: the checkpoint is not plume's, or cannot run this K.
         """
         hub = {k: kwargs[k] for k in ("revision", "token", "local_files_only") if k in kwargs}
+        if (cache := kwargs.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")) is not None:
+            hub["cache_dir"] = cache
         checkpoint.check_is_plume(model_name_or_path, **hub)
         super().__init__(str(model_name_or_path), **kwargs)
         self._check_steps(num_latent_steps)
@@ -209,13 +212,8 @@ class Plume(SentenceTransformer):
             budget = self._budget(kwargs)
             for window in self._windows(raws, instruction, budget, limit, None if on_error == "raise" else skipped):
                 lengths = [length for *_, length in window]
-                if workers:  # they cut a window into equal chunks themselves
-                    num_rows = min(max(max_tokens_per_batch // max(lengths), 1), batch_size)
-                    kwargs["chunk_size"] = num_rows
-                    runs = [(num_rows, sorted(range(len(window)), key=lambda i: -lengths[i]))]
-                else:
-                    runs = join_batches(plan_batches(lengths, batch_size, max_tokens_per_batch))
-                for num_rows, run in runs:
+                for num_rows, run in join_batches(plan_batches(lengths, batch_size, max_tokens_per_batch)):
+                    kwargs["chunk_size"] = num_rows  # of worker processes, if there are any
                     vectors = self._embed([window[i][1] for i in run], num_rows, None if workers else thread, kwargs)
                     rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
                     kept += [window[i][0] for i in run]
@@ -223,7 +221,8 @@ class Plume(SentenceTransformer):
             bar.update(len(skipped))
         if skipped:
             warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=2)
-        whole = torch.cat(rows) if rows else torch.empty(0, self.get_embedding_dimension() or 0)
+        dim = kwargs.get("truncate_dim") or self.get_embedding_dimension() or 0
+        whole = torch.cat(rows) if rows else torch.empty(0, dim)
         ordered = whole.new_full((len(raws), whole.shape[1]), torch.nan)
         ordered[kept] = whole
         return _convert(ordered, single, precision, convert_to_tensor, convert_to_numpy)
@@ -270,11 +269,12 @@ class Plume(SentenceTransformer):
 
         Args:
             inputs: one input or a list, as for `encode`.
-            num_latent_steps: K; None is the checkpoint's own.
+            num_latent_steps: K; None is that of the constructor (of queries), else the checkpoint's own.
             candidates: inputs to compare every state with.
             num_words: nearest vocabulary tokens per state.
         """
         singles = [inputs] if _is_single(inputs) else list(inputs)
+        num_latent_steps = self._steps(num_latent_steps, "query")
         return self.plume_model.trace(
             singles, num_latent_steps=num_latent_steps, candidates=candidates, num_words=num_words
         )
@@ -282,6 +282,11 @@ class Plume(SentenceTransformer):
     def _create_model_card(self, path: str, model_name: str | None = None, train_datasets: Any = None) -> None:
         # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.
         card.write_model_card(self.plume_model, path, model_name)
+
+    def default_steps(self, task: Literal["query", "document"]) -> int:
+        """K of a call that does not say otherwise."""
+        steps = self._steps(None, task)
+        return self.plume_config.num_latent_steps if steps is None else steps
 
     def _check_steps(self, steps: LatentSteps | None) -> None:
         if isinstance(steps, Mapping):
@@ -355,7 +360,11 @@ def _image_settings(kwargs: dict[str, Any]) -> dict[str, Any] | None:
 def _is_single(inputs: Any) -> bool:
     """Whether this is one input rather than several."""
     one = (str, Mapping, Path, Image.Image, Item, Page, Video)
-    return isinstance(inputs, one) or is_messages(inputs) or (isinstance(inputs, np.ndarray) and inputs.ndim in (3, 4))
+    return (
+        isinstance(inputs, one)
+        or is_messages(inputs)
+        or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim in (3, 4))
+    )
 
 
 def _convert(

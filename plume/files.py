@@ -40,8 +40,8 @@ def kind_of(path: Path) -> Kind | None:
     if suffix == ".gif" and path.is_file():
         try:
             return Kind.VIDEO if is_animated(path) else Kind.IMAGE
-        except (OSError, SyntaxError, ValueError):
-            return Kind.IMAGE  # loading it says what is wrong
+        except Exception:  # decoders of broken files raise anything; loading it says what is wrong
+            return Kind.IMAGE
     for kind, suffixes in (
         (Kind.TEXT, TEXT_SUFFIXES),
         (Kind.IMAGE, IMAGE_SUFFIXES),
@@ -67,10 +67,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that is left out, and why."""
+    """A file or folder that is left out, and why.
+
+    is_known: whether it is sure that nothing of it belongs into an index; else what an index has of it stays.
+    """
 
     name: str
     reason: str
+    is_known: bool = False
 
 
 def walk(folder: Path, leave_out: Path | None = None) -> Iterator[Found | Skipped]:
@@ -86,6 +90,10 @@ def walk(folder: Path, leave_out: Path | None = None) -> Iterator[Found | Skippe
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
         path = Path(entry.path)
+        if not _is_unicode(entry.name):
+            escaped = entry.name.encode("utf-8", "backslashreplace").decode()
+            yield Skipped(escaped, "its name is not valid Unicode; rename it", is_known=True)
+            continue
         if entry.name.startswith(".") or path == leave_out:
             continue
         if entry.is_dir(follow_symlinks=False):
@@ -103,7 +111,7 @@ def walk(folder: Path, leave_out: Path | None = None) -> Iterator[Found | Skippe
             yield Skipped(entry.name, f"cannot be opened ({error.strerror})")
             continue
         if stat.S_ISDIR(target.st_mode):
-            yield Skipped(entry.name, "is a link to a folder, which is not followed")
+            yield Skipped(entry.name, "is a link to a folder, which is not followed", is_known=True)
         elif stat.S_ISREG(target.st_mode) and path.suffix.lower() in SUFFIXES:
             yield Found(path, entry.name)
 
@@ -112,3 +120,11 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import os
-import urllib.error
+import string
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -61,8 +63,8 @@ def load_image(
         raise InputError(f"{name}: {source} is too large to decode safely ({error}); scale it down") from None
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, AssertionError) as error:
-        raise InputError(f"{name}: {source} cannot be read as an image ({error}); replace the file") from error
+    except Exception as error:  # decoders of broken files raise anything
+        raise InputError(f"{name}: {source} cannot be read as an image ({_reason(error)}); replace the file") from error
 
 
 def check_image_file(path: Path, name: str) -> None:
@@ -97,9 +99,10 @@ def open_source(source: str | os.PathLike, name: str) -> str | os.PathLike | io.
         except binascii.Error as error:
             raise InputError(f"{name}: {brief(text)} is not valid base64 ({error})") from None
     try:
-        with urllib.request.urlopen(text, timeout=_DOWNLOAD_TIMEOUT_S) as answer:
+        address = urllib.parse.quote(text, safe=string.punctuation)
+        with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer:
             content = answer.read(MAX_DOWNLOAD_BYTES + 1)
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise InputError(f"{name}: {brief(text)} cannot be downloaded ({error}); save it to a file") from None
     if len(content) > MAX_DOWNLOAD_BYTES:
         raise InputError(f"{name}: {brief(text)} holds more than {MAX_DOWNLOAD_BYTES:,} bytes; save it to a file")
@@ -132,6 +135,11 @@ def brief(source: str | os.PathLike) -> str:
     """A path or URL, short enough for a message."""
     text = os.fspath(source)
     return text if len(text) <= 200 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; without the path, which an OSError repeats and which may be a whole file in base64."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

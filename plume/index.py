@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from plume import checkpoint
 
@@ -122,8 +125,8 @@ class Index:
         Args:
             path: a folder; created if missing.
             plume: the embedder; its `truncate_dim` sets the length of the vectors.
-            num_latent_steps: K of documents; None is the checkpoint's own.
-            query_latent_steps: K of queries; None is the checkpoint's own.
+            num_latent_steps: K of documents; None is the embedder's.
+            query_latent_steps: K of queries; None is the embedder's.
             instruction: for documents.
             query_instruction: for queries.
 
@@ -131,13 +134,12 @@ class Index:
             ValueError: there is an index made with other settings.
         """
         path = Path(path)
-        own = plume.plume_config.num_latent_steps
         identity = Identity(
             model=plume.source,
             fingerprint=checkpoint.fingerprint(plume.plume_model),
             dim=int(plume.get_embedding_dimension() or 0),
-            num_latent_steps=own if num_latent_steps is None else num_latent_steps,
-            query_latent_steps=own if query_latent_steps is None else query_latent_steps,
+            num_latent_steps=plume.default_steps("document") if num_latent_steps is None else num_latent_steps,
+            query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
             instruction=instruction,
             query_instruction=query_instruction,
         )
@@ -150,11 +152,10 @@ class Index:
         if path.exists() and any(path.iterdir()):
             raise ValueError(f"{path} holds files but no {_IDENTITY}; choose a folder that is empty or new")
         path.mkdir(parents=True, exist_ok=True)
-        table = _connect(path).create_table(_TABLE, schema=_schema(identity.dim), exist_ok=True)
         temporary = path / f"{_IDENTITY}.part"
         temporary.write_text(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path / _IDENTITY)
-        return cls(path, identity, table)
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Index:
@@ -166,10 +167,15 @@ class Index:
         path = Path(path)
         if not (path / _IDENTITY).is_file():
             raise ValueError(f"{path} is no index; make one with `plume index FOLDER --out {path}`")
-        fields = json.loads((path / _IDENTITY).read_text(encoding="utf-8"))
-        if (found := fields.pop("format")) != _FORMAT:
+        try:
+            fields = json.loads((path / _IDENTITY).read_text(encoding="utf-8"))
+            found = fields.pop("format")
+            identity = Identity(**fields) if found == _FORMAT else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / _IDENTITY} is damaged ({error}); index the folder again") from None
+        if identity is None:
             raise ValueError(f"{path} has format {found}, this version reads {_FORMAT}; index the folder again")
-        return cls(path, Identity(**fields), _connect(path).open_table(_TABLE))
+        return cls(path, identity, _connect(path).create_table(_TABLE, schema=_schema(identity.dim), exist_ok=True))
 
     def __len__(self) -> int:
         return self._table.count_rows()
@@ -216,20 +222,38 @@ class Index:
             folder: as given to `update`; it need not exist any more.
         """
         where = f"root = {_quoted(str(Path(folder).resolve()))}"
-        count = self._table.count_rows(where)
-        self._table.delete(where)
+        with self.locked():
+            count = self._table.count_rows(where)
+            self._table.delete(where)
+            self.compact(wipe=True)
         return count
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other writers out.
+
+        Raises:
+            ValueError: another process is writing.
+        """
+        lock = FileLock(self.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run is writing to the index {self.path}; wait until it is done") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def rows(self, columns: Sequence[str], root: Path | None = None) -> list[dict[str, Any]]:
         """Some columns of all rows, or of those of one folder."""
         search = self._table.search().select(list(columns)).limit(None)
         return (search if root is None else search.where(f"root = {_quoted(str(root))}")).to_arrow().to_pylist()
 
-    def one_row(self, sha256: str, kind: str, page: int) -> dict[str, Any]:
-        """All columns of a row with this content."""
-        where = f"sha256 = {_quoted(sha256)} AND kind = {_quoted(kind)} AND page = {page}"
-        (row,) = self._table.search().where(where).limit(1).to_arrow().to_pylist()
-        return row
+    def rows_with(self, contents: Sequence[str]) -> list[dict[str, Any]]:
+        """All columns of the rows with one of these SHA-256."""
+        where = f"sha256 IN ({', '.join(map(_quoted, contents))})"
+        return self._table.search().where(where).limit(None).to_arrow().to_pylist()
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Commit rows, all or none of them."""
@@ -237,13 +261,20 @@ class Index:
 
         self._table.add(pa.Table.from_pylist(list(rows), schema=_schema(self.identity.dim)))
 
-    def delete(self, root: Path, name: str, sha256: str) -> None:
-        """Delete the rows of a file with this content."""
-        self._table.delete(f"root = {_quoted(str(root))} AND name = {_quoted(name)} AND sha256 = {_quoted(sha256)}")
+    def delete(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
+        """Delete the rows of some files, given by name and SHA-256."""
+        each = (f"(name = {_quoted(name)} AND sha256 = {_quoted(sha)})" for name, sha in files)
+        self._table.delete(f"root = {_quoted(str(root))} AND ({' OR '.join(each)})")
 
-    def compact(self) -> None:
-        """Join the many small pieces that commits leave behind."""
-        self._table.optimize()
+    def compact(self, wipe: bool) -> None:
+        """Join the many small pieces that commits leave behind.
+
+        Args:
+            wipe: also take off the disk what was deleted; a search that runs at this moment may fail.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says what is said above
+            self._table.optimize(cleanup_older_than=timedelta(0) if wipe else None, delete_unverified=wipe)
 
     def search(
         self,

@@ -31,6 +31,8 @@ _THUMBNAIL_SIDE = 192
 _EXCERPT_LENGTH = 200
 # A window is embedded and committed together: at most this many rows or tokens.
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
+# How many contents are copied, and files deleted, by one statement.
+_CONTENTS_PER_COPY, _FILES_PER_DELETION = 64, 128
 
 
 @dataclass
@@ -87,21 +89,37 @@ def update_index(
     root = folder.resolve()
     if not root.is_dir():
         raise ValueError(f"{folder} is no folder; expected one with files to index")
+    with index.locked():
+        _check_root(index, root)
+        return _update(index, root, plume, batch_size, None if show_progress is None else not show_progress)
+
+
+def _check_root(index: Index, root: Path) -> None:
+    """Refuse a folder inside or around one that is in the index already: each file has one root."""
+    for name in {row["root"] for row in index.rows(["root"])}:
+        other = Path(name)
+        if other != root and (other in root.parents or root in other.parents):
+            raise ValueError(
+                f"{root} and {other}, which is in the index, overlap; index {other} again, or remove it "
+                "from the index first (--forget)"
+            )
+
+
+def _update(index: Index, root: Path, plume: Plume, batch_size: int, hide_progress: bool | None) -> Report:
     report = Report()
     rows = index.rows(["name", "sha256", "page", "num_pages", "size", "mtime_ns"], root)
-    contents, current = _find_work(index, root, rows, report)
+    contents, current = _find_work(index, root, rows, report, hide_progress)
+    report.reused += _copy_known(index, root, contents)
     processor = plume.plume_model.processor
     assert processor is not None
     window: list[tuple[_Unit, Item]] = []
     tokens = 0
-    hidden = None if show_progress is None else not show_progress
-    for content in tqdm(contents, desc="Indexing", unit="file", disable=hidden):
+    for content in tqdm(contents, desc="Indexing", unit="file", disable=hide_progress):
         for unit in _units(content, report):
             if unit.page in content.rows:
-                report.reused += _copy(index, root, unit)
                 continue
             try:
-                item = processor.parse(unit.raw, unit.names[0])
+                item = processor.parse(unit.raw, unit.names[0]).instructed(index.identity.instruction)
                 length = processor.num_tokens(item, unit.names[0])
             except InputError as error:
                 _skip(report, unit.names, error, content)
@@ -114,14 +132,17 @@ def update_index(
     if window:
         _add(index, root, window, plume, batch_size, report)
     report.removed = _remove_stale(index, root, rows, current)
-    index.compact()
+    index.compact(wipe=report.removed > 0)
     return report
 
 
 def _find_work(
-    index: Index, root: Path, rows: Sequence[dict[str, Any]], report: Report
+    index: Index, root: Path, rows: Sequence[dict[str, Any]], report: Report, hide_progress: bool | None
 ) -> tuple[list[_Content], dict[str, str | None]]:
-    """The contents that need work; and the content of every file by name, None where it cannot be told."""
+    """The contents that need work; and the content of every file by name, None where it cannot be told.
+
+    What cannot be told of a folder stands under the name of the folder.
+    """
     pages_of: dict[tuple[str, str], set[int]] = defaultdict(set)
     num_pages: dict[tuple[str, str], int] = {}
     by_stat: dict[tuple[str, int, int], str] = {}
@@ -133,10 +154,12 @@ def _find_work(
 
     contents: dict[tuple[str, Kind], _Content] = {}
     current: dict[str, str | None] = {}
-    for found in walk(root, leave_out=index.path.resolve()):
+    found_files = walk(root, leave_out=index.path.resolve())
+    for found in tqdm(found_files, desc="Looking", unit="file", disable=hide_progress):
         if isinstance(found, Skipped):
             report.skipped.append(found)
-            current[found.name] = None
+            if not found.is_known:
+                current[found.name] = None
             continue
         try:
             stats = found.path.stat()
@@ -223,31 +246,39 @@ def _rows_of(root: Path, unit: _Unit, item: Item, vector: np.ndarray) -> Iterato
         }
 
 
-def _copy(index: Index, root: Path, unit: _Unit) -> int:
-    """Give the row of a known content to those of its files that lack it; the number of rows written."""
-    content = unit.content
-    lacking = [
-        (file, stats)
-        for file, stats in zip(content.files, content.stats, strict=True)
-        if str(root / file.name) not in content.rows[unit.page]
-    ]
-    if lacking:
-        row = index.one_row(content.sha256, content.kind, unit.page)
-        index.add(
-            {**row, "root": str(root), "name": file.name, "path": str(root / file.name), "size": size, "mtime_ns": time}
-            for file, (size, time) in lacking
-        )
-    return len(lacking)
+def _copy_known(index: Index, root: Path, contents: Sequence[_Content]) -> int:
+    """Give the rows of known contents to those of their files that lack them; the number of rows written."""
+    known = {(content.sha256, content.kind): content for content in contents if content.rows}
+    keys = sorted({sha for sha, _ in known})
+    written = 0
+    for start in range(0, len(keys), _CONTENTS_PER_COPY):
+        new: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in index.rows_with(keys[start : start + _CONTENTS_PER_COPY]):
+            if (content := known.get((row["sha256"], Kind(row["kind"])))) is None:
+                continue
+            for file, (size, time) in zip(content.files, content.stats, strict=True):
+                path = str(root / file.name)
+                if path not in content.rows[row["page"]]:
+                    place = {"root": str(root), "name": file.name, "path": path, "size": size, "mtime_ns": time}
+                    new[path, row["page"]] = {**row, **place}
+        if new:
+            index.add(new.values())
+        written += len(new)
+    return written
 
 
 def _remove_stale(index: Index, root: Path, rows: Sequence[dict[str, Any]], current: dict[str, str | None]) -> int:
     """Delete rows of files that are gone or hold something else now; those that cannot be told stay."""
+    untold = {name for name, sha in current.items() if sha is None}
     stale: dict[tuple[str, str], int] = defaultdict(int)
     for row in rows:
-        if current.get(row["name"], "gone") not in (None, row["sha256"]):
-            stale[row["name"], row["sha256"]] += 1
-    for name, sha in stale:
-        index.delete(root, name, sha)
+        name = row["name"]
+        folders = {name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1)}
+        if current.get(name, "gone") != row["sha256"] and not untold & {name, *folders}:
+            stale[name, row["sha256"]] += 1
+    files = list(stale)
+    for start in range(0, len(files), _FILES_PER_DELETION):
+        index.delete(root, files[start : start + _FILES_PER_DELETION])
     return sum(stale.values())
 
 

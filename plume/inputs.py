@@ -24,6 +24,9 @@ _ACCEPTED = (
 )
 _KEYS = ("text", "image", "video", "instruction", "fps", "max_frames")
 
+#: Longer text files are refused before they are read; no model takes a tenth of it.
+MAX_TEXT_BYTES = 2**20
+
 Part = str | Image.Image | Video
 """A piece of an input, in the place where the model reads it."""
 
@@ -255,6 +258,8 @@ def read_text(path: Path, name: str) -> str:
         InputError: it is not UTF-8, or blank.
     """
     try:
+        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+            raise InputError(f"{name}: {path} holds {size:,} bytes, more than {MAX_TEXT_BYTES:,}; split it")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -301,6 +306,8 @@ def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:
     for key, value in (("fps", fps), ("max_frames", most)):
         if value is not None and not (isinstance(value, (int, float)) and value > 0):
             raise InputError(f"{name}: {key!r} is {value!r}; expected a number above 0")
+    if most is not None and (most != int(most) or most < 1):
+        raise InputError(f"{name}: 'max_frames' is {most!r}; expected a whole number from 1")
     most = sampling.max_frames if most is None else int(most)
     if fps is None and sampling.fps is None:
         return replace(sampling, num_frames=min(sampling.num_frames, most), max_frames=most)

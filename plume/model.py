@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,8 @@ class PlumeModel(PreTrainedModel):
         )
         tokens.install(weights, head, processor.tokenizer, config)
         config.suffix_ids = processor.suffix_ids(prompt.suffix(config))
+        if os.path.isdir(name_or_path):  # where the weights lay here says nothing to others
+            weights.config._name_or_path = ""
         config.backbone_config = weights.config
         config.dtype = weights.dtype
         model = cls(config, weights, head)

@@ -211,19 +211,20 @@ class PlumeProcessor(ProcessorMixin):
         return self(text=[prompt.prefix(self._config, item) for item in complete], vision=vision)
 
     def num_tokens(self, item: Item, name: str = "the input") -> int:
-        """About how many tokens an input takes: exact for its media, a quarter of its characters for its text.
+        """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text.
 
         Raises:
             InputError: it is longer than the model takes; this is decided exactly.
         """
-        limit, num_characters = self.tokenizer.model_max_length, len(item.text) + len(item.instruction)
+        limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._config.prompt_template
         visual = self._num_visual_tokens(self._complete(item))
-        # No token is shorter than a byte and no character longer than four, so most inputs need not be tokenised.
-        if 4 * (num_characters + len(self._config.prompt_template)) + visual > limit:
+        num_bytes = len(text.encode())
+        # No token is shorter than a byte, so most inputs need not be tokenised.
+        if num_bytes + visual > limit:
             written = prompt.prefix(self._config, item)
             if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
                 raise InputError(f"{name} has {_too_long(length, limit)}")
-        return visual + num_characters // 4
+        return visual + 1 + num_bytes // 4
 
     def suffix_ids(self, text: str) -> list[int]:
         """Token ids of a suffix, tokenised as a whole."""

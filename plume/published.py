@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
@@ -70,6 +70,8 @@ def read_published(
     )
     config.dtype = weights["transition.router.weight"].dtype
     processor = _read_processor(folder, config, hub_kwargs)
+    if not set(tokens.SPECIAL_TOKENS) & set(processor.tokenizer.get_vocab()):
+        tokens.add_special_tokens(processor.tokenizer)  # it is the base model's, whose next ids are theirs
     tokens.remember_ids(processor.tokenizer, config)
     config.suffix_ids = processor.suffix_ids(prompt.suffix(config))
     return config, weights, processor
@@ -97,14 +99,21 @@ def _tensor_names(name_or_path: str | os.PathLike, hub_kwargs: dict) -> list[str
 
 
 def _names_in(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         return list(opened.keys())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
 
 
 def _read_weights(folder: Path, backbone: PreTrainedConfig) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             for published in opened.keys():  # noqa: SIM118  # not a mapping
                 name = _own_name(published, folder)
                 if name in weights:

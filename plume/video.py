@@ -13,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,13 +141,12 @@ def _gather(frame_at: Callable[[int], Tensor], total: int, fps: float | None, sa
 
 def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Video:
     opened = open_source(source, name)
-    if isinstance(opened, (str, os.PathLike)) and not Path(opened).is_file():
+    if isinstance(opened, (str, os.PathLike)) and not os.path.isfile(opened):
         raise InputError(f"{name}: no file at {brief(source)}; expected a path to a video")
     if os.fspath(source).lower().endswith(".gif"):
         return _load_gif(opened, sampling, f"{name}: {brief(source)}")
     try:
         import av
-        import av.error
     except ImportError:
         raise InputError(
             f"{name}: decoding {brief(source)} needs PyAV; pip install 'plume-embed[video]', or pass its frames"
@@ -157,8 +155,11 @@ def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Vide
     try:
         with av.open(opened if not isinstance(opened, os.PathLike) else str(opened)) as container:
             return _decode(container, sampling, where)
-    except av.error.FFmpegError as error:
-        raise InputError(f"{where} cannot be decoded as a video ({error.strerror}); replace the file") from None
+    except InputError:
+        raise
+    except Exception as error:  # decoders of broken files raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{where} cannot be decoded as a video ({reason}); replace the file") from None
 
 
 def _decode(container: Any, sampling: Sampling, where: str) -> Video:
@@ -168,44 +169,67 @@ def _decode(container: Any, sampling: Sampling, where: str) -> Video:
     stream.thread_type = "AUTO"
     check_size((stream.width, stream.height), where)
     fps = float(stream.average_rate) if stream.average_rate else None
-    total = sum(packet.size > 0 for packet in container.demux(stream))
-    while total:
-        indices = sample_frames(total, sampling, fps)
-        container.seek(0)
-        frames, num_read = _frames_at(container, stream, indices, fps, lambda frame: _resize(frame, sampling, where))
+    packets = [packet.pts for packet in container.demux(stream) if packet.size]
+    # Frames are known by their time stamps, or by counting where those are missing.
+    timed = None not in packets and len(set(packets)) == len(packets)
+    moments = sorted(packets) if timed else list(range(len(packets)))
+    jumping = timed
+    while moments:
+        indices = sample_frames(len(moments), sampling, fps)
+        frames, seen = _frames_at(
+            container,
+            stream,
+            [(i, moments[i]) for i in indices],
+            timed,
+            jumping,
+            lambda one: _resize(one, sampling, where),
+        )
         if len(frames) == len(indices):
+            if len({frame.shape for frame in frames}) > 1:
+                raise InputError(f"{where} changes its size on the way; replace the file")
             return Video(torch.stack(frames), _spacing(indices, fps))
-        if num_read >= total:
+        if not jumping and len(seen) == len(moments):
             break
-        total = num_read  # some packets hold no frame of their own; sample the frames that there are
+        # A jump that missed is made good by reading from the start. Packets may hold no frame of their own; then the
+        # frames that there are count.
+        moments = moments if jumping else seen
+        jumping = False
     raise InputError(f"{where} has no frames; replace the file")
 
 
 def _frames_at(
-    container: Any, stream: Any, indices: list[int], fps: float | None, resize: Callable[[Tensor], Tensor]
-) -> tuple[list[Tensor], int]:
-    """The frames with these indices, resized, as far as they exist, and the number of frames gone through."""
+    container: Any,
+    stream: Any,
+    wanted: list[tuple[int, int]],
+    timed: bool,
+    jumping: bool,
+    resize: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], list[int]]:
+    """The frames at these indices and moments, resized, as far as they are found, and the moments gone through."""
     frames: list[Tensor] = []
-    start = float((stream.start_time or 0) * stream.time_base)
-    todo, at, jump = deque(indices), 0, False
+    seen: list[int] = []
+    todo, jump = deque(wanted), False
+    container.seek(0)
     while todo:
         if jump:
-            container.seek(int((start + todo[0] / fps) / stream.time_base), stream=stream)  # type: ignore[operator]
+            container.seek(todo[0][1], stream=stream)
         for frame in container.decode(stream):
-            if jump:
-                at, jump = round((frame.time - start) * fps), False  # type: ignore[operator]
-            if at >= todo[0]:
+            moment = frame.pts if timed else len(seen)
+            if moment is None or (jump and moment > todo[0][1]):
+                return frames, seen
+            jump = False
+            seen.append(moment)
+            if moment >= todo[0][1]:
                 # Phones store frames sideways, and how far to turn them, in degrees against the clock.
                 upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
                 frames.append(resize(rearrange(torch.from_numpy(upright), "h w c -> c h w")))
-                todo.popleft()
-                jump = bool(todo and fps and frame.time is not None and todo[0] - at > _JUMP_FRAMES)
-            at += 1
+                index, _ = todo.popleft()
+                jump = jumping and bool(todo) and todo[0][0] - index > _JUMP_FRAMES
             if jump or not todo:
                 break
         else:
             break
-    return frames, at
+    return frames, seen
 
 
 def _load_gif(source: Any, sampling: Sampling, where: str) -> Video:
@@ -223,7 +247,7 @@ def _load_gif(source: Any, sampling: Sampling, where: str) -> Video:
             ]
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of broken files raise anything
         raise InputError(f"{where} cannot be read as an animation ({error}); replace the file") from None
     return Video(torch.stack(frames), _spacing(indices, fps))
 

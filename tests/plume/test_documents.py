@@ -48,6 +48,37 @@ def test_pages_are_small_when_they_are_listed(tmp_path):
     assert [page.page for page in pages(tmp_path / "long.pdf")] == list(range(1, 51))
 
 
+FORM = b"""%PDF-1.4
+1 0 obj <</Type /Catalog /Pages 2 0 R /AcroForm <</Fields [4 0 R]>>>> endobj
+2 0 obj <</Type /Pages /Kids [3 0 R] /Count 1>> endobj
+3 0 obj <</Type /Page /Parent 2 0 R /MediaBox [0 0 100 100] /Annots [4 0 R]>> endobj
+4 0 obj <</Type /Annot /Subtype /Widget /FT /Tx /T (a) /Rect [0 0 100 100] /P 3 0 R /F 4 /AP <</N 5 0 R>>>> endobj
+5 0 obj <</Type /XObject /Subtype /Form /BBox [0 0 100 100] /Length 25>> stream
+0 0 0 rg 0 0 100 50 re f\n
+endstream endobj
+trailer <</Root 1 0 R /Size 6>>
+%%EOF
+"""
+
+
+def test_what_was_filled_into_a_form_is_drawn(tmp_path):
+    (tmp_path / "form.pdf").write_bytes(FORM)
+    image = np.asarray(pages(tmp_path / "form.pdf")[0].render(10_000))
+    assert image[:40].min() > 200
+    assert image[60:].max() < 50
+
+
+def test_a_large_page_is_scaled_down_and_a_thread_is_refused(tmp_path):
+    document = pypdfium2.PdfDocument.new()
+    for size in ((14_000, 14_000), (5, 5_000)):
+        document.new_page(*size)
+    document.save(tmp_path / "odd.pdf")
+    large, thread = pages(tmp_path / "odd.pdf")
+    assert large.render(10_000).width in (99, 100)
+    with pytest.raises(InputError, match="sides may differ by 200 times at most"):
+        thread.render(10_000)
+
+
 BAD = {
     "encrypted.pdf": (ENCRYPTED, "it is encrypted; save it without a password"),
     "text.pdf": (b"no document", "cannot be opened as a PDF"),

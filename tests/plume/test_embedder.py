@@ -11,6 +11,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel
 
 from plume import InputError, Item, Plume, PlumeModel, pages
+from plume.index import Index
 from plume.tiny import SHORT_STRINGS
 
 
@@ -259,3 +260,49 @@ def test_an_error_while_preparing_the_next_batch_is_raised(plume, picture, monke
     monkeypatch.setattr(type(plume.plume_model.processor), "encode", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         plume.encode([{"image": picture(), "text": "red"}, {"image": picture(28, 28), "text": "bad"}], batch_size=1)
+
+
+def test_short_texts_and_one_long_page_are_spread_over_processes(plume, picture):
+    inputs = ["red", "a", picture(280, 280), *("kite " * 30 for _ in range(3))]
+    found = plume.encode(inputs, device=["cpu"], max_tokens_per_batch=64)
+    assert np.allclose(found, plume.encode(inputs), atol=1e-5)
+
+
+def test_the_steps_of_the_constructor_hold_for_traces_and_indices_too(plume_folder, tmp_path):
+    both = Plume(plume_folder, device="cpu", num_latent_steps={"query": 3, "document": 0})
+    assert len(both.trace("red")[0].states) == 4
+    identity = Index.create(tmp_path / "index", both).identity
+    assert (identity.query_latent_steps, identity.num_latent_steps) == (3, 0)
+
+
+def test_what_the_embedder_was_given_is_saved_with_it(plume_folder, tmp_path):
+    given = Plume(plume_folder, device="cpu", truncate_dim=16, prompts={"mine": "Find:"})
+    given.save_pretrained(str(tmp_path))
+    again = Plume(tmp_path, device="cpu")
+    assert again.prompts["mine"] == "Find:"
+    assert again.encode("red", prompt_name="mine", num_latent_steps=np.int64(2)).shape[0] in (16, 64)
+    again.plume_model.save_pretrained(tmp_path)
+    assert Plume(tmp_path, device="cpu").prompts["mine"] == "Find:"
+
+
+def test_nothing_but_bad_inputs_leaves_rows_of_the_right_length(plume):
+    with pytest.warns(UserWarning, match="1 inputs were skipped"):
+        assert plume.encode([""], on_error="skip", truncate_dim=16).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"video": "QUJD" * 2000}, "no file at QUJD"),
+        ({"image": "QUJD" * 2000}, "cannot be read as an image (File name too long)"),
+        ({"image": "http://127.0.0.1:bad/a b.png"}, "cannot be downloaded"),
+        ({"image": "http://127.0.0.1:9/ä b.png"}, "cannot be downloaded"),
+        ({"video": ["a.png"], "max_frames": 0.5}, "'max_frames' is 0.5; expected a whole number"),
+    ],
+)
+def test_whatever_is_wrong_with_an_input_it_is_skipped_and_named_briefly(plume, raw, message):
+    with pytest.warns(UserWarning, match="input 1: ") as caught:
+        vectors = plume.encode(["red", raw], on_error="skip")
+    assert np.isnan(vectors).any(axis=1).tolist() == [False, True]
+    assert message in str(caught[0].message)
+    assert len(str(caught[0].message)) < 500

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -160,14 +161,102 @@ def test_an_index_inside_its_folder_does_not_index_itself_and_folders_can_be_for
     (tmp_path / "a.txt").write_text("a kite")
     index = Index.create(tmp_path / "index", plume)
     index.update(tmp_path, plume, show_progress=False)
-    other = tmp_path / "index" / ".." / "other"
+    other = tmp_path.parent / f"{tmp_path.name} other"
     other.mkdir()
-    (other / "b.txt").write_text("blue")
+    (other / "b.txt").write_text("a secret blue")
     index.update(other, plume, show_progress=False)
     assert len(index) == 2
+    assert any(b"a secret blue" in file.read_bytes() for file in index.path.rglob("*") if file.is_file())
     shutil.rmtree(other)
     assert index.remove(other) == 1
     assert [row["name"] for row in index.rows(["name"])] == ["a.txt"]
+    assert not any(b"a secret blue" in file.read_bytes() for file in index.path.rglob("*") if file.is_file())
+
+
+def test_overlapping_folders_and_two_writers_at_once_are_refused(plume, tmp_path):
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "sub" / "a.txt").write_text("a kite")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path / "sub", plume, show_progress=False)
+    for folder in (tmp_path, tmp_path / "sub" / "deep"):
+        with pytest.raises(ValueError, match=r"which is in the index, overlap; index .*sub again"):
+            index.update(folder, plume, show_progress=False)
+    with (
+        index.locked(),
+        pytest.raises(ValueError, match="another run is writing to the index"),
+    ):
+        Index.open(tmp_path / "index").update(tmp_path / "sub", plume, show_progress=False)
+
+
+def test_rows_of_a_folder_that_cannot_be_read_now_stay(plume, tmp_path, monkeypatch):
+    folder = tmp_path / "files"
+    (folder / "sub" / "deep").mkdir(parents=True)
+    (folder / "sub" / "deep" / "a.txt").write_text("a kite")
+    (folder / "b.txt").write_text("blue")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(folder, plume, show_progress=False)
+    (folder / "b.txt").unlink()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    report = index.update(folder, plume, show_progress=False)
+    assert [(one.name, one.reason) for one in report.skipped] == [
+        ("sub", "the folder cannot be read (Permission denied)")
+    ]
+    assert [row["name"] for row in index.rows(["name"])] == ["sub/deep/a.txt"]
+
+
+def test_an_instruction_counts_when_a_long_text_is_checked(plume, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "long.txt").write_text("z " * 4085)
+    (folder / "short.txt").write_text("a kite")
+    index = Index.create(tmp_path / "index", plume, instruction="Find what was asked for in this long text of mine:")
+    report = index.update(folder, plume, show_progress=False)
+    assert report.embedded == 1
+    (skipped,) = report.skipped
+    assert skipped.name == "long.txt"
+    assert "the model takes 4096" in skipped.reason
+
+
+def test_many_moved_files_take_few_commits(plume, tmp_path):
+    folder = tmp_path / "files"
+    (folder / "here").mkdir(parents=True)
+    for number in range(300):
+        (folder / "here" / f"{number}.txt").write_text(f"kite {number}")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(folder, plume, show_progress=False)
+    before = index._table.version
+    (folder / "here").rename(folder / "there")
+    report = index.update(folder, plume, show_progress=False)
+    assert (report.embedded, report.reused, report.removed, len(index)) == (0, 300, 300, 300)
+    assert index._table.version - before < 20
+
+
+def test_a_name_that_is_not_unicode_is_named(plume, tmp_path):
+    (tmp_path / "a.txt").write_text("a kite")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
+        file.write("blue")
+    index = Index.create(tmp_path / "index", plume)
+    report = index.update(tmp_path, plume, show_progress=False)
+    assert [(one.name, one.reason) for one in report.skipped] == [
+        ("caf\\udce9.txt", "its name is not valid Unicode; rename it")
+    ]
+    assert len(index) == 1
+
+
+def test_an_index_that_was_interrupted_while_it_was_made_opens(plume, tmp_path):
+    index = Index.create(tmp_path / "index", plume)
+    shutil.rmtree(index.path / "items.lance")
+    assert len(Index.create(tmp_path / "index", plume)) == 0
+    (index.path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\); index the folder again"):
+        Index.open(index.path)
 
 
 def test_an_index_whose_checkpoint_has_moved_is_searched_with_its_new_place(plume_folder, tmp_path):
@@ -206,6 +295,7 @@ def test_an_index_refuses_what_it_was_not_made_with(plume, plume_folder, backbon
         index.search("kite", plume, num_latent_steps=1)
     with pytest.raises(ValueError, match="dim=64; this call uses dim=16"):
         index.search("kite", Plume(plume_folder, device="cpu", truncate_dim=16))
+    torch.manual_seed(1)
     other = PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=4, **SHORT_STRINGS)
     other.save_pretrained(tmp_path / "other")
     stranger = Plume(tmp_path / "other", device="cpu")
@@ -278,6 +368,7 @@ def test_the_commands_index_and_search_print_what_they_did(folder, plume_folder,
         (["search", "--index", "none"], "nothing to search for"),
         (["search", "kite", "--index", "none"], "none is no index; make one with `plume index"),
         (["index", "nowhere", "--out", "index"], "nowhere is no folder"),
+        (["index", "a.txt", "--out", "index"], "a.txt is no folder"),
         (["index", ".", "--out", "."], "holds files but no index.json"),
     ],
 )
@@ -290,4 +381,4 @@ def test_a_wrong_call_stops_with_a_message(plume_folder, tmp_path, monkeypatch, 
     assert code == 1
     assert message in output
     assert "Traceback" not in output
-    assert os.listdir("index") == [] if Path("index").exists() and "nowhere" not in arguments else True
+    assert not Path("index").exists()

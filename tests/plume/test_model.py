@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from plume import Item, Plume, PlumeModel
+from plume.checkpoint import fingerprint
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 
 
@@ -103,3 +104,33 @@ def test_the_saved_folder_describes_itself(plume_folder):
         "processor_config.json",
     ):
         assert (plume_folder / name).is_file()
+
+
+def test_a_fingerprint_tells_checkpoints_apart_and_nothing_else(model, plume_folder, tmp_path):
+    own = fingerprint(model)
+    assert fingerprint(PlumeModel.from_pretrained(plume_folder, dtype=torch.bfloat16)) == own
+    again = PlumeModel.from_pretrained(plume_folder)
+    again.config.num_latent_steps = 2
+    assert fingerprint(again) == own
+    again.config.blank_image_size = 56
+    assert fingerprint(again) != own
+    trained = PlumeModel.from_pretrained(plume_folder)
+    with torch.no_grad():
+        for parameter in trained.transition.router.parameters():
+            parameter += 0.1
+    assert fingerprint(trained) != own
+
+
+def test_a_fingerprint_reaches_the_last_of_many_weights(model):
+    """A position in 32 bits of a float would miss the end of a real embedding matrix, and fail."""
+    large = torch.nn.Parameter(torch.zeros(151_936 * 128, dtype=torch.bfloat16))
+    model.large = large
+    own = fingerprint(model)
+    with torch.no_grad():
+        large[-1] = 1
+    assert fingerprint(model) != own
+
+
+def test_a_saved_folder_does_not_tell_where_its_backbone_lay(model, plume_folder, backbone_folder):
+    for file in ("config.json", "README.md", "processor_config.json", "tokenizer_config.json"):
+        assert str(backbone_folder) not in (plume_folder / file).read_text(), file

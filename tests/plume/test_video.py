@@ -104,6 +104,54 @@ def test_long_stretches_are_jumped_over_and_end_at_the_same_frames(tmp_path):
     assert np.allclose(greys(video), [shade(index) for index in sample_frames(2400, SMALL)], atol=7)
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "mpg", "ts"])
+@pytest.mark.parametrize("rhythm", ["steady", "bursts"])
+def test_the_right_frames_are_found_whatever_the_container_and_its_rhythm(tmp_path, suffix, rhythm, monkeypatch):
+    """Index by index, as reading from the start finds them, also where frames come in bursts."""
+    if suffix in ("mpg", "ts") and rhythm == "bursts":
+        pytest.skip("the container keeps no time stamps of its own")
+    path = tmp_path / f"clip.{suffix}"
+    codec = "mpeg2video" if suffix in ("mpg", "ts") else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.gop_size = 12
+        tick = Fraction(1, 25) if codec == "mpeg2video" else Fraction(1, 1000)
+        stream.codec_context.time_base = tick
+        moment = 0
+        for index in range(1500):
+            frame = np.zeros((64, 64, 3), np.uint8)
+            for bit in range(11):  # the index, in stripes
+                frame[:, 5 * bit : 5 * bit + 5] = 255 * (index >> bit & 1)
+            picture = av.VideoFrame.from_ndarray(frame)
+            picture.pts, picture.time_base = moment, tick
+            moment += Fraction(1, 25) // tick if rhythm == "steady" else (10 if index % 300 < 200 else 200)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    video = load_video(path, Sampling(min_pixels=784, max_pixels=64 * 64))
+    found = [
+        sum((frame[0, :, int(56 * (5 * bit + 2.5) / 64)].float().mean() > 128).item() << bit for bit in range(11))
+        for frame in video.frames
+    ]
+    expected = sample_frames(1500, Sampling())
+    assert found[:-1] == expected[:-1]
+    assert abs(found[-1] - expected[-1]) <= 1  # encoders may drop the last frame
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.76, 0.9, 0.99])
+def test_a_damaged_gif_is_named_or_read(tmp_path, share):
+    frames = [Image.effect_noise((60, 60), 80) for _ in range(6)]
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    try:
+        outcome = Item.parse(path, "input 1").modality
+    except InputError as error:
+        outcome = str(error)
+    assert outcome in ("image", "video") or outcome.startswith("input 1: ")
+
+
 def test_an_animated_gif_needs_no_decoder_and_a_still_one_is_an_image(tmp_path):
     sheets = [Image.new("RGB", (56, 56), (index * 20,) * 3) for index in range(10)]
     sheets[0].save(tmp_path / "moving.gif", save_all=True, append_images=sheets[1:], duration=100)
