@@ -201,10 +201,11 @@ def _from_messages(messages: Sequence[Mapping], name: str, budget: Budget) -> It
             raise InputError(f"{name}: the content of a message is {parts!r:.80}; expected a string or a list of parts")
         for part in parts:
             loaded = _from_part(part, name, budget)
+            texts = [one for one in loaded if isinstance(one, str)]
             if role == "user":
-                content.append(loaded)
-            elif isinstance(loaded, str):
-                instructions.append(loaded.strip())
+                content += loaded
+            elif len(texts) == len(loaded):
+                instructions += [text.strip() for text in texts]
             else:
                 raise InputError(f"{name}: a system message holds media; put them into the user message")
     return Item(
@@ -212,8 +213,8 @@ def _from_messages(messages: Sequence[Mapping], name: str, budget: Budget) -> It
     )
 
 
-def _from_part(part: Mapping, name: str, budget: Budget) -> Part:
-    """Load one part of a message, as transformers and OpenAI's format write them."""
+def _from_part(part: Mapping, name: str, budget: Budget) -> list[Part]:
+    """Load one part of a message, as transformers and OpenAI's format write them; it may hold several media."""
     kind = str(part.get("type", "text")).removesuffix("_url")
     if kind not in ("text", "image", "video"):
         raise InputError(f'{name} has a part of type {part.get("type")!r}; expected "text", "image" or "video"')
@@ -226,14 +227,14 @@ def _from_part(part: Mapping, name: str, budget: Budget) -> Part:
     if kind == "text":
         if not isinstance(value, str):
             raise InputError(f'{name}: "text" is a {type(value).__name__}; expected a string')
-        return value
+        return [value]
     if kind == "image":
         if "base64" in part and isinstance(value, str) and not value.startswith("data:"):
             value = f"data:;base64,{value}"
-        return _load_image(value, name, budget)
+        return [_load_image(one, name, budget) for one in _images_of(value, name)]
     if part.get("fps") is not None or part.get("max_frames") is not None:
         budget = replace(budget, sampling=_sampled(part, budget.sampling, name))
-    return load_video(value, budget.sampling, name)
+    return [load_video(one, budget.sampling, name) for one in _videos_of(value)]
 
 
 def _load_path(path: Path, name: str, budget: Budget) -> Part:
