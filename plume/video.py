@@ -147,6 +147,7 @@ def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Vide
         return _load_gif(opened, sampling, f"{name}: {brief(source)}")
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise InputError(
             f"{name}: decoding {brief(source)} needs PyAV; pip install 'plume-embed[video]', or pass its frames"
@@ -157,9 +158,10 @@ def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Vide
             return _decode(container, sampling, where)
     except InputError:
         raise
+    except FFmpegError as error:
+        raise InputError(f"{where} cannot be decoded as a video ({error.strerror}); replace the file") from None
     except Exception as error:  # decoders of broken files raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{where} cannot be decoded as a video ({reason}); replace the file") from None
+        raise InputError(f"{where} cannot be decoded as a video ({error}); replace the file") from None
 
 
 def _decode(container: Any, sampling: Sampling, where: str) -> Video:
