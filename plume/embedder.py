@@ -49,14 +49,25 @@ class _Ahead:
     ):
         self._thread, self._prepare = thread, prepare
         self._batches = iter(batches)
-        self._next = thread.submit(prepare, next(self._batches))
+        self._start()
 
-    def take(self) -> Any:
-        """Tensors of the batch whose turn it is."""
+    def take(self, items: Sequence[Item]) -> Any:
+        """Tensors of a batch: those that are prepared, if it is the one whose turn it is."""
+        expected = self._batch
+        if (
+            expected is None
+            or len(items) != len(expected)
+            or any(a is not b for a, b in zip(items, expected, strict=True))
+        ):
+            return self._prepare(items)
         tensors = self._next.result()
-        if (batch := next(self._batches, None)) is not None:
-            self._next = self._thread.submit(self._prepare, batch)
+        self._start()
         return tensors
+
+    def _start(self) -> None:
+        self._batch = next(self._batches, None)
+        if self._batch is not None:
+            self._next = self._thread.submit(self._prepare, self._batch)
 
 
 class _Loaded(NamedTuple):
@@ -247,9 +258,8 @@ class Plume(SentenceTransformer):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Tensors of a batch; items that are loaded already skip the parsing of sentence-transformers."""
         if inputs and all(isinstance(one, _Loaded) for one in inputs):
-            if inputs[0].ahead is not None:
-                return inputs[0].ahead.take()
-            return self._processor.encode([one.item for one in inputs], _image_settings(kwargs))
+            items, ahead = [one.item for one in inputs], inputs[0].ahead
+            return self._processor.encode(items, _image_settings(kwargs)) if ahead is None else ahead.take(items)
         return super().preprocess(inputs, prompt, **kwargs)
 
     @staticmethod

@@ -306,3 +306,11 @@ def test_whatever_is_wrong_with_an_input_it_is_skipped_and_named_briefly(plume, 
     assert np.isnan(vectors).any(axis=1).tolist() == [False, True]
     assert message in str(caught[0].message)
     assert len(str(caught[0].message)) < 500
+
+
+def test_an_order_that_was_not_expected_costs_time_but_not_truth(plume, picture, monkeypatch):
+    """Should another version of sentence-transformers sort otherwise, prepared tensors must not meet other rows."""
+    inputs = [{"image": picture(28, 28, seed), "text": "red"} for seed in range(7)]
+    expected = plume.encode(inputs, batch_size=2)
+    monkeypatch.setattr(Plume, "_input_length", staticmethod(lambda sample: -sample.rank))
+    assert np.allclose(plume.encode(inputs, batch_size=2), expected, atol=1e-5)
