@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from plume import Item, PlumeModel
+from plume import Item, Plume, PlumeModel
+from plume.checkpoint import fingerprint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def items(picture):
-    return [Item.parse("a red kite"), Item.parse({"image": picture(84, 56), "text": "what?"}), Item.parse(picture())]
+    return [
+        Item.parse("a red kite"),
+        Item.parse({"image": picture(84, 56), "text": "what?"}),
+        Item.parse(picture()),
+        Item.parse({"video": [picture(84, 56, seed) for seed in range(3)], "text": "what moves?"}),
+    ]
 
 
 def test_a_cuda_device_gives_the_embeddings_of_the_cpu(plume_folder, picture):
@@ -35,3 +41,15 @@ def test_gradients_reach_the_adapter_on_a_cuda_device(plume_folder, picture):
     model = PlumeModel.from_pretrained(plume_folder).to("cuda")
     model(**model.processor.encode(items(picture)).to("cuda")).embedding[:, 0].sum().backward()
     assert model.transition.router.weight.grad.norm() > 0
+
+
+def test_the_embedder_gives_on_a_cuda_device_what_it_gives_on_the_cpu(plume_folder, picture):
+    inputs = [*items(picture), *("caption " * number for number in range(1, 9))]
+    expected = Plume(plume_folder, device="cpu").encode(inputs, convert_to_tensor=True)
+    found = Plume(plume_folder, device="cuda").encode(inputs, convert_to_tensor=True, batch_size=3)
+    assert cosine_similarity(found.cpu(), expected).min() > 0.9999
+
+
+def test_a_fingerprint_does_not_depend_on_the_device(plume_folder):
+    model = PlumeModel.from_pretrained(plume_folder)
+    assert fingerprint(model) == fingerprint(model.to("cuda"))
