@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -40,7 +41,8 @@ class PlumeProcessor(ProcessorMixin):
 
     def adopt(self, config: PlumeConfig) -> PlumeProcessor:
         """Take over what the model's configuration says of inputs: prompt, video frames, blank image."""
-        self._config = config
+        # Looked up for every input; transformers' configurations answer slowly.
+        self._config, self._template, self._blank_side = config, config.prompt_template, config.blank_image_size
         if self.chat_template is None:
             self.chat_template = prompt.chat_template(config)
         return self
@@ -155,13 +157,14 @@ class PlumeProcessor(ProcessorMixin):
             vision = self.see(flat, videos or (), **(images_kwargs or {}))
         for placeholder, grid in ((IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw")):
             texts = self._expand(texts, placeholder, vision.get(grid))
-        tokens = self.tokenizer(texts, padding=True, truncation=False, return_tensors="pt", return_token_type_ids=False)
+        rows = self.tokenizer(texts, padding=True, truncation=False, return_token_type_ids=False)
+        tokens = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
         self._check_length(tokens["attention_mask"].sum(dim=1).tolist())
         return BatchFeature({**tokens, **vision})
 
     def write(self, items: Sequence[Item]) -> list[str]:
         """The prefixes of some inputs, with one placeholder per image and video."""
-        return [prompt.prefix(self._config, self._complete(item)) for item in items]
+        return [prompt.prefix(self._template, self._complete(item)) for item in items]
 
     def see(
         self, images: Sequence[Any] = (), videos: Sequence[Any] = (), size: Mapping[str, int] | None = None
@@ -208,7 +211,7 @@ class PlumeProcessor(ProcessorMixin):
             [video for item in complete for video in item.videos],
             (images_kwargs or {}).get("size"),
         )
-        return self(text=[prompt.prefix(self._config, item) for item in complete], vision=vision)
+        return self(text=[prompt.prefix(self._template, item) for item in complete], vision=vision)
 
     def num_tokens(self, item: Item, name: str = "the input") -> int:
         """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text.
@@ -216,12 +219,12 @@ class PlumeProcessor(ProcessorMixin):
         Raises:
             InputError: it is longer than the model takes; this is decided exactly.
         """
-        limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._config.prompt_template
+        limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._template
         visual = self._num_visual_tokens(self._complete(item))
         num_bytes = len(text.encode())
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if num_bytes + visual > limit:
-            written = prompt.prefix(self._config, item)
+            written = prompt.prefix(self._template, item)
             if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
                 raise InputError(f"{name} has {_too_long(length, limit)}")
         return visual + 1 + num_bytes // 4
@@ -232,10 +235,10 @@ class PlumeProcessor(ProcessorMixin):
 
     def _complete(self, item: Item) -> Item:
         """The input with the blank image that some checkpoints expect before text alone."""
-        side = self._config.blank_image_size
-        if side is None or item.images or item.videos:
+        if self._blank_side is None or item.images or item.videos:
             return item
-        return Item((Image.new("RGB", (side, side), "white"), *item.content), item.instruction)
+        blank = Image.new("RGB", (self._blank_side, self._blank_side), "white")
+        return Item((blank, *item.content), item.instruction)
 
     def _num_visual_tokens(self, item: Item) -> int:
         settings = self.image_processor

@@ -66,17 +66,16 @@ def chat_template(config: PlumeConfig) -> str:
     return template
 
 
-def prefix(config: PlumeConfig, item: Item) -> str:
+def prefix(prompt_template: str, item: Item) -> str:
     r"""The text up to `<bot>`, with one placeholder per image and video.
 
     Args:
-        config: gives `prompt_template`.
+        prompt_template: of the configuration.
         item: the input; its instruction stands before its first text, or last without any.
 
     Example:
         >>> from plume import Item
-        >>> config = PlumeConfig(prompt_template="{content}<disc_emb><bot>")
-        >>> prefix(config, Item(("red kite",), instruction="Find:"))
+        >>> prefix("{content}<disc_emb><bot>", Item(("red kite",), instruction="Find:"))
         'Find: red kite<disc_emb><bot>'
     """
     instruction = item.instruction.strip()
@@ -88,7 +87,7 @@ def prefix(config: PlumeConfig, item: Item) -> str:
         elif part:
             pieces.append(f"{instruction} {part}" if instruction else part)
             instruction = ""
-    before, after = config.prompt_template.split("{content}")
+    before, after = prompt_template.split("{content}")
     return "".join([before, *pieces, instruction, after])
 
 
