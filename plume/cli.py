@@ -126,7 +126,7 @@ def index(
     except (ValueError, OSError) as error:
         _stop(str(error))
     for skipped in report.skipped:
-        typer.echo(f"skipped: {skipped.name}: {skipped.reason}", err=True)
+        typer.echo(_printable(f"skipped: {skipped.name}: {skipped.reason}"), err=True)
     typer.echo(
         f"{len(target)} rows in {out}: {report.embedded} embedded, {report.reused} reused, {report.removed} removed; "
         f"{report.unchanged} files unchanged, {len(report.skipped)} skipped"
@@ -178,7 +178,8 @@ def search(
         elif html is None:
             place = f"{hit.path}#page={hit.page}" if hit.page else hit.path
             excerpt = " ".join(hit.excerpt.split())[:60]
-            typer.echo(f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else ""))
+            line = f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else "")
+            typer.echo(_printable(line))
     if not hits:
         typer.echo("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
 
@@ -274,6 +275,11 @@ def _named(message: str, names: Sequence[str]) -> str:
     return re.sub(
         r"\binput (\d+)\b", lambda found: names[int(found[1])] if int(found[1]) < len(names) else found[0], message
     )
+
+
+def _printable(line: str) -> str:
+    """The line without what would steer a terminal; names of files and texts may hold anything."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _write(out: Path, names: list[str], vectors: Any) -> None:

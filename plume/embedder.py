@@ -331,6 +331,12 @@ class Plume(SentenceTransformer):
     def _budget(self, kwargs: dict[str, Any]) -> Budget:
         """What media may cost in this call."""
         budget = self._processor.budget
+        settings = kwargs.get("processing_kwargs") or {}
+        if set(settings) - {"image"} or set(settings.get("image") or {}) - {"size"}:
+            raise ValueError(
+                f'processing_kwargs={settings!r}: only {{"image": {{"size": ...}}}} can be set for a call; texts are '
+                "never truncated, and frames are set in the configuration or in the input"
+            )
         size = (_image_settings(kwargs) or {}).get("size")
         return replace(budget, pixels=(size["shortest_edge"], size["longest_edge"])) if size else budget
 

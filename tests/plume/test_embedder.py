@@ -235,6 +235,8 @@ def test_a_blank_image_before_text_is_a_field_of_the_checkpoint(backbone_folder,
         ({"max_tokens_per_batch": 0}, "must be at least 1"),
         ({"on_error": "ignore"}, '"raise" or "skip"'),
         ({"latent_steps": 3}, "latent_steps"),
+        ({"processing_kwargs": {"text": {"max_length": 9}}}, "never truncated"),
+        ({"processing_kwargs": {"image": {"min_pixels": 784}}}, "can be set for a call"),
     ],
 )
 def test_a_setting_that_cannot_be_honoured_is_refused(plume, settings, message):

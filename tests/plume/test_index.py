@@ -273,6 +273,19 @@ def test_an_index_whose_checkpoint_has_moved_is_searched_with_its_new_place(plum
     assert "a.txt" in output
 
 
+def test_what_is_printed_does_not_steer_the_terminal(plume_folder, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a\x1b[31m.txt").write_text("a \x1b[2J kite")
+    (tmp_path / "files" / "b\x1b[31m.png").write_text("no picture")
+    code, output = run("index", tmp_path / "files", "--model", plume_folder, "--out", tmp_path / "index")
+    assert code == 0, output
+    _, found = run("search", "kite", "--index", tmp_path / "index")
+    assert "a\ufffd[31m.txt" in found
+    assert "b\ufffd[31m.png" in output
+    assert "\x1b[31m" not in output + found
+    assert "\x1b[2J" not in output + found
+
+
 def test_the_same_bytes_are_read_by_their_names(plume, tmp_path):
     for name in ("a.png", "b.txt", "c.png"):
         (tmp_path / name).write_text("a kite")
