@@ -54,9 +54,9 @@ class Page:
                 image = bitmap.to_pil().convert("RGB")
                 bitmap.close()
                 page.close()
-            except (RuntimeError, IndexError, ValueError) as error:
-                if isinstance(error, InputError):
-                    raise
+            except InputError:
+                raise
+            except Exception as error:  # broken documents raise anything
                 raise InputError(f"{where} cannot be drawn ({error}); replace the file") from None
         return image
 

@@ -99,6 +99,12 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path, name):
     assert message in str(caught.value)
 
 
+def test_a_page_that_cannot_be_drawn_is_named_whatever_goes_wrong(two_page_pdf, monkeypatch):
+    monkeypatch.setattr(pypdfium2.PdfPage, "get_size", lambda self: (0, 0))
+    with pytest.raises(InputError, match=r"input 4: page 2 of .*two pages.pdf cannot be drawn"):
+        Item.parse(pages(two_page_pdf)[1], "input 4")
+
+
 def test_a_document_that_has_gone_is_named_with_its_page(two_page_pdf, tmp_path):
     copy = tmp_path / "copy.pdf"
     copy.write_bytes(two_page_pdf.read_bytes())

@@ -317,6 +317,14 @@ def test_every_tensor_is_accounted_for(tmp_path, name):
         PlumeModel.from_pretrained(folder)
 
 
+def test_a_damaged_file_of_weights_is_named(tmp_path):
+    folder = save_published(tmp_path / "published")
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is damaged .*; copy it again"):
+        PlumeModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("lost", ["preprocessor_config.json", "vocab.json"])
 def test_a_file_that_cannot_be_fetched_is_named(tmp_path, lost):
     folder = save_published(tmp_path / "published")
