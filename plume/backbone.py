@@ -22,10 +22,13 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    Cache,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import __version__ as transformers_version
+from transformers.cache_utils import CacheLayerMixin
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
 
@@ -65,20 +68,85 @@ class CachedDecoder:
 
     def __init__(self, backbone: Backbone):
         self.text_model = backbone.language_model
+        self.is_checkpointing = self.text_model.training and self.text_model.gradient_checkpointing
         self.cache = DynamicCache(config=backbone.config.get_text_config())
         self.mask: Tensor | None = None
+        self._read: list[ReplayableLayer] = [ReplayableLayer() for _ in self.text_model.layers]
 
-    def feed(self, segment: Segment) -> Tensor:
-        """Read the next segment, and return its hidden states after the final norm, `[B, n, D]`."""
+    def feed(self, segment: Segment, *, with_layers: bool = False) -> Tensor:
+        """Read the next segment, and return its hidden states after the final norm, `[B, n, D]`.
+
+        Args:
+            segment: what to read.
+            with_layers: return the states of every layer instead, embeddings first, `[layers + 1, B, n, D]`.
+        """
         self.mask = segment.mask if self.mask is None else torch.cat([self.mask, segment.mask], dim=1)
+        if self.is_checkpointing:
+            self._read = [layer.next() for layer in self._read]
+            self.cache = Cache(layers=list(self._read))
         output = self.text_model(
             inputs_embeds=segment.embeds,
             attention_mask=self.mask.long(),
             position_ids=segment.positions,
             past_key_values=self.cache,
-            use_cache=True,
+            use_cache=not self.is_checkpointing,  # the cache is used if it is given; the flag only draws a warning
+            **({"output_hidden_states": True} if with_layers else {}),
         )
-        return output.last_hidden_state
+        return torch.stack(output.hidden_states) if with_layers else output.last_hidden_state
+
+
+class ReplayableLayer(CacheLayerMixin):
+    """Keys and values of one layer during one pass, which may be read any number of times with the same result.
+
+    Activation checkpointing runs a layer a second time in the backward pass. A cache that grows in place would then
+    hold the pass's keys twice, and transformers therefore drops the cache, silently, when checkpointing is on; latent
+    steps would see nothing but themselves. Here `update` adds nothing to what it was made with, so the layer may be
+    replayed. Earlier passes are kept as they came, not joined, so that K steps keep one copy of the prefix.
+    """
+
+    def __init__(self, past: tuple[tuple[Tensor, Tensor], ...] = ()):
+        super().__init__()
+        self.past = past
+        self.new: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = True
+
+    def next(self) -> ReplayableLayer:
+        """The cache of the pass after this one."""
+        return ReplayableLayer(self.past if self.new is None else (*self.past, self.new))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values of all passes; the first call of a pass is the one that later passes see."""
+        if self.new is None:
+            self.new = (key_states, value_states)
+        keys, values = zip(*self.past, (key_states, value_states), strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return sum(keys.shape[-2] for keys, _ in self.past)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def allow_checkpointing(backbone: Backbone) -> None:
+    """Let the text model keep its cache under activation checkpointing; see `ReplayableLayer`.
+
+    Raises:
+        ImportError: transformers is too old to keep it.
+    """
+    for layer in backbone.language_model.layers:
+        if not hasattr(layer, "_can_checkpoint_with_cache"):
+            raise ImportError(
+                f"gradient_checkpointing needs transformers >= 5.15, which can keep the key/value cache; found "
+                f"{transformers_version}; upgrade, or train without it"
+            )
+        layer._can_checkpoint_with_cache = True
 
 
 def build(config: PreTrainedConfig) -> tuple[PreTrainedModel, nn.Linear | None]:
@@ -127,13 +195,80 @@ def embed_tokens(backbone: Backbone, ids: Tensor) -> Tensor:
     return backbone.get_input_embeddings()(ids)
 
 
+@dataclass
+class Vision:
+    """What the vision tower says of the media of a batch.
+
+    images, videos: features of their visual tokens, `[N, D]`; None without any.
+    states: of the tower before its merger, from which `see` makes the features again; None where it cannot.
+    nothing: a zero that depends on the tower, where it ran on nothing.
+    """
+
+    images: Tensor | None = None
+    videos: Tensor | None = None
+    states: Tensor | None = None
+    nothing: Tensor | None = None
+
+
+def see(
+    backbone: Backbone,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    pixel_values_videos: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    *,
+    states: Tensor | None = None,
+    touch: bool = False,
+) -> Vision:
+    """Run the vision tower once over all media of a batch.
+
+    Args:
+        backbone: from `build` or `load`.
+        pixel_values: patches of all images of the batch, one after the other.
+        image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
+        pixel_values_videos: patches of all videos of the batch.
+        video_grid_thw: patches of each video in time, height and width, `[videos, 3]`.
+        states: what an earlier call returned as such; only the merger runs then.
+        touch: without media, run the tower on the smallest image, so that its parameters have (zero) gradients.
+    """
+    tower = backbone.visual
+    media = [(pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)]
+    shown = [(pixels, grid) for pixels, grid in media if pixels is not None and grid is not None]
+    if not shown and not touch:
+        return Vision()
+    if states is None:
+        pixels, grids = zip(*(shown or [_dummy_image(backbone)]), strict=True)
+        output = tower(torch.cat(pixels).to(tower.dtype), grid_thw=torch.cat(grids))
+        features, states = output.pooler_output, output.last_hidden_state
+    else:
+        features = tower.merger(states)
+    # Qwen2.5-VL's tower leaves its states in the order of its attention windows.
+    kept = states if backbone.config.model_type == "qwen2_vl" else None
+    if not shown:
+        return Vision(nothing=0 * features.sum(), states=kept)
+    num_image_tokens = 0 if pixel_values is None else len(pixel_values) // tower.spatial_merge_size**2
+    return Vision(
+        images=None if pixel_values is None else features[:num_image_tokens],
+        videos=None if pixel_values_videos is None else features[num_image_tokens:],
+        states=kept,
+    )
+
+
+def _dummy_image(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Patches and grid of the smallest image, black."""
+    vision, tower = backbone.config.vision_config, backbone.visual
+    side, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
+    width = channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(side * side, width, device=tower.device)
+    return pixels, torch.tensor([[1, side, side]], device=tower.device)
+
+
 def embed_prefix(
     backbone: Backbone,
     input_ids: Tensor,
     mask: Tensor,
-    pixel_values: Tensor | None = None,
+    vision: Vision,
     image_grid_thw: Tensor | None = None,
-    pixel_values_videos: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
     second_per_grid_ts: Tensor | None = None,
 ) -> Segment:
@@ -143,21 +278,19 @@ def embed_prefix(
         backbone: from `build` or `load`.
         input_ids: token ids, `[B, L]`.
         mask: True at real tokens, `[B, L]`.
-        pixel_values: patches of all images of the batch, one after the other.
+        vision: from `see`.
         image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
-        pixel_values_videos: patches of all videos of the batch.
         video_grid_thw: patches of each video in time, height and width, `[videos, 3]`.
         second_per_grid_ts: seconds per temporal patch of each video, `[videos]`; Qwen2.5-VL spaces positions by it.
     """
     config = backbone.config
     is_image, is_video = input_ids == config.image_token_id, input_ids == config.video_token_id
     embeds = embed_tokens(backbone, input_ids)  # [B, L, D]
-    if pixel_values is not None:
-        features = torch.cat(backbone.get_image_features(pixel_values, image_grid_thw).pooler_output)
-        embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
-    if pixel_values_videos is not None:
-        features = torch.cat(backbone.get_video_features(pixel_values_videos, video_grid_thw).pooler_output)
-        embeds = embeds.masked_scatter(is_video[..., None], features.to(embeds.dtype))
+    for place, features in ((is_image, vision.images), (is_video, vision.videos)):
+        if features is not None:
+            embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+    if vision.nothing is not None:
+        embeds = embeds + vision.nothing.to(embeds.dtype)
     timing = {} if config.model_type == "qwen2_vl" else {"second_per_grid_ts": second_per_grid_ts}
     # The kind of each token is derived here, since not every processor of transformers 5 emits it.
     positions, _ = backbone.get_rope_index(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from plume.transition import MixtureOfExperts
 from plume.version import __version__
@@ -24,30 +26,37 @@ _ADAPTERS = {
 }
 
 
-def write_model_card(model: PlumeModel, folder: str | os.PathLike, name: str | None = None) -> None:
+def write_model_card(
+    model: PlumeModel,
+    folder: str | os.PathLike,
+    name: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `README.md`, unless the folder holds one that somebody wrote.
 
     Args:
         model: the checkpoint.
         folder: where it is saved.
         name: what users load it by; the folder's name if not given.
+        weights: of the model, where its own are shared out among processes.
     """
     path = Path(folder) / "README.md"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
         return
-    path.write_text(model_card(model, name or Path(folder).resolve().name), encoding="utf-8")
+    path.write_text(model_card(model, name or Path(folder).resolve().name, weights), encoding="utf-8")
 
 
-def model_card(model: PlumeModel, name: str) -> str:
+def model_card(model: PlumeModel, name: str, weights: Mapping[str, Tensor] | None = None) -> str:
     """The text of the card.
 
     Args:
         model: the checkpoint.
         name: what users load it by.
+        weights: of the model, where its own are shared out among processes.
     """
     config = model.config
     steps = config.num_latent_steps
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(one.numel() for one in (weights.values() if weights else model.parameters()))
     backbone = config.backbone_config
     return f"""\
 ---
@@ -90,7 +99,7 @@ video, a PDF page or any mixture of them is an input too.
 | video | {_video(config)} |
 | saved by | plume-embed {__version__} |
 
-{_router(model)}
+{_router(model, weights)}
 ## Intended use
 
 Search, clustering, classification by nearest neighbour, and retrieval across modalities. Both sides of a comparison
@@ -107,13 +116,18 @@ must be embedded by this checkpoint, with the same instructions and pixel budget
 """
 
 
-def _router(model: PlumeModel) -> str:
+def _router(model: PlumeModel, weights: Mapping[str, Tensor] | None) -> str:
     """What can be read from the router's weights alone: whom each step prefers before it has seen an input."""
     adapter, steps = model.transition, model.config.num_latent_steps
     if not isinstance(adapter, MixtureOfExperts) or steps == 0:
         return ""
+    if weights:
+        own = {name.removeprefix("transition."): x for name, x in weights.items() if name.startswith("transition.")}
+        with torch.device("meta"):
+            adapter = MixtureOfExperts(model.config)
+        adapter.load_state_dict(own, assign=True)
     with torch.no_grad():
-        state = torch.zeros(1, model.config.hidden_size, device=model.device, dtype=adapter.router.weight.dtype)
+        state = adapter.router.weight.new_zeros(1, model.config.hidden_size)
         gates = torch.cat([adapter.route(state, step, None) for step in range(steps)])
     experts = gates.shape[1]
     lines = [

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from plume import backbone as seam
 from plume import card, checkpoint, positions, prompt, published, tokens
+from plume.arguments import check_prefix, last_column, steps_of, suffix_of
 from plume.config import PlumeConfig
+from plume.output import PlumeOutput
 from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
 from plume.rollout import Rollout, rollout
 from plume.trace import Trace, trace
 from plume.transition import TransitionAdapter, build_adapter
-
-
-@dataclass
-class PlumeOutput(ModelOutput):
-    """What `PlumeModel.forward` returns. K is the largest number of latent steps in the batch.
-
-    embedding `[B, D]`: the embedding; float32, unit norm.
-    anchor_embedding `[B, D]`: the hidden state at the anchor; float32, unit norm. A space of its own.
-    states `[B, K+1, D]`: hidden states h_0 .. h_K; zero beyond a row's own K.
-    gates `[B, K, E]`: the router's softmax at each latent step; None without a router or without steps.
-    suffix_logits `[M, V]`: next-token logits of the M labels that are not -100, row by row; None without labels.
-    """
-
-    embedding: Tensor | None = None
-    anchor_embedding: Tensor | None = None
-    states: Tensor | None = None
-    gates: Tensor | None = None
-    suffix_logits: Tensor | None = None
 
 
 class PlumeModel(PreTrainedModel):
@@ -60,12 +43,14 @@ class PlumeModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")  # type: ignore[assignment]
-    supports_gradient_checkpointing = False  # it would drop the key/value cache; see CHANGELOG
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock", "Qwen2_5_VLDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]  # noqa: RUF012
+    # What a training run learns beside the model; see `loss_scalars`.
+    _keys_to_ignore_on_load_unexpected = [r"^loss_scalars\."]  # noqa: RUF012
 
     def __init__(
         self,
@@ -80,6 +65,7 @@ class PlumeModel(PreTrainedModel):
         self.lm_head = lm_head
         self.transition: TransitionAdapter = build_adapter(config)
         self.processor: PlumeProcessor | None = None
+        self.loss_scalars: nn.Module | None = None  # a trainer's; run in `forward`, where every wrapper expects it
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -175,7 +161,18 @@ class PlumeModel(PreTrainedModel):
         if is_main_process and self.processor is not None:
             self.processor.save_pretrained(save_directory)
             checkpoint.write_sentence_transformers_files(save_directory)
-            card.write_model_card(self, save_directory)
+            card.write_model_card(self, save_directory, weights=kwargs.get("state_dict"))
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs
+    ) -> None:
+        # Where every way of switching it on ends. Layers then run twice, and the key/value cache must stand that.
+        if enable:
+            if gradient_checkpointing_func.keywords.get("use_reentrant"):
+                raise ValueError("use_reentrant=True loses gradients that flow through the cache; set it to false")
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+            seam.allow_checkpointing(self.backbone)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def forward(
         self,
@@ -191,6 +188,10 @@ class PlumeModel(PreTrainedModel):
         labels: Tensor | None = None,
         num_latent_steps: int | Tensor | None = None,
         return_dict: bool = True,
+        max_latent_steps: int | None = None,
+        vision_states: Tensor | None = None,
+        keep_layers: bool = False,
+        touch_all: bool = False,
     ) -> PlumeOutput:
         """Embed a batch: prefix, latent steps, suffix.
 
@@ -207,32 +208,54 @@ class PlumeModel(PreTrainedModel):
             labels: suffix tokens to predict, -100 elsewhere, `[B, S]`.
             num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
             return_dict: accepted because sentence-transformers passes it; the output is the same.
+            max_latent_steps: run at least so many steps, without effect on rows that take fewer. Processes that
+                share out the weights must run the same number of passes.
+            vision_states: what an earlier pass over the same media returned; the vision tower is not run again.
+            keep_layers: return the hidden states of all layers at `<gen_emb>`.
+            touch_all: involve, with weight zero, also the parts that this batch does not need (vision tower, adapter,
+                head). Processes that train together must run the same parts, in the same order.
 
         Raises:
             ValueError: a prefix without anchor or not ending with `<bot>`, a suffix without `<gen_emb>`, a K that
                 the adapter cannot run, or tensors whose shapes disagree.
         """
-        _, result = self.reason(
-            input_ids,
-            attention_mask,
+        grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+        vision = seam.see(
+            self.backbone,
             pixel_values,
             image_grid_thw,
             pixel_values_videos,
             video_grid_thw,
-            second_per_grid_ts,
-            suffix_ids,
-            suffix_mask,
-            num_latent_steps,
+            states=vision_states,
+            touch=touch_all,
         )
-        suffix_ids, is_suffix = self._suffix(input_ids, suffix_ids, suffix_mask)
-        read_out_column = self._last(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
+        steps, max_steps = steps_of(self.config, num_latent_steps, input_ids, max_latent_steps)
+        suffix_ids, is_suffix = suffix_of(self.config, input_ids, suffix_ids, suffix_mask)
+        _, result = self._roll_out(
+            input_ids,
+            attention_mask,
+            vision,
+            grids | {"second_per_grid_ts": second_per_grid_ts},
+            suffix_ids,
+            is_suffix,
+            steps,
+            max_steps,
+            keep_layers,
+        )
+        column = last_column(suffix_ids, is_suffix, self.config.read_out_token_id, tokens.READ_OUT)
         rows = torch.arange(len(input_ids), device=input_ids.device)
+        read_out = result.suffix[rows, column]
+        if touch_all:
+            read_out = read_out + self._nothing(read_out, adapter_ran=max_steps > 0, head_runs=labels is not None)
         return PlumeOutput(
-            embedding=_unit(result.suffix[rows, read_out_column]),
+            embedding=_unit(read_out),
             anchor_embedding=_unit(result.anchor),
             states=result.states,
             gates=result.gates,
             suffix_logits=None if labels is None else self._logits(result.last_state, result.suffix, labels),
+            read_out_layers=None if result.suffix_layers is None else result.suffix_layers[:, rows, column],
+            vision_states=vision.states,
+            scalars=None if self.loss_scalars is None else self.loss_scalars(),
         )
 
     def reason(
@@ -253,26 +276,34 @@ class PlumeModel(PreTrainedModel):
         Returns:
             The decoder, whose cache holds all that was read, so that more can be written; and the rollout.
         """
-        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        suffix_ids, is_suffix = self._suffix(input_ids, suffix_ids, suffix_mask)
-        steps, max_steps = self._steps(num_latent_steps, input_ids)
-        anchor_column = self._last(input_ids, mask, self.config.anchor_token_id, tokens.ANCHOR)
-        if not (input_ids[:, -1] == self.config.latent_start_token_id).all():
-            raise ValueError(
-                f"every prefix must end with {tokens.LATENT_START} in the last column; pad on the left and write "
-                "prefixes with the checkpoint's processor"
-            )
-        decoder = seam.CachedDecoder(self.backbone)
-        prefix = seam.embed_prefix(
-            self.backbone,
+        grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+        vision = seam.see(self.backbone, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        return self._roll_out(
             input_ids,
-            mask,
-            pixel_values,
-            image_grid_thw,
-            pixel_values_videos,
-            video_grid_thw,
-            second_per_grid_ts,
+            attention_mask,
+            vision,
+            grids | {"second_per_grid_ts": second_per_grid_ts},
+            *suffix_of(self.config, input_ids, suffix_ids, suffix_mask),
+            *steps_of(self.config, num_latent_steps, input_ids),
         )
+
+    def _roll_out(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        vision: seam.Vision,
+        grids: dict[str, Tensor | None],
+        suffix_ids: Tensor,
+        is_suffix: Tensor,
+        steps: Tensor,
+        max_steps: int,
+        keep_layers: bool = False,
+    ) -> tuple[seam.CachedDecoder, Rollout]:
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        anchor_column = last_column(input_ids, mask, self.config.anchor_token_id, tokens.ANCHOR)
+        check_prefix(self.config, input_ids)
+        decoder = seam.CachedDecoder(self.backbone)
+        prefix = seam.embed_prefix(self.backbone, input_ids, mask, vision, **grids)
         result = rollout(
             decoder,
             self.transition,
@@ -284,8 +315,18 @@ class PlumeModel(PreTrainedModel):
             anchor_column=anchor_column,
             start=positions.latent_start(prefix.positions, mask, self.config.latent_positions),
             router_context=self.config.router_context,
+            keep_layers=keep_layers,
         )
         return decoder, result
+
+    def _nothing(self, hidden: Tensor, adapter_ran: bool, head_runs: bool) -> Tensor:
+        """A zero that depends on the parts that this pass has not run."""
+        nothing = hidden.new_zeros(())
+        if not adapter_ran:
+            nothing = nothing + 0 * self.transition(hidden, 0, None)[0].sum()
+        if self.lm_head is not None and not head_runs:
+            nothing = nothing + 0 * self.lm_head(hidden[:1]).sum()
+        return nothing
 
     def trace(
         self,
@@ -338,39 +379,6 @@ class PlumeModel(PreTrainedModel):
         """
         return checkpoint.push(self, repo_id, private, commit_message, revision, create_pr, token)
 
-    def _suffix(
-        self, input_ids: Tensor, suffix_ids: Tensor | None, suffix_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Suffix `[B, S]` and its mask; the configuration's where none is given."""
-        if suffix_ids is None:
-            own = torch.tensor(self.config.suffix_ids, device=input_ids.device)
-            suffix_ids = own.expand(len(input_ids), -1)
-        return suffix_ids, torch.ones_like(suffix_ids).bool() if suffix_mask is None else suffix_mask.bool()
-
-    def _steps(self, num_latent_steps: int | Tensor | None, input_ids: Tensor) -> tuple[Tensor, int]:
-        """K per row, and the largest on the host."""
-        asked = self.config.num_latent_steps if num_latent_steps is None else num_latent_steps
-        if isinstance(asked, Tensor) and asked.ndim == 1:
-            if len(asked) != len(input_ids):
-                raise ValueError(f"num_latent_steps holds {len(asked)} numbers for {len(input_ids)} rows")
-            steps = asked.to(input_ids.device, torch.long)
-            low, high = torch.stack(steps.aminmax()).tolist()
-            self.config.check_num_latent_steps(low)
-        else:
-            high = int(asked) if isinstance(asked, Tensor) else asked
-            steps = None
-        self.config.check_num_latent_steps(high)
-        return (torch.full_like(input_ids[:, 0], high) if steps is None else steps), high
-
-    def _last(self, ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:
-        """Column of the last `token_id` in each row, `[B]`."""
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        found = torch.where((ids == token_id) & mask, columns, -1).amax(dim=1)
-        if (found < 0).any():
-            row = int((found < 0).nonzero()[0])
-            raise ValueError(f"row {row} holds no {name}; write it with the checkpoint's processor")
-        return found
-
     def _logits(self, last_state: Tensor, suffix: Tensor, labels: Tensor) -> Tensor:
         # Token j of the suffix is predicted one position before it: the first by the last latent state.
         before = torch.cat([last_state[:, None], suffix[:, :-1]], dim=1)  # [B, S, D]
@@ -378,4 +386,4 @@ class PlumeModel(PreTrainedModel):
 
 
 def _unit(hidden: Tensor) -> Tensor:
-    return F.normalize(hidden.float(), dim=-1)
+    return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)

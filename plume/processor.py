@@ -164,7 +164,7 @@ class PlumeProcessor(ProcessorMixin):
 
     def write(self, items: Sequence[Item]) -> list[str]:
         """The prefixes of some inputs, with one placeholder per image and video."""
-        return [prompt.prefix(self._template, self._complete(item)) for item in items]
+        return [prompt.prefix(self._template, self.complete(item)) for item in items]
 
     def see(
         self, images: Sequence[Any] = (), videos: Sequence[Any] = (), size: Mapping[str, int] | None = None
@@ -205,7 +205,7 @@ class PlumeProcessor(ProcessorMixin):
 
     def encode(self, items: Sequence[Item], images_kwargs: dict | None = None) -> BatchFeature:
         """Tensors of some inputs: `write` and `see`, then `__call__`."""
-        complete = [self._complete(item) for item in items]
+        complete = [self.complete(item) for item in items]
         vision = self._pack(
             [image for item in complete for image in item.images],
             [video for item in complete for video in item.videos],
@@ -220,7 +220,7 @@ class PlumeProcessor(ProcessorMixin):
             InputError: it is longer than the model takes; this is decided exactly.
         """
         limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._template
-        visual = self._num_visual_tokens(self._complete(item))
+        visual = self._num_visual_tokens(self.complete(item))
         num_bytes = len(text.encode())
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if num_bytes + visual > limit:
@@ -233,7 +233,7 @@ class PlumeProcessor(ProcessorMixin):
         """Token ids of a suffix, tokenised as a whole."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _complete(self, item: Item) -> Item:
+    def complete(self, item: Item) -> Item:
         """The input with the blank image that some checkpoints expect before text alone."""
         if self._blank_side is None or item.images or item.videos:
             return item

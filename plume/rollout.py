@@ -36,6 +36,7 @@ class Rollout:
     anchor `[B, D]`: the hidden state at the anchor.
     last_state `[B, D]`: h_K of each row, K its own.
     suffix `[B, S, D]`: the hidden states of the suffix.
+    suffix_layers `[layers + 1, B, S, D]`: the same at every layer, embeddings first; None unless kept.
     next_position `[B]`: the rotary position of a token that follows the longest suffix.
     """
 
@@ -44,6 +45,7 @@ class Rollout:
     anchor: Tensor
     last_state: Tensor
     suffix: Tensor
+    suffix_layers: Tensor | None
     next_position: Tensor
 
 
@@ -59,6 +61,7 @@ def rollout(
     anchor_column: Tensor,
     start: Tensor,
     router_context: RouterContext = "anchor",
+    keep_layers: bool = False,
 ) -> Rollout:
     """Run prefix, latent steps and suffix through the backbone.
 
@@ -72,10 +75,11 @@ def rollout(
         suffix_embeds: input embeddings of the suffix, `[B, S, D]`, right-padded.
         suffix_mask: True at real suffix tokens, `[B, S]`.
         num_latent_steps: K of each row, `[B]`.
-        max_latent_steps: the largest of them, known on the host.
+        max_latent_steps: the steps that are run, at least the largest of them; known on the host.
         anchor_column: column of the anchor in the prefix, `[B]`.
         start: rotary position of latent step 0, `[B]`.
         router_context: what the router sees beside the state.
+        keep_layers: whether to return the suffix's states of all layers.
     """
     rows = torch.arange(len(start), device=start.device)
     pending, states, gates = prefix, [], []
@@ -94,7 +98,9 @@ def rollout(
 
     suffix_positions = positions.suffix_positions(start, num_latent_steps, suffix_embeds.shape[1])
     suffix = Segment(suffix_embeds, suffix_mask, suffix_positions)
-    hidden = decoder.feed(pending.followed_by(suffix))
+    hidden = decoder.feed(pending.followed_by(suffix), with_layers=keep_layers)
+    layers = hidden[:, :, len(pending) :] if keep_layers else None
+    hidden = hidden[-1] if keep_layers else hidden
     states.append(hidden[:, len(pending) - 1])
     if anchor is None:  # K = 0: prefix and suffix were the one pass
         anchor = hidden[rows, anchor_column]
@@ -108,6 +114,7 @@ def rollout(
         anchor=anchor,
         last_state=stacked[rows, num_latent_steps],
         suffix=hidden[:, len(pending) :],
+        suffix_layers=layers,
         next_position=suffix_positions[0, :, -1] + 1,
     )
 

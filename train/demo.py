@@ -74,7 +74,8 @@ def say(title: str) -> None:
 def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArguments:
     """`configs/train/demo_<name>.yaml` with its paths under `out`; one segment and one latent step per hop."""
     args = arguments_from(CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"))
-    moved = {key: getattr(args, key).replace("runs/demo", str(out)) for key in ("model", "train_file", "output_dir")}
+    moved: dict = {key: getattr(args, key).replace("runs/demo", str(out)) for key in ("model", "output_dir")}
+    moved["train_file"] = [file.replace("runs/demo", str(out)) for file in args.train_file]
     stages = {}
     if args.stage_ratios is not None and 1 < len(args.stage_ratios) != num_hops:
         last = 0.36

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
-from plume.losses import balance_loss, info_nce
+from plume.losses import Contrast, balance_loss, info_nce
 
 SIZES = (3, 5)
 
@@ -21,8 +21,9 @@ def batch():
 
 
 def loss(query, target, gates, keys):
-    contrastive = info_nce(normalize(query, dim=-1), normalize(target, dim=-1), 0.1, target_keys=keys)
-    return contrastive + balance_loss(gates, torch.full((len(gates),), 2))
+    contrast = Contrast.of(torch.ones(len(keys), dtype=torch.bool), target_keys=keys)
+    contrastive = info_nce(normalize(query, dim=-1), normalize(target, dim=-1), 0.1, contrast)
+    return contrastive + balance_loss(gates.sum(dim=(0, 1)), torch.tensor(2 * len(gates)))
 
 
 def gradients(rank, folder):

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from transformers import Qwen2VLConfig
 
 from plume import Item, PlumeConfig, PlumeModel
-from plume.backbone import Segment, embed_prefix, embed_tokens
+from plume.backbone import Segment, embed_prefix, embed_tokens, see
 from plume.rollout import rollout
 from plume.tiny import SHORT_STRINGS
 from plume.transition import build_adapter
@@ -39,7 +39,9 @@ def without_cache(model, item, num_steps: int):
     batch = exact(model, [item])
     mask = torch.ones_like(batch["input_ids"]).bool()
     vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    prefix = embed_prefix(model.backbone, batch["input_ids"], mask, **vision)
+    prefix = embed_prefix(
+        model.backbone, batch["input_ids"], mask, see(model.backbone, **vision), vision.get("image_grid_thw")
+    )
     embeds, positions = prefix.embeds, prefix.positions
     first = positions.max() + 1 if model.config.latent_positions == "mrope" else mask.sum()
     anchor_column = (batch["input_ids"][0] == model.config.anchor_token_id).nonzero()[-1, 0]
@@ -175,7 +177,8 @@ class RunningMean:
     def __init__(self):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def feed(self, segment: Segment) -> Tensor:
+    def feed(self, segment: Segment, *, with_layers: bool = False) -> Tensor:
+        assert not with_layers
         hidden = []
         for column in range(len(segment)):
             self.seen.append((segment.embeds[:, column], segment.mask[:, column, None].double()))

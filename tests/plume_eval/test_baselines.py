@@ -32,7 +32,7 @@ def written_by_hand(model, item, limit):
         model.backbone,
         ids["input_ids"],
         ids["attention_mask"].bool(),
-        ids.get("pixel_values"),
+        seam.see(model.backbone, ids.get("pixel_values"), ids.get("image_grid_thw")),
         ids.get("image_grid_thw"),
     )
     embeds, positions = prefix.embeds, prefix.positions

@@ -7,7 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from plume_train.records import RecordFormat, Records, RowError
+from plume_train.records import Records
+from plume_train.rows import RecordFormat, RowError
 
 
 def row(**changes):
@@ -72,13 +73,16 @@ BAD = {
         row(pos={"conversations": [{"from": "human", "value": "a <bot> b"}]}),
         "the text holds '<bot>', a token that plume places itself",
     ),
-    "empty side": (row(pos={"conversations": [{"from": "human", "value": " "}]}), "neither text nor image"),
+    "empty side": (row(pos={"conversations": [{"from": "human", "value": " "}]}), "neither text nor media"),
     "no conversations": (row(pos={"text": "x"}), "has no list 'conversations'"),
     "unknown role": (row(pos={"conversations": [{"from": "cat", "value": "x"}]}), "role 'cat'"),
-    "a video": (row(pos={**SIDE, "video": ["a.png"]}), "video, which is not supported yet"),
-    "image of a wrong type": (row(qry={**SIDE, "image": 5}), "'image' of 'qry' is 5; expected a path"),
+    "videos without tags": (row(pos={**SIDE, "video": ["a.png"]}), "has 1 videos but its text holds 0 <video>"),
+    "image of a wrong type": (row(qry={**SIDE, "image": 5}), "'qry': an image is a int; expected a path"),
     "file that is no image": (row(qry={**SIDE, "image": ["pairs.jsonl"]}), "cannot be read as an image"),
-    "video tag": (row(pos={"conversations": [{"from": "human", "value": "<video>x"}]}), "holds <video>"),
+    "video tag": (
+        row(pos={"conversations": [{"from": "human", "value": "<video>x"}]}),
+        "has 0 videos but its text holds 1 <video>",
+    ),
     "read-out in the rationale": (
         row(
             qry={
@@ -86,7 +90,7 @@ BAD = {
                 "conversations": [SIDE["conversations"][0], {"from": "gpt", "value": "<think>a<gen_emb></think>"}],
             }
         ),
-        "the rationale of 'qry': the text holds '<gen_emb>'",
+        "'qry': the rationale: the text holds '<gen_emb>'",
     ),
     "no object": ("[1]", "a list; expected an object"),
     "broken JSON": ('{"qry": ', "not a JSON object"),

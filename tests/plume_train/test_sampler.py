@@ -27,13 +27,13 @@ def sampler(**changes):
 def test_every_batch_is_of_one_task_and_full():
     for batch in sampler():
         assert len(batch) == 4
-        assert len({TASKS[index] for index, _ in batch}) == 1
+        assert len({TASKS[index] for index, *_ in batch}) == 1
 
 
 def test_a_pass_shows_every_row():
     batches = list(sampler(num_steps=8))  # 5 + 2 + 1 batches are one pass
-    assert {index for batch in batches for index, _ in batch} == set(range(len(TASKS)))
-    most = Counter(index for batch in batches for index, _ in batch).most_common(1)[0][1]
+    assert {index for batch in batches for index, *_ in batch} == set(range(len(TASKS)))
+    most = Counter(index for batch in batches for index, *_ in batch).most_common(1)[0][1]
     assert most == 2  # only a filled-up batch repeats a row
 
 

@@ -14,6 +14,7 @@ from plume_train.config import arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.records import Records
 from plume_train.run import load_model, train
+from plume_train.sampler import Draw
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_run_goes_through_its_stages_and_saves_a_checkpoint(tmp_path, start, h
     stages = {line["step"]: line["num_latent_steps"] for line in log if "contrastive" in line}
     assert [stages[step] for step in range(1, 11)] == [0] * 4 + [1] * 3 + [2] * 3
     assert {"loss", "cross_entropy_query", "anchor_contrastive", "recall_in_batch"} <= set(log[0])
-    assert "balance_target" in log[-3]
+    assert "expert_load_3" in next(line for line in log if line.get("num_latent_steps") == 2)
     reopened = PlumeModel.from_pretrained(tmp_path / "out")
     assert all(torch.equal(weight, reopened.state_dict()[name]) for name, weight in weights(model).items())
 
@@ -71,12 +72,21 @@ def test_the_loss_falls(tmp_path, start, hops_folder):
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-def test_the_vision_tower_is_frozen_unless_asked(tmp_path, start, hops_folder):
+@pytest.mark.parametrize(
+    ("asked", "learns"),
+    [
+        ({"train_merger": False}, {"language_model"}),
+        ({}, {"language_model", "merger"}),
+        ({"train_vision": True, "train_merger": False}, {"language_model", "merger", "blocks", "patch_embed"}),
+    ],
+    ids=["language model", "merger too (as published)", "all"],
+)
+def test_the_vision_tower_is_frozen_unless_asked(tmp_path, start, hops_folder, asked, learns):
     before = weights(load_model(settings(tmp_path, start, hops_folder)))
-    after = weights(train(settings(tmp_path, start, hops_folder, max_steps=2, warmup_steps=0)))
-    changed = {name for name in before if "visual" in name and not torch.equal(before[name], after[name])}
-    assert changed == set()
-    assert not torch.equal(before["backbone.language_model.norm.weight"], after["backbone.language_model.norm.weight"])
+    after = weights(train(settings(tmp_path, start, hops_folder, max_steps=2, warmup_steps=0, **asked)))
+    changed = {name for name in before if name.startswith("backbone") and not torch.equal(before[name], after[name])}
+    parts = {"language_model", "merger", "blocks", "patch_embed"}
+    assert {part for part in parts if any(f".{part}." in name for name in changed)} == learns
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, start, hops_folder):
@@ -121,8 +131,9 @@ def test_a_batch_holds_what_the_stage_says(plume_folder, hops_folder):
     curriculum = Curriculum(stages=PAPER, num_segments=2)
     collate = PairCollator(model.processor, model.config, curriculum)
     data = StagedRecords(Records(hops_folder / "train.jsonl"))
-    batch = collate([data[0, 0], data[1, 2], data[2, 4]])
-    query = batch["query"]
+    batch = collate([data[Draw(row, stage, steps, 2, 4)] for row, stage, steps in [(0, 0, 0), (1, 2, 1), (2, 4, 2)]])
+    (one,) = batch["passes"]["query"]
+    query = one["inputs"]
     assert query["num_latent_steps"].tolist() == [0, 1, 2]
     assert query["suffix_ids"].shape == query["labels"].shape
     written = query["suffix_mask"].sum(dim=1).tolist()

@@ -6,8 +6,9 @@ import sys
 def main() -> None:
     """Parse, train, exit."""
     from plume_train.config import parse_arguments
-    from plume_train.records import RowError
+    from plume_train.rows import RowError
     from plume_train.run import train
+    from plume_train.saving import RunError
 
     try:
         arguments = parse_arguments(sys.argv[1:])
@@ -15,7 +16,7 @@ def main() -> None:
         sys.exit(f"plume-train: {error}")
     try:
         train(arguments)
-    except (RowError, FileNotFoundError) as error:
+    except (RowError, RunError, FileNotFoundError) as error:
         sys.exit(f"plume-train: {error}")
 
 

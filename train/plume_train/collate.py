@@ -1,32 +1,94 @@
-"""From rows to tensors, at the stage of the curriculum that each row arrives with."""
+"""From rows to tensors, at the stage of the curriculum that each row arrives with.
+
+A batch is a list of passes for each role: micro-batches of queries, of targets and of hard negatives. What a pass
+feeds to the model is padded to its own length. On every process a batch has the same number of passes and of latent
+steps, whatever its rows hold: a row that cannot be loaded leaves an empty place that counts for nothing.
+
+Letters: B rows of a batch, H hard negatives of a batch, b rows of a pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from plume.config import PlumeConfig
-from plume.images import load_image
+from plume.files import VIDEO_SUFFIXES
+from plume.images import InputError, load_image
 from plume.inputs import Item
 from plume.processor import PlumeProcessor
-from plume_train.curriculum import Curriculum, Stage
-from plume_train.records import Record, Records, Side
-from plume_train.sampler import StagedIndex
+from plume.video import Video, load_video
+from plume_train.curriculum import Curriculum
+from plume_train.records import OnBadRow, Records
+from plume_train.rows import Record, RowError, Side, VideoSource
+from plume_train.sampler import Draw
 from plume_train.target import write_target
 
-Batch = dict[str, dict[str, Tensor] | Tensor]
+Role = Literal["query", "target", "negative"]
 LastStatePredicts = Literal["latent_end", "next_word", "nothing"]
+
+#: Sides that are taught to write, and whose gates are balanced.
+SUPERVISED: tuple[Role, ...] = ("query", "target")
+#: What stands in the place of a row that could not be loaded.
+EMPTY = Side("-")
+
+
+class Pass(TypedDict):
+    """One micro-batch of one role.
+
+    inputs: keywords of `PlumeModel.forward`.
+    counts `[b]`: False at empty places.
+    teacher: keywords that replace those of `inputs` for the explicit pass of distillation.
+    """
+
+    inputs: dict[str, Any]
+    counts: Tensor
+    teacher: NotRequired[dict[str, Any]]
+
+
+class Batch(TypedDict):
+    """What a process trains on at once.
+
+    passes: micro-batches of each role.
+    num_supervised: rows with labels, by role.
+    num_gates: latent steps of all rows that count, both sides.
+    num_tokens: real tokens of all passes, prefix and suffix, visual tokens included.
+    is_pair `[B]`: False at empty places.
+    takes_all_steps `[B]`: rows whose K is the largest of the batch.
+    most_steps: that K.
+    query_keys, target_keys `[B]`, negative_keys `[H]`: integers that are equal where the content is.
+    is_negative `[H]`: False at empty places.
+    task, stage, where: of the rows; stage is the run's.
+    bad_rows: why places are empty.
+    """
+
+    passes: dict[Role, list[Pass]]
+    num_supervised: dict[Role, Tensor]
+    num_gates: Tensor
+    num_tokens: Tensor
+    is_pair: Tensor
+    takes_all_steps: Tensor
+    most_steps: int
+    query_keys: Tensor | None
+    target_keys: Tensor | None
+    negative_keys: Tensor | None
+    is_negative: Tensor | None
+    task: str
+    stage: int
+    where: list[str]
+    bad_rows: list[str]
 
 
 class StagedRecords(Dataset):
-    """Rows by `StagedIndex`: each comes with the index of its stage."""
+    """Rows by `Draw`: each comes with how it is to be prepared."""
 
     def __init__(self, records: Records):
         self.records = records
@@ -34,17 +96,12 @@ class StagedRecords(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: StagedIndex) -> tuple[Record, int]:
-        row, stage = index
-        return self.records[row], stage
+    def __getitem__(self, draw: Draw) -> tuple[Record, Draw]:
+        return self.records[draw.row], draw
 
 
 class PairCollator:
-    """Makes a batch of `(record, stage)` rows.
-
-    A batch holds "query" and, where rows have targets, "target": keywords of `PlumeModel.forward` with suffixes,
-    labels and latent steps of the stage. "query_keys" and "target_keys" `[B]` are equal where the content is.
-    """
+    """Makes a `Batch` of `(record, draw)` rows."""
 
     def __init__(
         self,
@@ -52,7 +109,12 @@ class PairCollator:
         config: PlumeConfig,
         curriculum: Curriculum,
         *,
+        micro_batch_size: int | None = None,
+        num_negatives: int = 0,
+        with_teacher: bool = False,
+        touch_all: bool = False,
         last_state_predicts: LastStatePredicts = "latent_end",
+        on_bad_row: OnBadRow = "error",
         num_cached_images: int = 0,
     ):
         """Set up.
@@ -61,44 +123,129 @@ class PairCollator:
             processor: of the model.
             config: gives the templates.
             curriculum: gives the stages.
+            micro_batch_size: rows of a pass; None: all.
+            num_negatives: places for hard negatives per row; further ones are left out, missing ones stay empty.
+            with_teacher: whether to add the explicit pass that distillation needs.
+            touch_all: whether every pass is to involve every part of the model, for several processes.
             last_state_predicts: what the last latent state of a row learns to predict.
+            on_bad_row: what to do where media cannot be decoded: raise, or leave the place of the pair empty.
             num_cached_images: processed images to hold in memory, in each worker; for small data sets.
         """
         self.processor = processor
         self.config = config
         self.curriculum = curriculum
+        self.micro_batch_size = micro_batch_size
+        self.num_negatives = num_negatives
+        self.with_teacher = with_teacher
+        self.touch_all = touch_all
         self.last_state_predicts: LastStatePredicts = last_state_predicts
-        self.num_cached_images = num_cached_images
-        self._seen: dict[Path, dict[str, Tensor]] = {}
+        self.on_bad_row: OnBadRow = on_bad_row
+        self._media = _Media(processor, num_cached_images)
 
-    def __call__(self, rows: Sequence[tuple[Record, int]]) -> Batch:
-        stages = [self.curriculum.stages[stage] for _, stage in rows]
-        queries = [record.query for record, _ in rows]
-        wheres = [record.where for record, _ in rows]
-        batch: Batch = {"query": self._side(queries, stages, wheres), "query_keys": _keys(queries)}
-        targets = [record.target for record, _ in rows if record.target is not None]
-        if len(targets) == len(rows):
-            batch |= {"target": self._side(targets, stages, wheres), "target_keys": _keys(targets)}
-        elif targets:
-            without = next(record for record, _ in rows if record.target is None)
-            raise ValueError(f"{without.where} has no target while other rows of its task have; give it a dataset_name")
-        return batch
+    def __call__(self, rows: Sequence[tuple[Record, Draw]]) -> Batch:
+        records, draws = [record for record, _ in rows], [draw for _, draw in rows]
+        bad_rows: list[str] = []
+        places: dict[Role, list[_Place]] = {"query": [], "target": [], "negative": []}
+        for record, draw in rows:
+            for role, of_role in self._places(record, draw, bad_rows).items():
+                places[role] += of_role
+        places = {role: of_role for role, of_role in places.items() if of_role}
+        if 0 < (have := sum(record.target is not None for record in records)) < len(records):
+            without = next(record for record in records if record.target is None)
+            raise RowError(
+                f"{without.where} has no target while {have} other rows of its task have; give it a task of its own"
+            )
 
-    def _side(self, sides: Sequence[Side], stages: Sequence[Stage], wheres: Sequence[str]) -> dict[str, Tensor]:
-        texts = self.processor.write([Item((*side.images, side.text)) for side in sides])
-        vision = self._see([(path, where) for side, where in zip(sides, wheres, strict=True) for path in side.images])
-        targets = [
-            write_target(self.config, self.curriculum, stage, side.rationale, side.answer)
-            for side, stage in zip(sides, stages, strict=True)
+        most_steps = draws[0].most_steps
+        passes: dict[Role, list[Pass]] = {}
+        for role, of_role in places.items():
+            size = self.micro_batch_size or len(of_role)
+            micro_batches = [of_role[start : start + size] for start in range(0, len(of_role), size)]
+            passes[role] = [self._pass(role, micro_batch, most_steps) for micro_batch in micro_batches]
+        supervised: dict[Role, list[Pass]] = {role: passes[role] for role in SUPERVISED if role in passes}
+        counted = [
+            (one["inputs"]["num_latent_steps"] * one["counts"]).sum() for of in supervised.values() for one in of
         ]
+        return Batch(
+            passes=passes,
+            num_supervised={
+                role: torch.stack([_num_labelled(one) for one in of]).sum() for role, of in supervised.items()
+            },
+            num_gates=torch.stack(counted).sum(),
+            num_tokens=torch.stack([_num_tokens(one) for of in passes.values() for one in of]).sum(),
+            is_pair=_counts(places["query"]),
+            takes_all_steps=torch.tensor([draw.num_steps == most_steps for draw in draws]),
+            most_steps=most_steps,
+            query_keys=_keys(places["query"]),
+            target_keys=_keys(places["target"]) if "target" in places else None,
+            negative_keys=_keys(places["negative"]) if "negative" in places else None,
+            is_negative=_counts(places["negative"]) if "negative" in places else None,
+            task=records[0].task,
+            stage=draws[0].current_stage,
+            where=[record.where for record in records],
+            bad_rows=bad_rows,
+        )
+
+    def _places(self, record: Record, draw: Draw, bad_rows: list[str]) -> dict[Role, list[_Place]]:
+        """What a row fills: one place per side that it has, and those of its negatives."""
+        sides: dict[Role, list[Side]] = {
+            "query": [record.query],
+            "target": [record.target] if record.target else [],
+            "negative": list(record.negatives[: self.num_negatives]),
+        }
+        try:
+            places: dict[Role, list[_Place]] = {
+                role: [self._place(side, draw, record.where) for side in of] for role, of in sides.items()
+            }
+        except InputError as error:
+            if self.on_bad_row == "error":
+                raise
+            bad_rows.append(str(error))
+            places = {role: [self._empty(draw) for _ in of] for role, of in sides.items()}
+        places["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(places["negative"]))]
+        return places
+
+    def _place(self, side: Side, draw: Draw, where: str) -> _Place:
+        item, vision = self._media.see(side, where)
+        return _Place(side, draw, item, vision, counts=True)
+
+    def _empty(self, draw: Draw) -> _Place:
+        item, vision = self._media.see(EMPTY, "an empty place")
+        return _Place(EMPTY, draw, item, vision, counts=False)
+
+    def _pass(self, role: Role, places: Sequence[_Place], most_steps: int) -> Pass:
+        keys = dict.fromkeys(key for place in places for key in place.vision)
+        vision = {key: torch.cat([place.vision[key] for place in places if key in place.vision]) for key in keys}
+        inputs = {
+            **self.processor(text=self.processor.write([place.item for place in places]), vision=vision),
+            **self._written(role, places),
+            "max_latent_steps": most_steps,
+            "touch_all": self.touch_all,
+        }
+        result = Pass(inputs=inputs, counts=_counts(places))
+        if self.with_teacher and most_steps and role in SUPERVISED:
+            inputs["keep_layers"] = True
+            result["teacher"] = {**self._written(role, places, explicit=True), "max_latent_steps": 0}
+        return result
+
+    def _written(self, role: Role, places: Sequence[_Place], explicit: bool = False) -> dict[str, Any]:
+        """Suffixes and latent steps of some rows; `explicit` writes the whole rationale, whatever the stage."""
+        targets = []
+        for place in places:
+            stage, steps = self.curriculum.stages[place.draw.stage], place.draw.num_steps
+            if explicit:
+                stage, steps = replace(stage, ratio=0.0, drop_answer=False), 0
+            side = place.side
+            targets.append(write_target(self.config, self.curriculum, stage, side.rationale, side.answer, steps))
         suffixes = [torch.tensor(self.processor.suffix_ids(target.suffix)) for target in targets]
-        return {
-            **self.processor(text=texts, vision=vision),
+        written = {
             "suffix_ids": pad_sequence(suffixes, batch_first=True),
             "suffix_mask": pad_sequence([torch.ones_like(ids) for ids in suffixes], batch_first=True),
-            "labels": self._labels(suffixes),
             "num_latent_steps": torch.tensor([target.num_latent_steps for target in targets]),
         }
+        if role in SUPERVISED:
+            written["labels"] = self._labels(suffixes).masked_fill(~_counts(places)[:, None], -100)
+        return written
 
     def _labels(self, suffixes: list[Tensor]) -> Tensor:
         """Every token of a suffix is predicted one position before it, the first by the last latent state."""
@@ -110,21 +257,79 @@ class PairCollator:
             labels[:, 0] = torch.where(word == self.config.read_out_token_id, -100, word)
         return labels
 
-    def _see(self, images: Sequence[tuple[Path, str]]) -> dict[str, Tensor]:
-        seen = [self._see_one(path, where) for path, where in images]
-        return {key: torch.cat([one[key] for one in seen]) for key in seen[0]} if seen else {}
 
-    def _see_one(self, path: Path, where: str) -> dict[str, Tensor]:
-        if path in self._seen:
-            return self._seen[path]
-        vision = self.processor.see([load_image(path, where)])
-        if len(self._seen) < self.num_cached_images:
-            self._seen[path] = vision
-        return vision
+@dataclass(frozen=True)
+class _Place:
+    """One side of a row, ready to be joined with others; `item` holds stand-ins for the media in `vision`."""
+
+    side: Side
+    draw: Draw
+    item: Item
+    vision: dict[str, Tensor]
+    counts: bool
 
 
-def _keys(sides: Sequence[Side]) -> Tensor:
+class _Media:
+    """Media of sides as tensors, some of them kept."""
+
+    def __init__(self, processor: PlumeProcessor, num_kept: int):
+        self.processor = processor
+        self.num_kept = num_kept
+        self._kept: dict[Side, tuple[Item, dict[str, Tensor]]] = {}
+
+    def see(self, side: Side, where: str) -> tuple[Item, dict[str, Tensor]]:
+        """The side as an input with stand-ins for its media, and their patches.
+
+        Raises:
+            InputError: names the row of a medium that cannot be decoded.
+        """
+        bare = Side(side.text, side.images, side.videos)
+        if bare in self._kept:
+            return self._kept[bare]
+        images = [load_image(image, where) for image in side.images]
+        videos = [self._load_video(video, where) for video in side.videos]
+        item = self.processor.complete(Item((*images, *videos, side.text)))
+        vision = self.processor.see(item.images, item.videos) if item.images or item.videos else {}
+        seen = Item(tuple(_stand_in(part) for part in item.content)), vision
+        if vision and len(self._kept) < self.num_kept:
+            self._kept[bare] = seen
+        return seen
+
+    def _load_video(self, video: VideoSource, where: str) -> Video:
+        """A file, sampled as the checkpoint says, or all frames of a list."""
+        sampling = self.processor.budget.sampling
+        if len(video) == 1 and video[0].suffix.lower() in VIDEO_SUFFIXES:
+            return load_video(video[0], sampling, where)
+        return load_video(list(video), replace(sampling, num_frames=len(video), fps=None), where)
+
+
+def _stand_in(part: Any) -> Any:
+    if isinstance(part, Video):
+        return replace(part, frames=part.frames[:0])
+    return part if isinstance(part, str) else None
+
+
+def _counts(places: Sequence[_Place]) -> Tensor:
+    return torch.tensor([place.counts for place in places])
+
+
+def _num_labelled(one: Pass) -> Tensor:
+    return (one["inputs"]["labels"] != -100).any(dim=1).sum()
+
+
+def _num_tokens(one: Pass) -> Tensor:
+    inputs = one["inputs"]
+    return inputs["attention_mask"].sum() + inputs["suffix_mask"].sum() + inputs["num_latent_steps"].sum()
+
+
+def _keys(places: Sequence[_Place]) -> Tensor:
     """64-bit integers that are equal where text and media are."""
-    contents = ("\0".join([side.text, *map(str, side.images)]) for side in sides)
-    digests = (blake2b(content.encode(), digest_size=8).digest() for content in contents)
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+    digests = []
+    for place in places:
+        digest = blake2b(place.side.text.encode(), digest_size=8)
+        for image in place.side.images:
+            digest.update(image.tobytes() if isinstance(image, Image.Image) else b"\0" + str(image).encode())
+        for video in place.side.videos:
+            digest.update(b"\0\0" + b"\0".join(str(path).encode() for path in video))
+        digests.append(int.from_bytes(digest.digest(), "little", signed=True))
+    return torch.tensor(digests)

@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from plume.losses import LossWeights
 from plume_train.curriculum import PRESETS, Curriculum, Stage
+
+#: Linear layers of the language model, never those of the vision tower or of the transition adapter.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass(kw_only=True)
@@ -25,11 +27,20 @@ class PlumeTrainingArguments(TrainingArguments):
     model: str = ""
     """Where to start: a plume checkpoint, or a stock Qwen-VL one, which then gets an adapter."""
 
-    train_file: str = ""
-    """JSONL of training rows; see train/README.md."""
+    train_file: list[str] = field(default_factory=list)
+    """Training rows: one or more of JSONL, JSON, parquet, a `datasets` folder or a Hub name; see train/README.md."""
+
+    validation_file: list[str] = field(default_factory=list)
+    """Held-out rows in the same formats; their loss is measured every `validate_every` steps."""
 
     media_root: str | None = None
-    """Folder that media paths are relative to; None is the folder of `train_file`."""
+    """Folder that media paths are relative to; None is the folder of each file."""
+
+    task_weights: dict | str = field(default_factory=dict)
+    """How often a task is seen, relative to once per pass over the data; JSON on the command line."""
+
+    mixing_temperature: float = 1.0
+    """T; a task of n rows is seen in proportion to n^(1/T), so larger values make tasks more alike."""
 
     plume_config: dict | str = field(default_factory=dict)
     """Fields of `PlumeConfig` for a model that starts from a stock checkpoint; JSON on the command line."""
@@ -52,6 +63,27 @@ class PlumeTrainingArguments(TrainingArguments):
     mix_earlier: float = 0.0
     """Probability that a row is trained at an earlier stage, each equally likely."""
 
+    random_steps: bool = False
+    """Whether fully latent stages draw K from 1 .. M for each batch, so that any K works at inference."""
+
+    advance: Literal["schedule", "settled"] = "schedule"
+    """When a stage ends: at its share of the steps, or before that once the validation loss has settled."""
+
+    settle_patience: int = 3
+    """Validations in a row without improvement after which a stage counts as settled."""
+
+    settle_tolerance: float = 0.01
+    """What counts as an improvement of the validation loss, relative to its best value."""
+
+    validate_every: int = 100
+    """Steps between validations, where there is a `validation_file`."""
+
+    optimizer_reset: Literal["none", "moments", "full"] = "none"
+    """At a change of stage: keep the optimiser's state, zero its floating tensors (published), or begin anew."""
+
+    rewarmup_steps: int = 0
+    """Steps over which the learning rate rises again after a change of stage."""
+
     needs_target: bool = True
     """Whether a row without a target is an error; false trains on rationales alone."""
 
@@ -64,8 +96,26 @@ class PlumeTrainingArguments(TrainingArguments):
     last_state_predicts: Literal["latent_end", "next_word", "nothing"] = "latent_end"
     """What the last latent state learns to predict: `<eot>` (PLUME), the first word behind it, nothing (Coconut)."""
 
+    num_negatives: int = 0
+    """Hard negatives per row; rows with more give their first ones, rows with fewer leave places empty."""
+
+    mask_duplicates: bool = True
+    """Whether a target equal to a row's own, or the target of an equal query, is no negative of that row."""
+
+    micro_batch_size: int | None = None
+    """Rows of one pass of the model. Smaller than the batch, GradCache computes the same gradients in less memory."""
+
+    contrastive_loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    """Contrast of all pairs of a batch: softmax over candidates (paper), or every pair alone (SigLIP)."""
+
     temperature: float = 0.02
-    """Contrastive logits are divided by it."""
+    """Contrastive logits are divided by it; with "sigmoid" the loss learns its own factor and bias instead."""
+
+    learn_temperature: bool = False
+    """Whether the temperature is learnt, one for each contrastive term, from `temperature` on."""
+
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Lengths at which a cut embedding must work too; their loss has `matryoshka_weight`."""
 
     cross_entropy_weight: float = 1.0
     """Of the suffix cross-entropy of each side."""
@@ -77,21 +127,65 @@ class PlumeTrainingArguments(TrainingArguments):
     """Of InfoNCE on the anchor embedding."""
 
     balance_weight: float = 0.1
-    """Of the router's balance on each side."""
+    """Of the router's balance."""
+
+    matryoshka_weight: float = 0.0
+    """Of InfoNCE on embeddings cut to `matryoshka_dims`."""
+
+    per_step_weight: float = 0.0
+    """Of InfoNCE after every latent step (GIRCSE)."""
+
+    alignment_weight: float = 0.0
+    """Of InfoNCE between the embedding of one side and the anchor embedding of the other."""
+
+    uniformity_weight: float = 0.0
+    """Of the log mean Gaussian potential between embeddings of a side."""
+
+    distillation_weight: float = 0.0
+    """Of the distance between states at `<gen_emb>` after latent and after written reasoning (CODI)."""
+
+    teacher_cross_entropy_weight: float = 1.0
+    """Of the cross-entropy of the written reasoning that distillation learns from."""
 
     train_vision: bool = False
     """Whether the vision tower learns too; the published training froze it."""
 
+    train_merger: bool = True
+    """Whether the layer between vision tower and language model learns; the published training let it."""
+
+    lora_rank: int = 0
+    """Rank of LoRA on the language model; 0 trains all its weights. Adapter and new token rows learn in full."""
+
+    lora_alpha: int = 32
+    """Scale of LoRA, divided by its rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout before LoRA."""
+
+    lora_targets: str = LORA_TARGETS
+    """Regular expression of the layers that get LoRA; the default names the language model's."""
+
     num_cached_images: int = 0
     """Processed images to hold in memory, per data-loader worker."""
 
+    evaluation: str = ""
+    """What to call during training, "module:name"; called with `evaluation_arguments`, it returns the evaluation."""
+
+    evaluation_arguments: dict | str = field(default_factory=dict)
+    """Arguments of `evaluation`; JSON on the command line."""
+
     evaluate_every: int = 0
-    """Steps between calls of the evaluation hook; 0 never."""
+    """Steps between evaluations; 0 never."""
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.plume_config, str):
-            self.plume_config = json.loads(self.plume_config)
+        for name in ("plume_config", "task_weights", "evaluation_arguments"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, json.loads(value))
+        for name in ("train_file", "validation_file"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        self.logging_nan_inf_filter = False  # a loss that is no number stops the run; see trainer.py
         if (self.stage_ratios is None) != (self.stage_shares is None):
             raise ValueError("stage_ratios and stage_shares go together; set both or neither")
         if self.stage_ratios and self.stage_shares and len(self.stage_ratios) != len(self.stage_shares):
@@ -118,14 +212,25 @@ class PlumeTrainingArguments(TrainingArguments):
         return Path(self.output_dir or "trainer_output")
 
     @property
-    def loss_weights(self) -> LossWeights:
-        """Weights of the loss terms."""
-        return LossWeights(
-            cross_entropy=self.cross_entropy_weight,
-            contrastive=self.contrastive_weight,
-            anchor_contrastive=self.anchor_contrastive_weight,
-            balance=self.balance_weight,
-        )
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term by its name."""
+        ending = "_weight"
+        return {
+            one.name.removesuffix(ending): getattr(self, one.name) for one in fields(self) if one.name.endswith(ending)
+        }
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other, before anything is loaded.
+
+        Raises:
+            ValueError: names the settings and what to change.
+        """
+        if self.advance == "settled" and not self.validation_file:
+            raise ValueError("advance=settled needs a validation_file, whose loss decides; set one or advance=schedule")
+        if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
+            raise ValueError("matryoshka_dims and matryoshka_weight go together; set both or neither")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
 
     def build_curriculum(self) -> Curriculum:
         """The curriculum of these settings; the answer is dropped in the last stage that is fully latent."""
@@ -141,11 +246,18 @@ class PlumeTrainingArguments(TrainingArguments):
             num_segments=self.num_segments,
             steps_per_segment=self.steps_per_segment,
             mix_earlier=self.mix_earlier,
+            random_steps=self.random_steps,
         )
 
 
 # Where our trainer needs something else than transformers' default.
-_DEFAULTS: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none", "save_total_limit": 2}
+_DEFAULTS: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "save_total_limit": 2,
+    "resume_from_checkpoint": "auto",
+    "ddp_find_unused_parameters": False,  # every pass touches every part
+}
 
 
 def parse_arguments(argv: list[str]) -> PlumeTrainingArguments:

@@ -51,6 +51,9 @@ class Curriculum:
     mix_earlier: float = 0.0
     """Probability that a row is trained at an earlier stage, each equally likely (Coconut's `uniform_prob`)."""
 
+    random_steps: bool = False
+    """Whether batches of fully latent stages take a K drawn from 1 .. M, so that any K works at inference."""
+
     def __post_init__(self):
         total = sum(stage.share for stage in self.stages)
         if abs(total - 1) > 1e-6:
@@ -75,16 +78,20 @@ class Curriculum:
             step: optimiser steps already taken.
             num_steps: optimiser steps of the whole training.
         """
-        border = 0.0
-        for index, stage in enumerate(self.stages[:-1]):
-            border += stage.share
-            if step < round(border * num_steps):
-                return index
-        return len(self.stages) - 1
+        return sum(step >= self.first_step(stage, num_steps) for stage in range(1, len(self.stages)))
+
+    def first_step(self, stage: int, num_steps: int) -> int:
+        """The step at which a stage begins."""
+        return round(sum(earlier.share for earlier in self.stages[:stage]) * num_steps)
 
     def draw_stage(self, current: int, rng: random.Random) -> int:
         """Index of the stage of one row while the run is at stage `current`."""
         return rng.randrange(current) if current and rng.random() < self.mix_earlier else current
+
+    def draw_steps(self, stage: int, rng: random.Random) -> int:
+        """K of one row, or of a batch that shares it, at a stage."""
+        steps = self.num_latent_steps(self.stages[stage])
+        return rng.randint(1, steps) if self.random_steps and steps and self.stages[stage].ratio == 1 else steps
 
     def num_latent_steps(self, stage: Stage) -> int:
         """n, the latent steps of a stage; halves round to even, as in the published code."""

@@ -1,171 +1,128 @@
-"""Training rows: one JSON object per line, checked once, read again when needed.
+"""Training data: rows of JSONL files, JSON arrays and Hugging Face data sets, checked once, read again when needed.
 
-The format is that of UME-sft (`qry` and `pos`), so that published data can be used as they are. A data set is
-scanned at the start: every row is parsed and the headers of its images are read, so that a bad row is named by file
-and line before a GPU is paid for; what is broken behind a header shows when the row is used. Only places in the file
-are kept in memory.
+A data set is scanned at the start: every row is parsed and the headers of its images are read, so that a bad row is
+named by file and line before a GPU is paid for; what is broken behind a header shows when the row is used. Of a JSONL
+file only places are kept in memory.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from plume.images import InputError, check_image_file
-from plume.inputs import check_text
-from plume.tokens import ANCHOR, READ_OUT
-from plume_train.target import UnclosedTag, parse_written
-
-_TASK_NAMES = ("dataset_name", "dataset", "subset", "source", "task_name")
-_MEDIA_TAG = re.compile(r"<(image|video)>\n?")
-_IMAGE_TAG = "<image>"
+from plume_train.rows import Record, RecordFormat, RowError
 
 OnBadRow = Literal["error", "skip"]
-UnclosedAnswerPolicy = Literal["error", "accept"]
 
 
-class RowError(ValueError):
-    """A row that cannot be used; names file and line, what was expected and what to do."""
+class Source(Protocol):
+    """Rows of one file or data set, by their number."""
+
+    name: str
+
+    def scan(self) -> Iterator[tuple[int, Any]]:
+        """Number and parsed row of everything that it holds; a `RowError` in the place of a row that is not one."""
+        ...
+
+    def read(self, number: int) -> tuple[str, Any]:
+        """Where a row stands, and the row."""
+        ...
 
 
-@dataclass(frozen=True)
-class Side:
-    """Query or target of a row."""
+class JsonLines:
+    """One JSON object per line; blank lines are allowed."""
 
-    text: str
-    images: tuple[Path, ...] = ()
-    rationale: str = ""
-    answer: str = ""
+    def __init__(self, file: Path):
+        self.file = file
+        self.name = file.name
+        self._offsets: dict[int, int] = {}
 
+    def scan(self) -> Iterator[tuple[int, Any]]:
+        offset = 0
+        with self.file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    self._offsets[number] = offset
+                    yield number, self._parse(line, number)
+                offset += len(line)
 
-@dataclass(frozen=True)
-class Record:
-    """A row. `target` is None where the row only teaches to write a rationale."""
+    def read(self, number: int) -> tuple[str, Any]:
+        with self.file.open("rb") as lines:
+            lines.seek(self._offsets[number])
+            return f"{self.name}:{number}", self._parse(lines.readline(), number)
 
-    query: Side
-    target: Side | None
-    task: str
-    where: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordFormat:
-    """How rows are read."""
-
-    media_root: Path
-    """Folder that image paths are relative to."""
-    needs_target: bool = True
-    """Whether a row without `pos` is an error."""
-    unclosed_answer: UnclosedAnswerPolicy = "error"
-    """What to do with an `<answer>` that is never closed; the published data need "accept"."""
-
-    def parse(self, line: str, where: str) -> Record:
-        """Read one row.
-
-        Args:
-            line: the JSON text.
-            where: how errors call the row, "file:line".
-
-        Raises:
-            RowError: anything that keeps the row from being used.
-        """
+    def _parse(self, line: bytes, number: int) -> Any:
+        where = f"{self.name}:{number}"
         try:
-            row = json.loads(line)
+            return json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return RowError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
         except json.JSONDecodeError as error:
-            raise RowError(f"{where}: not a JSON object ({error}); one object per line is expected") from None
-        if not isinstance(row, dict):
-            raise RowError(f"{where}: a {type(row).__name__}; expected an object with 'qry' and 'pos'")
-        query, target = (self._side(row, name, where) for name in ("qry", "pos"))
-        if query is None:
-            raise RowError(f"{where}: no query ('qry'); add one or drop the row")
-        if target is None and self.needs_target:
-            raise RowError(
-                f"{where}: no target ('pos'); add one, drop the row, or set needs_target=false to train on rationales "
-                "alone"
-            )
-        sides = [side for name in ("qry", "pos") if isinstance(side := _unwrap(row.get(name)), dict)]
-        names = [holder[key] for holder in (row, *sides) for key in _TASK_NAMES if holder.get(key)]
-        return Record(query, target, str(names[0]) if names else "", where)
-
-    def _side(self, row: dict, name: str, where: str) -> Side | None:
-        side = _unwrap(row.get(name))
-        if side is None:
-            return None
-        if not isinstance(side, dict) or not isinstance(turns := side.get("conversations"), list):
-            raise RowError(f"{where}: {name!r} has no list 'conversations'; see train/README.md for the format")
-        if side.get("video") or side.get("videos"):
-            raise RowError(f"{where}: {name!r} holds a video, which is not supported yet; drop the row")
-        asked, written = _turns(turns, name, where)
-        images = side.get("image") or side.get("images") or []
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-            raise RowError(f"{where}: 'image' of {name!r} is {images!r}; expected a path or a list of paths")
-        if "<video>" in asked:
-            raise RowError(f"{where}: {name!r} holds <video>, which is not supported yet; drop the row")
-        if (tags := asked.count(_IMAGE_TAG)) != len(images):
-            raise RowError(
-                f"{where}: {name!r} has {len(images)} images but its text holds {tags} {_IMAGE_TAG}; expected one each"
-            )
-        text = _MEDIA_TAG.sub("", asked.split(f"\n{ANCHOR}")[0]).strip()
-        try:
-            check_text(text, f"{where}: {name!r}")
-            rationale, answer = parse_written(written, self.unclosed_answer == "accept")
-            check_text(rationale, f"{where}: the rationale of {name!r}")
-            check_text(answer.replace(READ_OUT, ""), f"{where}: the answer of {name!r}")
-        except InputError as error:
-            raise RowError(str(error)) from None
-        except UnclosedTag as error:
-            raise RowError(f"{where}: {name!r}: {error}") from None
-        if not text and not images:
-            raise RowError(f"{where}: {name!r} has neither text nor image; add one or drop the row")
-        return Side(text, tuple(self._find(path, name, where) for path in images), rationale, answer)
-
-    def _find(self, path: str, name: str, where: str) -> Path:
-        found = self.media_root / path
-        if not found.is_file():
-            raise RowError(f"{where}: {name!r} names {path}, but there is no file {found}; set media_root or drop it")
-        try:
-            check_image_file(found, f"{where}: {name!r}")
-        except InputError as error:
-            raise RowError(str(error)) from None
-        return found
+            cut = not line.endswith(b"\n")
+            why = "the file ends in the middle of this line" if cut else "one object per line is expected"
+            return RowError(f"{where}: not a JSON object ({error}); {why}")
 
 
-def _unwrap(side: Any) -> Any:
-    return (side[0] if side else None) if isinstance(side, list) else side
+class Table:
+    """Rows that are in memory or in a Hugging Face data set."""
+
+    def __init__(self, rows: Sequence[Any], name: str):
+        self.rows = rows
+        self.name = name
+
+    def scan(self) -> Iterator[tuple[int, Any]]:
+        for number in range(len(self.rows)):
+            yield number, self.rows[number]
+
+    def read(self, number: int) -> tuple[str, Any]:
+        return f"{self.name}:{number}", self.rows[number]
 
 
-def _turns(turns: list, name: str, where: str) -> tuple[str, str]:
-    """The last text of the user and of the assistant."""
-    texts = {"user": "", "assistant": ""}
-    roles = {
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "system": "system",
-    }
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise RowError(f"{where}: a turn of {name!r} is a {type(turn).__name__}; expected an object")
-        role, text = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
-        if role not in roles or not isinstance(text, str):
-            raise RowError(
-                f"{where}: a turn of {name!r} has role {role!r} and a {type(text).__name__}; expected human or gpt and "
-                "a string"
-            )
-        texts[roles[role]] = text
-    return texts["user"], texts["assistant"]
+def open_source(place: str | Path) -> Source:
+    """Open training data.
+
+    Args:
+        place: a JSONL file, a JSON array, a parquet file, a folder that `datasets` saved, or the name of a data set on
+            the Hub, "name" or "name:split" (the split is "train" where none is given).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RowError: a JSON file that holds no array.
+    """
+    path = Path(place)
+    if path.suffix in (".jsonl", ".ndjson"):
+        return JsonLines(path)
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise RowError(f"{path.name}: a {type(rows).__name__}; expected an array of rows, or one row per line")
+        return Table(rows, path.name)
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"{place} is no JSONL file, and reading other data needs `datasets`; pip install 'plume-embed[train]'"
+        ) from None
+    if path.is_dir():
+        data: Any = datasets.load_from_disk(str(path))
+        if isinstance(data, datasets.DatasetDict):
+            data = data["train"]
+        return Table(data, path.name)
+    if path.suffix == ".parquet":
+        return Table(datasets.Dataset.from_parquet(str(path)), path.name)  # type: ignore[arg-type]
+    if path.suffix:
+        raise FileNotFoundError(f"{place} is no data that plume knows; expected .jsonl, .json, .parquet or a folder")
+    name, _, split = str(place).partition(":")
+    return Table(datasets.load_dataset(name, split=split or "train"), str(place))  # type: ignore[arg-type]
 
 
 class Records:
-    """The usable rows of a JSONL file, read on demand.
+    """The usable rows of some data, read on demand.
 
     Example:
         >>> records = Records(getfixture("hops_folder") / "train.jsonl")
@@ -175,72 +132,59 @@ class Records:
 
     def __init__(
         self,
-        file: str | Path,
+        data: str | Path | Sequence[str | Path],
         *,
         row_format: RecordFormat | None = None,
         on_bad_row: OnBadRow = "error",
         show_progress: bool = False,
     ):
-        """Scan a file.
+        """Scan the data.
 
         Args:
-            file: one JSON object per line; blank lines are allowed.
-            row_format: how rows are read; by default with paths relative to the file's folder.
+            data: what `open_source` takes, or several of them.
+            row_format: how rows are read.
             on_bad_row: "error" stops at the first bad row, "skip" collects them in `bad_rows`.
             show_progress: whether to draw a progress bar.
 
         Raises:
             RowError: a bad row, unless skipped, or no usable row at all.
         """
-        self.file = Path(file)
-        self.format = row_format or RecordFormat(media_root=self.file.parent)
+        places = [data] if isinstance(data, (str, Path)) else list(data)
         self.bad_rows: list[str] = []
         self.tasks: list[str] = []
-        self._places: list[tuple[int, int]] = []  # byte offset and line number
-        for offset, number, line in self._lines(show_progress):
-            try:
-                record = self.format.parse(_decode(line, self.file.name, number), f"{self.file.name}:{number}")
-            except RowError as error:
-                if on_bad_row == "error":
-                    raise
-                self.bad_rows.append(str(error))
-                continue
-            self._places.append((offset, number))
-            self.tasks.append(record.task)
+        self._sources: list[tuple[Source, RecordFormat]] = []
+        self._places: list[tuple[int, int]] = []  # index of the source, number of the row
+        for place in places:
+            source, chosen = open_source(place), row_format or RecordFormat()
+            chosen = replace(
+                chosen,
+                media_root=chosen.media_root or Path(place).parent,
+                default_task=chosen.default_task or Path(place).stem,
+            )
+            self._sources.append((source, chosen))
+            self._scan(source, chosen, on_bad_row, show_progress)
         if not self._places:
-            raise RowError(f"{self.file} holds no usable row; {len(self.bad_rows)} were bad")
+            raise RowError(f"{', '.join(map(str, places))} holds no usable row; {len(self.bad_rows)} were bad")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
-        offset, number = self._places[index]
-        with self.file.open("rb") as file:
-            file.seek(offset)
-            return self.format.parse(file.readline().decode("utf-8"), f"{self.file.name}:{number}")
+        source, number = self._places[index]
+        origin, row_format = self._sources[source]
+        where, row = origin.read(number)
+        return row_format.read(row, where)
 
-    def _lines(self, show_progress: bool) -> Iterator[tuple[int, int, bytes]]:
-        size = self.file.stat().st_size
-        with (
-            self.file.open("rb") as file,
-            tqdm(
-                total=size,
-                desc=f"Checking {self.file.name}",
-                unit="B",
-                unit_scale=True,
-                disable=not show_progress,
-            ) as bar,
-        ):
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield offset, number, line
-                offset += len(line)
-                bar.update(len(line))
-
-
-def _decode(line: bytes, file: str, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(f"{file}:{number}: not UTF-8 ({error}); save the file as UTF-8") from None
+    def _scan(self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool) -> None:
+        for number, row in tqdm(source.scan(), desc=f"Checking {source.name}", unit=" rows", disable=not show_progress):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                record = row_format.read(row, f"{source.name}:{number}")
+            except RowError as error:
+                if on_bad_row == "error":
+                    raise
+                self.bad_rows.append(str(error))
+                continue
+            self._places.append((len(self._sources) - 1, number))
+            self.tasks.append(record.task)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from plume.config import PlumeConfig
 from plume.model import PlumeModel
+from plume_train.callbacks import Evaluate, named_evaluation
 from plume_train.collate import StagedRecords
 from plume_train.config import PlumeTrainingArguments
-from plume_train.records import RecordFormat, Records
-from plume_train.trainer import Evaluate, PlumeTrainer
+from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
+from plume_train.records import Records
+from plume_train.rows import RecordFormat
+from plume_train.saving import move_into, remember_run, whole_or_nothing
+from plume_train.trainer import PlumeTrainer
 
 
 def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> PlumeModel:
     """Train, and save the model in `args.output_dir`.
 
-    A run that was interrupted goes on from its last checkpoint when started again with `resume_from_checkpoint=auto`.
+    A run that was interrupted goes on from its last checkpoint when started again with the same settings.
 
     Args:
         args: the settings.
@@ -33,43 +38,86 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
             f"{args.n_gpu} GPUs are visible to one process, which cannot share out a batch of images; start one "
             "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
         )
+    args.check()
     set_seed(args.seed)
-    records = load_records(args)
+    records = load_records(args, args.train_file)
     curriculum = args.build_curriculum()
-    model = load_model(args)
-    for stage in curriculum.stages:
-        model.config.check_num_latent_steps(curriculum.num_latent_steps(stage))
-    model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
-    model.backbone.visual.requires_grad_(args.train_vision)
     if args.max_steps < 0:
         rows_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         args.max_steps = math.ceil(args.num_train_epochs * len(records) / rows_per_step)
+    remember_run(args)
+    if evaluate is None and args.evaluation:
+        evaluate = named_evaluation(args.evaluation, args.evaluation_arguments)  # type: ignore[arg-type]
 
-    trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate)
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "auto" else resume)
-    trainer.save_model(args.output_dir)
+    model: Any = load_model(args)
+    for stage in curriculum.stages:
+        model.config.check_num_latent_steps(curriculum.num_latent_steps(stage))
+    model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
+    freeze(model, args)
+    if args.lora_rank:
+        model = add_lora(model, args)
+
+    validation = StagedRecords(load_records(args, args.validation_file)) if args.validation_file else None
+    trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate, validation)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "auto":
+        checkpoint = get_last_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        trainer.progress.load(Path(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return finish(trainer)
+
+
+def freeze(model: PlumeModel, args: PlumeTrainingArguments) -> None:
+    """Leave only what the settings name to be trained."""
+    tower = model.backbone.visual
+    tower.requires_grad_(args.train_vision)
+    tower.merger.requires_grad_(args.train_merger or args.train_vision)
+
+
+def finish(trainer: PlumeTrainer) -> PlumeModel:
+    """Save the trained model as one plain folder, list bad rows, draw the summary."""
+    args = trainer.args
+    if args.lora_rank:
+        trainer.save_whole(args.output_folder / ADAPTER_FOLDER)
+        model = merged(trainer)
+        if args.should_save:
+            with whole_or_nothing(args.output_folder, True) as unfinished:
+                model.save_pretrained(unfinished)
+                move_into(unfinished, args.output_folder)
+    else:
+        trainer.save_whole(args.output_folder)
+        model = trainer.bare_model
+    if trainer.bad_rows:
+        _list_bad_rows(args, trainer.bad_rows)
+    trainer.accelerator.wait_for_everyone()
     return model.eval()
 
 
-def load_records(args: PlumeTrainingArguments) -> Records:
-    """The rows of a run; bad ones that are skipped are listed in `bad_rows.txt`."""
-    file = Path(args.train_file)
+def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
+    """Rows of some files; bad ones that are skipped are listed in `bad_rows.txt`."""
     records = Records(
-        file,
+        data,
         row_format=RecordFormat(
-            media_root=Path(args.media_root) if args.media_root else file.parent,
+            media_root=Path(args.media_root) if args.media_root else None,
             needs_target=args.needs_target,
             unclosed_answer=args.unclosed_answer,
         ),
         on_bad_row=args.on_bad_row,
-        show_progress=not args.disable_tqdm,
+        show_progress=not args.disable_tqdm and args.should_save,
     )
     if records.bad_rows:
-        report = args.output_folder / "bad_rows.txt"
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text("\n".join(records.bad_rows) + "\n", encoding="utf-8")
+        _list_bad_rows(args, records.bad_rows)
     return records
+
+
+def _list_bad_rows(args: PlumeTrainingArguments, bad_rows: list[str]) -> None:
+    """Add to the list, each row once."""
+    name = "bad_rows.txt" if args.process_index == 0 else f"bad_rows_{args.process_index}.txt"
+    report = args.output_folder / name
+    report.parent.mkdir(parents=True, exist_ok=True)
+    known = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
+    report.write_text("".join(f"{row}\n" for row in dict.fromkeys([*known, *bad_rows])), encoding="utf-8")
 
 
 def load_model(args: PlumeTrainingArguments) -> PlumeModel:

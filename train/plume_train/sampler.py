@@ -1,28 +1,41 @@
 """Batches of one task each, handed out together with the stage of the curriculum.
 
-In-batch negatives of another task are too easy, so every global batch is drawn from one data set, and the batches of
-each data set are spread over the whole of every pass. The stage travels with the index: data-loader workers, which
-prefetch, always prepare a row for the step at which it will be used.
+In-batch negatives of another task are too easy, so every global batch is drawn from one task, and the batches of each
+task are spread over the whole of every pass. The stage travels with the index: data-loader workers, which prefetch,
+always prepare a row for the step at which it will be used.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from plume_train.curriculum import Curriculum
 
-StagedIndex = tuple[int, int]
-"""Index of a row, index of a stage."""
+
+class Draw(NamedTuple):
+    """One row of a batch, and how it is to be prepared."""
+
+    row: int
+    """Index of the row."""
+    stage: int
+    """Index of its stage."""
+    num_steps: int
+    """K, its latent steps."""
+    most_steps: int
+    """The largest K of the batch, on all processes: as many steps are run."""
+    current_stage: int
+    """Stage of the run, which the row's is except where earlier ones are mixed in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedBatchSampler:
     """Batch sampler of a whole training run; a pure function of its fields.
 
-    Yields, for each micro-batch of one process, a list of `StagedIndex`.
+    Yields, for each batch of one process, a list of `Draw`.
     """
 
     tasks: Sequence[str]
@@ -31,46 +44,76 @@ class StagedBatchSampler:
     num_steps: int
     """Optimiser steps of the run."""
     batch_size: int
-    """Rows of a micro-batch of one process."""
+    """Rows of a batch of one process."""
     accumulation: int = 1
-    """Micro-batches per optimiser step."""
+    """Batches per optimiser step."""
     num_processes: int = 1
     rank: int = 0
     seed: int = 0
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    """How often a task is seen, relative to once per pass; tasks that are not named have 1."""
+    mixing_temperature: float = 1.0
+    """T; a task of n rows is seen in proportion to n^(1/T). 1: as it is; larger: tasks become more alike."""
+    stage_at: Callable[[int], int] | None = None
+    """Stage of a step; None: the curriculum's, by shares of `num_steps`."""
 
     def __len__(self) -> int:
         return self.num_steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[StagedIndex]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         batches = self._global_batches()
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for step in range(self.num_steps):
-            current = self.curriculum.stage_at(step, self.num_steps)
             for micro_step in range(self.accumulation):
+                current = (
+                    self.curriculum.stage_at(step, self.num_steps) if self.stage_at is None else self.stage_at(step)
+                )
                 rng = random.Random(f"{self.seed}/{step}/{micro_step}")
-                staged = [(index, self.curriculum.draw_stage(current, rng)) for index in next(batches)]
-                yield staged[mine]
+                stages = [(row, self.curriculum.draw_stage(current, rng)) for row in next(batches)]
+                # Rows at one stage share their K: contrast between vectors of unequal K is not what inference asks.
+                steps = {stage: self.curriculum.draw_steps(stage, rng) for stage in sorted({s for _, s in stages})}
+                most = max(steps.values())
+                yield [Draw(row, stage, steps[stage], most, current) for row, stage in stages[mine]]
 
     def _global_batches(self) -> Iterator[list[int]]:
+        size = self.batch_size * self.num_processes
         epoch = 0
         while True:
-            yield from _epoch(self.tasks, self.batch_size * self.num_processes, f"{self.seed}/{epoch}")
+            yield from self._epoch(size, epoch)
             epoch += 1
 
+    def _epoch(self, size: int, epoch: int) -> list[list[int]]:
+        """One pass over the data in batches of one task; the last batch of a task is filled up from the same task."""
+        rng = random.Random(f"{self.seed}/{epoch}")
+        by_task: dict[str, list[int]] = defaultdict(list)
+        for index, task in enumerate(self.tasks):
+            by_task[task].append(index)
+        placed: list[tuple[float, list[int]]] = []
+        for task, rows in sorted(by_task.items()):
+            rng.shuffle(rows)
+            rows = self._weighted(rows, task, by_task, epoch, rng)
+            missing = -len(rows) % size
+            while missing:
+                filled = rng.sample(rows, min(missing, len(rows)))
+                rows, missing = rows + filled, missing - len(filled)
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            # Evenly over the pass, from a random phase, so that tasks alternate as their sizes allow.
+            phase = rng.random()
+            placed += [((place + phase) / len(batches), batch) for place, batch in enumerate(batches)]
+        return [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
 
-def _epoch(tasks: Sequence[str], size: int, seed: str) -> list[list[int]]:
-    """One pass over the data in batches of one task; the last batch of a task is filled up from the same task."""
-    rng = random.Random(seed)
-    by_task: dict[str, list[int]] = defaultdict(list)
-    for index, task in enumerate(tasks):
-        by_task[task].append(index)
-    placed: list[tuple[float, list[int]]] = []
-    for _, rows in sorted(by_task.items()):
-        rng.shuffle(rows)
-        while len(rows) % size:
-            rows += rng.sample(rows, min(size - len(rows) % size, len(rows)))
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        # Evenly over the pass, from a random phase, so that tasks alternate as their sizes allow.
-        phase = rng.random()
-        placed += [((place + phase) / len(batches), batch) for place, batch in enumerate(batches)]
-    return [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
+    def _weighted(
+        self, rows: list[int], task: str, by_task: Mapping[str, list[int]], epoch: int, rng: random.Random
+    ) -> list[int]:
+        """The rows of a task in one pass: all of them, several times, or another part in every pass."""
+        weight = self.task_weights.get(task, 1.0)
+        if self.mixing_temperature != 1:
+            total = sum(map(len, by_task.values()))
+            flat = {name: len(of) ** (1 / self.mixing_temperature) for name, of in by_task.items()}
+            weight *= flat[task] / sum(flat.values()) * total / len(rows)
+        if weight == 1:
+            return rows
+        # Whole copies, then a part; at least one row, so that no task is lost.
+        wanted = max(round(len(rows) * weight), 1)
+        copies = [row for _ in range(wanted // len(rows)) for row in rng.sample(rows, len(rows))]
+        return copies + rng.sample(rows, wanted % len(rows))

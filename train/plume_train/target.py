@@ -65,7 +65,14 @@ class Target:
         return LATENT_START + LATENT * self.num_latent_steps + self.suffix
 
 
-def write_target(config: PlumeConfig, curriculum: Curriculum, stage: Stage, rationale: str, answer: str = "") -> Target:
+def write_target(
+    config: PlumeConfig,
+    curriculum: Curriculum,
+    stage: Stage,
+    rationale: str,
+    answer: str = "",
+    num_latent_steps: int | None = None,
+) -> Target:
     """The target of one side at a stage.
 
     Args:
@@ -74,8 +81,10 @@ def write_target(config: PlumeConfig, curriculum: Curriculum, stage: Stage, rati
         stage: the stage.
         rationale: the whole written rationale; may be empty.
         answer: the written answer; may be empty.
+        num_latent_steps: latent steps, where they are not the stage's.
     """
     parts = segments(rationale, curriculum.num_segments)
     remaining = "".join(parts[curriculum.num_replaced_segments(stage) :])
     answer = "" if stage.drop_answer else answer
-    return Target(curriculum.num_latent_steps(stage), prompt.suffix(config, remaining, answer, end_turn=True))
+    steps = curriculum.num_latent_steps(stage) if num_latent_steps is None else num_latent_steps
+    return Target(steps, prompt.suffix(config, remaining, answer, end_turn=True))

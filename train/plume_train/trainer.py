@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import DistributedType
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from plume.losses import balance_loss, in_batch_recall, info_nce, suffix_cross_entropy
-from plume.model import PlumeModel, PlumeOutput
-from plume_train.collate import PairCollator, StagedRecords
+from plume.gather import is_distributed
+from plume.model import PlumeModel
+from plume_train.advance import Progress, Validation
+from plume_train.callbacks import Evaluate, EvaluationHook, LogFile, ShortProgress, StageChange
+from plume_train.collate import Batch, PairCollator, StagedRecords
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import Curriculum
+from plume_train.gradcache import Step
+from plume_train.metrics import Meter
+from plume_train.objective import Objective
 from plume_train.sampler import StagedBatchSampler
-
-Evaluate = Callable[[PlumeModel, int], dict[str, float]]
-"""Given the model and the step, returns numbers for the log."""
+from plume_train.saving import RunError, move_into, whole_or_nothing
 
 
 class PlumeTrainer(Trainer):
@@ -31,85 +36,162 @@ class PlumeTrainer(Trainer):
 
     def __init__(
         self,
-        model: PlumeModel,
+        model: Any,
         args: PlumeTrainingArguments,
         dataset: StagedRecords,
         curriculum: Curriculum,
         evaluate: Evaluate | None = None,
+        validation: StagedRecords | None = None,
     ):
         """Set up.
 
         Args:
-            model: with its processor.
+            model: a `PlumeModel` with its processor, or a peft model around one.
             args: the settings; `max_steps` must be set.
             dataset: the rows.
             curriculum: the stages.
             evaluate: called every `args.evaluate_every` steps; what it returns is logged.
+            validation: held-out rows.
         """
-        assert model.processor is not None
-        collator = PairCollator(
-            model.processor,
-            model.config,
+        bare = bare_model(model)
+        assert bare.processor is not None
+        self.curriculum = curriculum
+        self.progress = Progress(curriculum, args.max_steps)
+        self.objective = Objective(args, bare.config.num_experts if bare.config.transition == "moe" else None)
+        bare.loss_scalars = self.objective.build_scalars()
+        self.collate = PairCollator(
+            bare.processor,
+            bare.config,
             curriculum,
+            micro_batch_size=args.micro_batch_size,
+            num_negatives=args.num_negatives,
+            with_teacher=args.distillation_weight > 0,
+            touch_all=args.world_size > 1,
             last_state_predicts=args.last_state_predicts,
+            on_bad_row=args.on_bad_row,
             num_cached_images=args.num_cached_images,
         )
-        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation must divide it
-        self.curriculum = curriculum
-        self.adapter_routes = model.config.transition == "moe"
-        self.num_experts = model.config.num_experts
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=self.collate)  # type: ignore[arg-type]
+        if is_distributed() and self.accelerator.distributed_type == DistributedType.NO:
+            raise RunError(
+                "several processes were started, but accelerate keeps them apart, so each would train a model of its "
+                "own; on a CPU set use_cpu=true"
+            )
+        self.meter = Meter(args.device)
+        self.bad_rows: list[str] = []
+        self._where: list[str] = []
+        self._saving_in: str | None = None
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ShortProgress())
+        self.pop_callback(PrinterCallback)
         self.add_callback(LogFile(args.output_folder / "log.jsonl"))
+        self.add_callback(StageChange(args.optimizer_reset, self.progress.stage_at))
+        if validation is not None:
+            self.add_callback(Validation(self, validation))
         if evaluate is not None and args.evaluate_every:
             self.add_callback(EvaluationHook(evaluate, args.evaluate_every, self))
 
-    def compute_loss(
-        self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The sum of all terms, method and weights as in `plume.losses`."""
-        weights, parts = self.args.loss_weights, {}
-        sides = {name: model(**inputs[name]) for name in ("query", "target") if name in inputs}
-        for name, output in sides.items():
-            side = inputs[name]
-            parts[f"cross_entropy_{name}"] = suffix_cross_entropy(output.suffix_logits, side["labels"])
-            if (gates := self._gates(output)) is not None:
-                parts[f"balance_{name}"] = balance_loss(gates, side["num_latent_steps"])
-        if "target" in sides:
-            query, target = sides["query"], sides["target"]
-            keys = {name: inputs[name] for name in ("query_keys", "target_keys")}
-            temperature = self.args.temperature
-            parts["contrastive"] = info_nce(query.embedding, target.embedding, temperature, **keys)
-            parts["anchor_contrastive"] = info_nce(query.anchor_embedding, target.anchor_embedding, temperature, **keys)
-            with torch.no_grad():
-                recall = in_batch_recall(query.embedding, target.embedding, keys["target_keys"])
-                self._parts["recall_in_batch"].append(recall)
+    @property
+    def bare_model(self) -> PlumeModel:
+        """The model without what wraps it."""
+        return bare_model(self.accelerator.unwrap_model(self.model))
 
-        loss = sum(getattr(weights, _term(name)) * value for name, value in parts.items())
-        for name, value in parts.items():
-            self._parts[name].append(value.detach())
-        return (loss, sides) if return_outputs else loss
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch; returns the loss, without gradients."""
+        model.train()
+        batch = self.prepare_batch(inputs)
+        self._where = batch["where"]
+        self.bad_rows += batch["bad_rows"]
+        step = self._step(model, scale=1 / self.current_gradient_accumulation_steps, check=self._stop_if_not_finite)
+        is_one_pass = all(len(passes) == 1 for passes in batch["passes"].values())
+        parts = step.direct(batch) if is_one_pass else step.cached(batch)
+        loss = self.objective.weighted(parts).to(self.args.device)
+        self.meter.see_step(batch, parts, loss)
+        return loss * step.scale
 
-    def _gates(self, output: PlumeOutput) -> Tensor | None:
-        if output.gates is None and self.adapter_routes and self.args.world_size > 1:
-            # Rows of other processes may take steps; all processes must meet in the same collectives.
-            assert output.embedding is not None
-            return output.embedding.new_zeros(len(output.embedding), 1, self.num_experts)
-        return output.gates
+    def _step(self, model: nn.Module, **settings: Any) -> Step:
+        tower = self.bare_model.backbone.visual
+        return Step(
+            model=model,
+            objective=self.objective,
+            accelerator=self.accelerator,
+            autocast=self.compute_loss_context_manager,
+            vision_is_frozen=not any(
+                p.requires_grad for p in [*tower.patch_embed.parameters(), *tower.blocks.parameters()]
+            ),
+            **({"observe": self.meter.see_pass} if settings else {}),
+            **settings,
+        )
+
+    def prepare_batch(self, batch: Any) -> Batch:
+        """The batch on this process's device."""
+        return self._prepare_inputs(batch)  # type: ignore[return-value]
+
+    @contextmanager
+    def model_for_measuring(self) -> Iterator[Step]:
+        """The wrapped model without dropout, as a step that can measure."""
+        model: Any = self.model_wrapped
+        model.eval()
+        yield self._step(model)
+        model.train()
+
+    def _stop_if_not_finite(self, parts: dict[str, Tensor]) -> None:
+        if torch.isfinite(torch.stack(list(parts.values())).sum()):
+            return
+        values = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
+        raise self._broken(f"the loss of step {self.state.global_step + 1} is no number ({values})")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With fp16 the scaler skips steps whose gradients overflow; anywhere else they mean that something broke.
+        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise self._broken(f"the gradient of step {self.state.global_step + 1} is no number")
+        return norm
+
+    def _broken(self, what: str) -> RunError:
+        rows = ", ".join(self._where)
+        return RunError(
+            f"{what}. Its rows on process {self.args.process_index}: {rows}. The model was not changed by it and all "
+            "checkpoints are kept; look at these rows, lower learning_rate, or set max_grad_norm"
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the settings, rising again after changes of stage where that is asked for."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.rewarmup_steps and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [self._rewarmed(rate) for rate in scheduler.lr_lambdas]
+        return scheduler
+
+    def _rewarmed(self, rate: Any) -> Any:
+        def rewarmed(step: int) -> float:
+            since = self.progress.steps_in_stage(step)
+            return rate(step) * (1.0 if since is None else min(1.0, (since + 1) / self.args.rewarmup_steps))
+
+        return rewarmed
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each term since the last log, and the stage."""
-        for name, values in self._parts.items():
-            logs[name] = round(torch.stack(values).mean().item(), 5)
-        self._parts.clear()
-        index = self.curriculum.stage_at(max(self.state.global_step - 1, 0), self.args.max_steps)
-        stage = self.curriculum.stages[index]
-        logs |= {"stage": index, "num_latent_steps": self.curriculum.num_latent_steps(stage)}
+        """Add what was observed since the last log, and the stage."""
+        if "loss" in logs:
+            logs |= self.meter.take()
+            index = self.progress.stage_at(max(self.state.global_step - 1, 0))
+            logs |= {
+                "stage": index,
+                "num_latent_steps": self.curriculum.num_latent_steps(self.curriculum.stages[index]),
+            }
         super().log(logs, *args, **kwargs)
+
+    def log_beside(self, numbers: dict[str, float]) -> None:
+        """Log numbers that are not the training's own, without taking the place of its log at this step."""
+        due = self.control.should_log
+        self.log(numbers)
+        self.control.should_log = due
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the whole run; each process draws its own part, so nothing is sharded a second time."""
         assert isinstance(self.train_dataset, StagedRecords)
+        workers = self.args.dataloader_num_workers
+        ahead = workers * (self.args.dataloader_prefetch_factor or 2)
+        self.progress.lead = ahead // self.args.gradient_accumulation_steps + 2
         sampler = StagedBatchSampler(
             tasks=self.train_dataset.records.tasks,
             curriculum=self.curriculum,
@@ -119,53 +201,73 @@ class PlumeTrainer(Trainer):
             num_processes=self.args.world_size,
             rank=self.args.process_index,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            task_weights=self.args.task_weights,  # type: ignore[arg-type]
+            mixing_temperature=self.args.mixing_temperature,
+            stage_at=self.progress.stage_at,
         )
         return DataLoader(
             self.train_dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.collate,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def floating_point_ops(self, inputs: dict) -> int:
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but whole or not at all, and the old ones are deleted last."""
+        folder = Path(super()._get_output_dir(trial))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.accelerator.wait_for_everyone()
+        try:
+            with whole_or_nothing(folder, self.args.should_save) as unfinished:
+                self.accelerator.wait_for_everyone()
+                self._saving_in = str(unfinished)
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}")
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    move_into(unfinished, folder)
+        finally:
+            self._saving_in = None
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            _delete_old_checkpoints(folder, limit)
+        self.accelerator.wait_for_everyone()
+
+    def save_whole(self, folder: Path) -> None:
+        """Save the model; files that are there already are replaced once everything is written."""
+        with whole_or_nothing(folder, self.args.should_save) as unfinished:
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(unfinished))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_into(unfinished, folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._saving_in is None and self.bare_model.loss_scalars is not None:  # what is no checkpoint needs no loss
+            whole = self.bare_model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: weight for name, weight in whole.items() if not name.startswith("loss_scalars.")}
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and output_dir is not None:
+            # It is a pickle that nothing reads; `run.json` holds the settings.
+            Path(output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the Trainer's estimate knows neither two sides nor latent steps."""
         return 0
 
 
-def _term(name: str) -> str:
-    """The weight's name of a part: both sides share one."""
-    return name.removesuffix("_query").removesuffix("_target")
+def bare_model(model: Any) -> PlumeModel:
+    """The `PlumeModel` inside a peft model."""
+    return model if isinstance(model, PlumeModel) else model.get_base_model()
 
 
-class LogFile(TrainerCallback):
-    """Writes every log as a line of JSON."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-class EvaluationHook(TrainerCallback):
-    """Calls an evaluation every so many steps, and at the end."""
-
-    def __init__(self, evaluate: Evaluate, every: int, trainer: PlumeTrainer):
-        self.evaluate = evaluate
-        self.every = every
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if state.is_world_process_zero and (
-            state.global_step % self.every == 0 or state.global_step == state.max_steps
-        ):
-            assert model is not None
-            model.eval()
-            with torch.inference_mode():
-                numbers = self.evaluate(model, state.global_step)
-            model.train()
-            self.trainer.log(numbers)
+def _delete_old_checkpoints(folder: Path, limit: int) -> None:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    for old in found[:-limit]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,230 @@
+"""One objective, many ways to compute its gradient: in one pass, by GradCache, row by row, with checkpointing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from plume import PlumeModel
+from plume_train.collate import PairCollator, StagedRecords
+from plume_train.config import PlumeTrainingArguments
+from plume_train.curriculum import PAPER, Curriculum, Stage
+from plume_train.gradcache import Step
+from plume_train.objective import Objective
+from plume_train.records import Records
+from plume_train.sampler import Draw
+
+EVERY_TERM = {
+    "matryoshka_dims": [8, 32],
+    "matryoshka_weight": 0.7,
+    "per_step_weight": 0.5,
+    "alignment_weight": 0.3,
+    "uniformity_weight": 0.2,
+    "distillation_weight": 2.0,
+    "learn_temperature": True,
+    "num_negatives": 2,
+    "balance_weight": 10.0,
+    "temperature": 0.1,
+}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Six rows: text and images mixed, an equal target, hard negatives of different number."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (56, 84), colour).save(tmp_path / f"{name}.png")
+    lines = [
+        {"query": {"text": "red kite", "rationale": "It is red. It flies.", "answer": "kite"}, "target": "kite"},
+        {"query": {"text": "what", "image": "a.png", "rationale": "Red. All of it."}, "target": {"image": "b.png"}},
+        {"query": {"image": ["a.png", "b.png"]}, "target": "table", "negatives": ["red", {"image": "a.png"}, "kite"]},
+        {"query": "blue", "target": "kite", "negatives": ["table"]},
+        {"query": {"image": "b.png"}, "target": {"text": "blue", "rationale": "Blue is blue. So it is."}},
+        {"query": "red table", "target": {"image": "a.png", "text": "red"}},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return StagedRecords(Records(file))
+
+
+@pytest.fixture
+def trainee(plume_folder):
+    model = PlumeModel.from_pretrained(plume_folder).double().train()
+    model.backbone.visual.requires_grad_(False)
+    model.backbone.visual.merger.requires_grad_(True)
+    return model
+
+
+CURRICULUM = Curriculum(stages=PAPER, num_segments=4)
+DRAWS = {
+    "explicit": [(0, 0)] * 6,
+    "middle": [(2, 2)] * 6,
+    "latent": [(4, 4)] * 6,
+    "mixed stages": [(4, 4), (2, 2), (4, 4), (0, 0), (4, 4), (1, 1)],
+}
+
+
+def arguments(tmp_path, **settings):
+    return PlumeTrainingArguments(
+        model="m", train_file=["f"], output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **settings
+    )
+
+
+def batch_of(model, rows, args, draws, chosen=range(6)):
+    most = max(steps for _, steps in draws)
+    collate = PairCollator(
+        model.processor,
+        model.config,
+        CURRICULUM,
+        micro_batch_size=args.micro_batch_size,
+        num_negatives=args.num_negatives,
+        with_teacher=args.distillation_weight > 0,
+    )
+    batch = collate([rows[Draw(row, *draws[row], most, 4)] for row in chosen])
+    for one in (one for passes in batch["passes"].values() for one in passes):
+        if "pixel_values" in one["inputs"]:
+            one["inputs"]["pixel_values"] = one["inputs"]["pixel_values"].double()
+    return batch
+
+
+def gradients(model, rows, args, draws, way="direct", seed=0):
+    """Terms and gradients of the batch; the learnt scalars are among them."""
+    objective = Objective(args, model.config.num_experts)
+    scalars = objective.build_scalars()
+    model.loss_scalars = scalars and scalars.double()
+    model.zero_grad()
+    batch = batch_of(model, rows, args, draws)
+    torch.manual_seed(seed)
+    step = Step(
+        model=model,
+        objective=objective,
+        accelerator=Accelerator(cpu=True),
+        autocast=nullcontext,
+        vision_is_frozen=True,
+    )
+    parts = getattr(step, way)(batch)
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return parts, found
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() / (1 + one[name].abs().max().item()) for name in one)
+
+
+@pytest.mark.parametrize("stage", DRAWS)
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])
+def test_gradcache_over_micro_batches_of_any_size_equals_none_for_every_term(
+    trainee, rows, tmp_path, stage, micro_batch_size
+):
+    args = arguments(tmp_path, **EVERY_TERM)
+    parts, whole = gradients(trainee, rows, args, DRAWS[stage])
+    assert all(part.abs().sum() > 0 for name, part in parts.items() if name != "uniformity" and "balance" not in name)
+    cut = arguments(tmp_path, **EVERY_TERM, micro_batch_size=micro_batch_size)
+    cached_parts, cached = gradients(trainee, rows, cut, DRAWS[stage], "cached")
+    assert largest_difference(parts, cached_parts) < 1e-9
+    assert largest_difference(whole, cached) < 1e-9
+
+
+@pytest.mark.parametrize("term", ["cross_entropy", "contrastive", "anchor_contrastive", "balance", "sigmoid"])
+def test_gradcache_is_exact_for_each_term_alone(trainee, rows, tmp_path, term):
+    weights = dict.fromkeys(
+        ("cross_entropy_weight", "contrastive_weight", "anchor_contrastive_weight", "balance_weight"), 0.0
+    )
+    loss = {"contrastive_loss": "sigmoid", "contrastive_weight": 1.0} if term == "sigmoid" else {f"{term}_weight": 1.0}
+    settings = {**weights, **loss, "temperature": 0.1}
+    _, whole = gradients(trainee, rows, arguments(tmp_path, **settings), DRAWS["mixed stages"])
+    cut = arguments(tmp_path, **settings, micro_batch_size=2)
+    _, cached = gradients(trainee, rows, cut, DRAWS["mixed stages"], "cached")
+    assert any(gradient.abs().max() > 1e-6 for gradient in whole.values())
+    assert largest_difference(whole, cached) < 1e-9
+
+
+def test_gradcache_draws_the_same_dropout_twice(trainee, rows, tmp_path):
+    for module in trainee.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    args = arguments(tmp_path, micro_batch_size=2)
+    _, kept = gradients(trainee, rows, args, DRAWS["latent"])  # the same passes, all graphs kept
+    _, cached = gradients(trainee, rows, args, DRAWS["latent"], "cached")
+    assert largest_difference(kept, cached) < 1e-9
+    _, other = gradients(trainee, rows, args, DRAWS["latent"], "cached", seed=1)
+    assert largest_difference(kept, other) > 1e-6
+
+
+@pytest.mark.parametrize("way", ["direct", "cached"])
+def test_activation_checkpointing_changes_no_gradient(trainee, rows, tmp_path, way):
+    args = arguments(tmp_path, **EVERY_TERM, micro_batch_size=4)
+    _, without = gradients(trainee, rows, args, DRAWS["mixed stages"], way)
+    trainee.gradient_checkpointing_enable()
+    calls = []
+    layer = trainee.backbone.language_model.layers[0]
+    layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    _, with_it = gradients(trainee, rows, args, DRAWS["mixed stages"], way)
+    assert largest_difference(without, with_it) < 1e-9
+    passes = 6 + 6 if way == "cached" else 6  # of two sides and negatives, each of up to 5 feeds; replays double them
+    assert len(calls) > 1.5 * passes
+
+
+def test_reentrant_checkpointing_is_refused(trainee):
+    with pytest.raises(ValueError, match="loses gradients that flow through the cache"):
+        trainee.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_batch_of_latent_loops_equals_a_loop_over_rows(trainee, rows, tmp_path):
+    """Cross-entropy and vectors of rows alone, joined by the formulas of the paper."""
+    args = arguments(tmp_path, temperature=0.1, balance_weight=0.0)
+    draws = DRAWS["mixed stages"]
+    parts, _ = gradients(trainee, rows, args, draws)
+    objective = Objective(args, trainee.config.num_experts)
+    entropies, vectors = {"query": [], "target": []}, {"query": [], "target": []}
+    for row in range(6):
+        batch = batch_of(trainee, rows, args, draws, [row])
+        for role, (one,) in batch["passes"].items():
+            output = trainee(**{**one["inputs"], "max_latent_steps": None})
+            entropies[role] += objective.own(trainee, output, one, batch["num_supervised"][role]).values()
+            vectors[role].append(output.embedding)
+    for role, values in entropies.items():
+        assert torch.allclose(torch.stack(values).mean(), parts[f"cross_entropy_{role}"], atol=1e-9)
+    query, target = (torch.cat(vectors[role]).double() for role in ("query", "target"))
+    scores = query @ target.T / 0.1
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed[0, 3] = allowed[3, 0] = False  # both targets are "kite"
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    own = scores.diagonal()
+    expected = ((scores.logsumexp(1) - own).mean() + (scores.logsumexp(0) - own).mean()) / 2
+    assert torch.allclose(expected, parts["contrastive"].double(), atol=1e-5)
+
+
+def test_a_row_that_cannot_be_loaded_weighs_nothing(trainee, rows, tmp_path):
+    args = arguments(tmp_path, **EVERY_TERM)
+    trainee.loss_scalars = None
+    curriculum = replace(CURRICULUM, stages=(Stage(ratio=1.0, share=1.0),))
+
+    def terms(chosen, on_bad_row):
+        collate = PairCollator(
+            trainee.processor, trainee.config, curriculum, num_negatives=2, with_teacher=True, on_bad_row=on_bad_row
+        )
+        batch = collate([rows[Draw(row, 0, 4, 4, 0)] for row in chosen])
+        for one in (one for passes in batch["passes"].values() for one in passes):
+            if "pixel_values" in one["inputs"]:
+                one["inputs"]["pixel_values"] = one["inputs"]["pixel_values"].double()
+        objective = Objective(args, trainee.config.num_experts)
+        step = Step(model=trainee, objective=objective, accelerator=Accelerator(cpu=True), autocast=nullcontext)
+        return step.direct(batch), batch
+
+    alone, _ = terms([0, 1, 3, 4], "error")
+    whole = rows.records[5].target.images[0].read_bytes()
+    place = rows.records[5].target.images[0].parent / "c.png"
+    place.write_bytes(whole[: len(whole) // 2])
+    lines = (place.parent / "rows.jsonl").read_text().replace('"a.png", "text": "red"', '"c.png", "text": "red"')
+    (place.parent / "rows.jsonl").write_text(lines)
+    with_bad, batch = terms([0, 1, 3, 4, 5], "skip")
+    assert len(batch["bad_rows"]) == 1
+    assert "rows.jsonl:6" in batch["bad_rows"][0]
+    assert largest_difference(alone, with_bad) < 1e-9

@@ -1,0 +1,127 @@
+"""Where a run stands in its curriculum, and what may move it on: the schedule, or a validation loss that has settled.
+
+A stage ends at its share of the steps. With `advance=settled` it ends before that once the loss on held-out rows has
+not improved for some validations. Data-loader workers prepare batches ahead of time, so a decision takes effect a few
+steps later, at the first batch that nobody has begun; the borders are saved with every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+from plume.gather import num_processes, total
+from plume_train.collate import StagedRecords
+from plume_train.curriculum import Curriculum
+from plume_train.sampler import StagedBatchSampler
+
+if TYPE_CHECKING:
+    from plume_train.trainer import PlumeTrainer
+
+PROGRESS_FILE = "progress.json"
+
+
+class Progress:
+    """The first step of every stage, and how the validation loss of the current one has done."""
+
+    def __init__(self, curriculum: Curriculum, num_steps: int):
+        self.borders = [curriculum.first_step(stage, num_steps) for stage in range(len(curriculum.stages))]
+        self.lead = 0
+        """Steps that batches may have been prepared ahead."""
+        self.best = math.inf
+        self.num_waited = 0
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage of a step."""
+        return sum(step >= border for border in self.borders[1:])
+
+    def steps_in_stage(self, step: int) -> int | None:
+        """Steps since the last change of stage; None in the first."""
+        stage = self.stage_at(step)
+        return None if stage == 0 else step - self.borders[stage]
+
+    def note_validation(self, step: int, loss: float, patience: int, tolerance: float) -> bool:
+        """Take a validation loss into account.
+
+        Args:
+            step: steps that were taken.
+            loss: of the held-out rows.
+            patience: validations in a row without improvement after which a stage has settled.
+            tolerance: what counts as an improvement, relative to the best loss.
+
+        Returns:
+            Whether the stage will end earlier than it would have.
+        """
+        if loss < self.best - tolerance * abs(self.best) or math.isinf(self.best):
+            self.best, self.num_waited = loss, 0
+            return False
+        self.num_waited += 1
+        following, start = self.stage_at(step) + 1, step + self.lead
+        if self.num_waited < patience or following >= len(self.borders) or start >= self.borders[following]:
+            return False
+        # Only this border moves; the last stage gets what the others leave.
+        self.borders[following:] = [start + border - self.borders[following] for border in self.borders[following:]]
+        self.best, self.num_waited = math.inf, 0
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint."""
+        state = {"borders": self.borders, "best": self.best, "num_waited": self.num_waited}
+        (folder / PROGRESS_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint; one without the file leaves the schedule as it is."""
+        if (folder / PROGRESS_FILE).exists():
+            state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            self.borders, self.best, self.num_waited = state["borders"], state["best"], state["num_waited"]
+
+
+class Validation(TrainerCallback):
+    """Measures the loss on held-out rows at the current stage, and may end the stage."""
+
+    def __init__(self, trainer: PlumeTrainer, rows: StagedRecords):
+        self.trainer = trainer
+        self.rows = rows
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        args, step = self.trainer.args, state.global_step
+        if step % args.validate_every and step != state.max_steps:
+            return
+        progress = self.trainer.progress
+        stage_before = progress.stage_at(step - 1)
+        numbers = self.measure(stage_before)
+        if args.advance == "settled" and progress.stage_at(step) == stage_before:
+            numbers["stage_settled"] = float(
+                progress.note_validation(step, numbers["loss"], args.settle_patience, args.settle_tolerance)
+            )
+        self.trainer.log_beside({f"validation_{name}": value for name, value in numbers.items()})
+
+    def measure(self, stage: int) -> dict[str, float]:
+        """Loss terms of all held-out rows at a stage, means over their batches; a collective call."""
+        trainer = self.trainer
+        args, tasks = trainer.args, self.rows.records.tasks
+        size = args.per_device_train_batch_size * args.world_size
+        batches = StagedBatchSampler(
+            tasks=tasks,
+            curriculum=replace(trainer.curriculum, mix_earlier=0.0, random_steps=False),
+            num_steps=sum(math.ceil(tasks.count(task) / size) for task in set(tasks)),
+            batch_size=args.per_device_train_batch_size,
+            num_processes=args.world_size,
+            rank=args.process_index,
+            stage_at=lambda _: stage,
+        )
+        measured = []
+        with trainer.model_for_measuring() as step:
+            for draws in batches:
+                batch = trainer.collate([self.rows[draw] for draw in draws])
+                parts = step.measure(trainer.prepare_batch(batch))
+                measured.append(parts | {"loss": trainer.objective.weighted(parts).to(args.device)})
+        means = {name: torch.stack([parts[name] for parts in measured]).mean() for name in measured[0]}
+        everywhere = total(torch.stack(list(means.values()))) / num_processes()
+        return dict(zip(means, everywhere.tolist(), strict=True))

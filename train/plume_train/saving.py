@@ -1,0 +1,128 @@
+"""Checkpoints that an interruption cannot harm, and the run that they belong to.
+
+A checkpoint is written under another name and renamed when it is whole; so what is called `checkpoint-N` is whole, and
+the ones before it are deleted only then. `run.json` beside them says with what settings the run began: the same command
+goes on with it, another one is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from plume_train.config import PlumeTrainingArguments
+
+UNFINISHED = "unfinished"
+RUN_FILE = "run.json"
+
+# What may differ between the start of a run and its continuation.
+_FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "logging_steps",
+    "disable_tqdm",
+    "report_to",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "evaluate_every",
+    "evaluation",
+    "evaluation_arguments",
+    "dataloader_num_workers",
+    "num_cached_images",
+    "run_name",
+}
+
+
+class RunError(RuntimeError):
+    """A run that cannot begin, go on or save; says what to do, and that nothing is lost."""
+
+
+def remember_run(args: PlumeTrainingArguments) -> None:
+    """Write `run.json`, or compare with it where the folder already holds a run.
+
+    Raises:
+        RunError: the folder cannot be written to, or it holds checkpoints of another run.
+    """
+    folder = args.output_folder
+    wanted = settings_of(args)
+    file = folder / RUN_FILE
+    if file.exists() and get_last_checkpoint(str(folder)) is not None and args.resume_from_checkpoint == "auto":
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in sorted(wanted) if begun.get(name, wanted[name]) != wanted[name]]
+        if changed:
+            listed = "; ".join(f"{name} was {begun[name]!r}, now {wanted[name]!r}" for name in changed[:5])
+            raise RunError(
+                f"{folder} holds checkpoints of a run with other settings: {listed}. Start it with the same settings "
+                "to go on, choose another output_dir, or remove the folder"
+            )
+        return
+    if not args.should_save:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
+
+
+def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
+    """All that decides the result of a run."""
+    own = {name: getattr(args, name) for name in PlumeTrainingArguments.__annotations__}
+    names = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "bf16")
+    names += ("fp16", "max_steps", "num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size")
+    common = {name: getattr(args, name) for name in (*names, "max_grad_norm", "world_size")}
+    return json.loads(json.dumps({k: v for k, v in (own | common).items() if k not in _FREE}, default=str))
+
+
+@contextmanager
+def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
+    """Yields a folder to write into, whose entries are moved to `folder` at the end.
+
+    Files take the place of files of the same name one by one; folders appear whole.
+
+    Raises:
+        RunError: it could not be written; what `folder` held is untouched.
+    """
+    unfinished = folder / UNFINISHED
+    # The inner folder bears the final name, which model cards repeat.
+    inner = unfinished / folder.resolve().name
+    if is_writer:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        inner.mkdir(parents=True)
+    try:
+        yield inner
+    except OSError as error:
+        raise _not_saved(folder, unfinished, error.errno, str(error)) from error
+    except RuntimeError as error:  # how torch and safetensors say that the disk is full
+        cause = errno.ENOSPC if "No space left" in str(error) or "unexpected pos" in str(error) else None
+        if cause is None and "write" not in str(error):
+            raise
+        raise _not_saved(folder, unfinished, cause, str(error)) from error
+
+
+def move_into(unfinished: Path, folder: Path) -> None:
+    """Move what `whole_or_nothing` yielded into its place, replacing what has the same name."""
+    for entry in sorted(unfinished.iterdir()):
+        place = folder / entry.name
+        if entry.is_dir() and place.exists():
+            shutil.rmtree(place)
+        os.replace(entry, place)
+    shutil.rmtree(unfinished.parent)
+
+
+def _not_saved(folder: Path, unfinished: Path, cause: int | None, why: str) -> RunError:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    kept = f"the last good checkpoint, {last}, is untouched" if last else "there is no earlier checkpoint"
+    remedy = "free disk space" if cause == errno.ENOSPC else "make the folder writable"
+    return RunError(f"saving in {folder} failed: {why}; {kept}. {remedy} and start the same command again")
