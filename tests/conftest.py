@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def plume_folder(backbone_folder, tmp_path_factory) -> Path:
 def hops_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hops")
     make_page_task(folder, num_train=12, num_test=6, num_symbols=4, num_hops=2, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, hops_folder) -> Path:
+    """A stock backbone that knows the words of `hops_folder`."""
+    folder = tmp_path_factory.mktemp("start")
+    words = json.loads((hops_folder / "task.json").read_text())["words"]
+    save_tiny_backbone(folder, words, hidden_size=32, temporal_patch_size=1)
     return folder
 
 

@@ -93,20 +93,17 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
 class Watch:
     """Evaluates on a part of the held-out questions while training goes on, and keeps the curves."""
 
-    def __init__(self, task: HopsTask, first_step: int, modes: dict[str, Mode], args: PlumeTrainingArguments):
+    def __init__(self, task: HopsTask, first_step: int, modes: dict[str, Mode]):
         self.task = task
         self.first_step = first_step
         self.modes = modes
-        self.args = args
         self.curves: dict[str, list[tuple[int, float]]] = {name: [] for name in modes}
 
-    def __call__(self, model: PlumeModel, step: int) -> dict[str, float]:
+    def __call__(self, model: PlumeModel, step: int, num_latent_steps: int) -> dict[str, float]:
         """Recall@1 of each mode at this step; the explicit one takes the latent steps of the current stage."""
-        curriculum = self.args.build_curriculum()
-        stage = curriculum.stages[curriculum.stage_at(step - 1, self.args.max_steps)]
         numbers = {}
         for name, mode in self.modes.items():
-            steps = curriculum.num_latent_steps(stage) if mode == "explicit" else None
+            steps = num_latent_steps if mode == "explicit" else None
             result = evaluate(model, self.task, mode, num_latent_steps=steps, forms=("name",))
             numbers[name] = result["recall_at_1"]["name"]["mean"]
             self.curves[name].append((self.first_step + step, numbers[name]))
@@ -134,7 +131,7 @@ def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict
             without_adapter(out / "explicit", out / "no_adapter_explicit")
         args = settings(name, out, seed, num_hops)
         continues = "explicit" in Path(args.model).name
-        watch = Watch(watched, settings("explicit", out, seed, num_hops).max_steps * continues, modes, args)
+        watch = Watch(watched, settings("explicit", out, seed, num_hops).max_steps * continues, modes)
         train(args, watch)
         for curve, points in watch.curves.items():
             curves.setdefault(curve, []).extend(points)

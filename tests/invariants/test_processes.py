@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
+from PIL import Image
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
+from plume import PlumeModel
 from plume.losses import Contrast, balance_loss, info_nce
+from plume_train.collate import PairCollator
+from plume_train.config import PlumeTrainingArguments
+from plume_train.curriculum import Curriculum, Stage
+from plume_train.gradcache import Step
+from plume_train.objective import Objective
+from plume_train.records import Records
+from plume_train.sampler import Draw
 
 SIZES = (3, 5)
 
@@ -44,3 +63,121 @@ def test_gradients_on_two_processes_equal_those_of_the_joined_batch(tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for leaf, *split in zip(leaves, *parts, strict=True):
         assert torch.allclose(leaf.grad, torch.cat(split), atol=1e-10)
+
+
+# The whole training step, wrapped as it is trained.
+
+ROWS = [
+    {"query": {"text": "red kite", "rationale": "It is red. It flies.", "answer": "kite"}, "target": "kite"},
+    {"query": {"text": "blue", "rationale": "Blue."}, "target": {"text": "table"}, "negatives": ["red"]},
+    {"query": {"text": "what", "image": "a.png", "rationale": "Red. All."}, "target": {"image": "b.png"}},
+    {"query": {"image": "b.png"}, "target": "kite", "negatives": [{"image": "a.png"}, "blue"]},
+]
+MIXES = {
+    "text beside images": ([(2, 4)] * 4, ()),
+    "latent beside explicit": ([(0, 0), (0, 0), (2, 4), (2, 4)], ()),
+    "a process whose rows are all broken": ([(1, 2)] * 4, (2, 3)),
+    "every row broken": ([(1, 2)] * 4, (0, 1, 2, 3)),
+}
+
+
+def step_gradients(rank, world, folder, draws, broken, micro_batch_size):
+    """Gradients of one step on `world` processes; rows are shared out evenly."""
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet-step")
+    args = PlumeTrainingArguments(
+        model="m",
+        train_file=["f"],
+        output_dir=f"{folder}/out",
+        use_cpu=True,
+        report_to="none",
+        learn_temperature=True,
+        uniformity_weight=0.2,
+        balance_weight=10.0,
+        temperature=0.1,
+        num_negatives=2,
+        distillation_weight=1.0,
+        per_step_weight=0.5,
+    )
+    model = PlumeModel.from_pretrained(f"{folder}/model").double().train()
+    model.backbone.visual.requires_grad_(False)
+    model.backbone.visual.merger.requires_grad_(True)
+    objective = Objective(args, model.config.num_experts)
+    model.loss_scalars = objective.build_scalars().double()
+    curriculum = Curriculum(
+        stages=(Stage(ratio=0, share=0.4), Stage(ratio=0.5, share=0.3), Stage(ratio=1, share=0.3)), num_segments=4
+    )
+    collate = PairCollator(
+        model.processor,
+        model.config,
+        curriculum,
+        micro_batch_size=micro_batch_size,
+        num_negatives=2,
+        with_teacher=True,
+        touch_all=world > 1,
+        on_bad_row="skip",
+    )
+    records = Records(f"{folder}/rows.jsonl")
+    most = max(steps for _, steps in draws)
+    share = len(ROWS) // world
+    mine = range(rank * share, (rank + 1) * share)
+    for row in broken:
+        Path(folder, f"broken-{row}.png").touch()
+    rows = []
+    for row in mine:
+        record = records[row]
+        if row in broken:
+            side = replace(record.query, images=(Path(folder, f"broken-{row}.png"),))
+            record = replace(record, query=side)
+        rows.append((record, Draw(row, *draws[row], most, 2)))
+    batch = collate(rows)
+    for one in (one for passes in batch["passes"].values() for one in passes):
+        if "pixel_values" in one["inputs"]:
+            one["inputs"]["pixel_values"] = one["inputs"]["pixel_values"].double()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    step = Step(
+        model=wrapped,
+        objective=objective,
+        accelerator=Accelerator(cpu=True),
+        autocast=nullcontext,
+        vision_is_frozen=True,
+    )
+    parts = step.cached(batch) if micro_batch_size else step.direct(batch)
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    torch.save((found, parts), f"{folder}/step-{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def spawned(rank, world, port, *args):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    step_gradients(rank, world, *args)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1], ids=["direct", "GradCache"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_step_on_two_processes_equals_one_on_the_joined_batch(tmp_path, plume_folder, mix, micro_batch_size):
+    draws, broken = MIXES[mix]
+    (tmp_path / "model").symlink_to(plume_folder)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (56, 84), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    step_gradients(0, 1, str(tmp_path), draws, broken, micro_batch_size)
+    mp.spawn(spawned, args=(2, free_port(), str(tmp_path), draws, broken, micro_batch_size), nprocs=2)
+    whole, parts = torch.load(tmp_path / "step-1-0.pt")
+    halves = [torch.load(tmp_path / f"step-2-{rank}.pt") for rank in range(2)]
+    for name, gradient in whole.items():
+        for half, _ in halves:
+            assert torch.allclose(gradient, half[name], atol=1e-9), name
+    for name, value in parts.items():
+        shares = [half[name] for _, half in halves]
+        assert torch.allclose(value, sum(shares) / 2, atol=1e-9), name
+    # Every trainable weight has a gradient everywhere, also where this batch has no use for it.
+    assert halves[0][0].keys() == halves[1][0].keys() >= whole.keys()

@@ -8,21 +8,13 @@ import pytest
 import torch
 
 from plume import PlumeModel
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume.tiny import SHORT_STRINGS
 from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.records import Records
 from plume_train.run import load_model, train
 from plume_train.sampler import Draw
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, hops_folder):
-    folder = tmp_path_factory.mktemp("start")
-    words = json.loads((hops_folder / "task.json").read_text())["words"]
-    save_tiny_backbone(folder, words, hidden_size=32, temporal_patch_size=1)
-    return folder
 
 
 def settings(tmp_path, start, hops_folder, **changes):
@@ -51,7 +43,7 @@ def weights(model):
 def test_a_run_goes_through_its_stages_and_saves_a_checkpoint(tmp_path, start, hops_folder):
     seen = []
     args = settings(tmp_path, start, hops_folder, evaluate_every=5, train_vision=True)
-    model = train(args, lambda model, step: seen.append((step, model.training)) or {"recall": 0.5})
+    model = train(args, lambda model, step, num_latent_steps: seen.append((step, model.training)) or {"recall": 0.5})
     assert seen == [(5, False), (10, False)]
     assert model.config.num_latent_steps == 2
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -93,7 +85,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, start, h
     class Stop(Exception):  # noqa: N818
         pass
 
-    def interrupt(model, step):
+    def interrupt(model, step, num_latent_steps):
         if step == 6:
             raise Stop
         return {}

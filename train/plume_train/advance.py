@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from plume_train.trainer import PlumeTrainer
 
 PROGRESS_FILE = "progress.json"
+_SAVED = ("borders", "stage", "best", "num_waited")
 
 
 class Progress:
@@ -34,6 +35,7 @@ class Progress:
         self.borders = [curriculum.first_step(stage, num_steps) for stage in range(len(curriculum.stages))]
         self.lead = 0
         """Steps that batches may have been prepared ahead."""
+        self.stage = 0
         self.best = math.inf
         self.num_waited = 0
 
@@ -58,28 +60,31 @@ class Progress:
         Returns:
             Whether the stage will end earlier than it would have.
         """
-        if loss < self.best - tolerance * abs(self.best) or math.isinf(self.best):
+        if self.stage_at(step) != self.stage:
+            self.stage, self.best = self.stage_at(step), math.inf
+        if math.isinf(self.best) or loss < self.best - tolerance * abs(self.best):
             self.best, self.num_waited = loss, 0
             return False
         self.num_waited += 1
-        following, start = self.stage_at(step) + 1, step + self.lead
+        following, start = self.stage + 1, step + self.lead
         if self.num_waited < patience or following >= len(self.borders) or start >= self.borders[following]:
             return False
-        # Only this border moves; the last stage gets what the others leave.
-        self.borders[following:] = [start + border - self.borders[following] for border in self.borders[following:]]
-        self.best, self.num_waited = math.inf, 0
+        # Later stages keep their lengths and begin earlier; the last one gets what is left.
+        saved = self.borders[following] - start
+        self.borders[following:] = [border - saved for border in self.borders[following:]]
         return True
 
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint."""
-        state = {"borders": self.borders, "best": self.best, "num_waited": self.num_waited}
+    def save(self, folder: Path, loss_scalars: list[float]) -> None:
+        """Write into a checkpoint, with what the loss has learnt where the weights do not hold it."""
+        state = {name: getattr(self, name) for name in _SAVED} | {"loss_scalars": loss_scalars}
         (folder / PROGRESS_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; one without the file leaves the schedule as it is."""
-        if (folder / PROGRESS_FILE).exists():
-            state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-            self.borders, self.best, self.num_waited = state["borders"], state["best"], state["num_waited"]
+    def load(self, folder: Path) -> list[float]:
+        """Go on from a checkpoint; returns what the loss had learnt."""
+        state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        return state["loss_scalars"]
 
 
 class Validation(TrainerCallback):

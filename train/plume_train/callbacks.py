@@ -12,12 +12,13 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 from plume.model import PlumeModel
+from plume_train.config import SettingsError
 
 if TYPE_CHECKING:
     from plume_train.trainer import PlumeTrainer
 
-Evaluate = Callable[[PlumeModel, int], dict[str, float]]
-"""Given the model and the step, returns numbers for the log."""
+Evaluate = Callable[[PlumeModel, int, int], dict[str, float]]
+"""Given the model, the step and the latent steps of the stage, returns numbers for the log."""
 
 OptimizerReset = Literal["none", "moments", "full"]
 
@@ -26,13 +27,13 @@ def named_evaluation(name: str, arguments: dict[str, Any]) -> Evaluate:
     """The evaluation that the settings name: what "module:name" returns when called with the arguments.
 
     Raises:
-        ValueError: there is no such module or name.
+        SettingsError: there is no such module or name.
     """
     module, _, attribute = name.partition(":")
     try:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"evaluation={name!r} cannot be found ({error}); expected 'module:name'") from None
+        raise SettingsError(f"evaluation={name!r} cannot be found ({error}); expected 'module:name'") from None
     return factory(**arguments)
 
 
@@ -85,7 +86,7 @@ class EvaluationHook(TrainerCallback):
             was_training = bare.training
             bare.eval()
             with torch.inference_mode():
-                numbers = self.evaluate(bare, state.global_step)
+                numbers = self.evaluate(bare, state.global_step, self.trainer.stage_steps(state.global_step - 1))
             bare.train(was_training)
             self.trainer.log_beside(numbers)
         self.trainer.accelerator.wait_for_everyone()

@@ -140,7 +140,7 @@ class PairCollator:
         self.touch_all = touch_all
         self.last_state_predicts: LastStatePredicts = last_state_predicts
         self.on_bad_row: OnBadRow = on_bad_row
-        self._media = _Media(processor, num_cached_images)
+        self._media = Media(processor, num_cached_images)
 
     def __call__(self, rows: Sequence[tuple[Record, Draw]]) -> Batch:
         records, draws = [record for record, _ in rows], [draw for _, draw in rows]
@@ -269,7 +269,7 @@ class _Place:
     counts: bool
 
 
-class _Media:
+class Media:
     """Media of sides as tensors, some of them kept."""
 
     def __init__(self, processor: PlumeProcessor, num_kept: int):

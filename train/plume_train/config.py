@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +16,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from plume_train.curriculum import PRESETS, Curriculum, Stage
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; names them and what to change."""
+
 
 #: Linear layers of the language model, never those of the vision tower or of the transition adapter.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -187,9 +193,9 @@ class PlumeTrainingArguments(TrainingArguments):
                 setattr(self, name, [value])
         self.logging_nan_inf_filter = False  # a loss that is no number stops the run; see trainer.py
         if (self.stage_ratios is None) != (self.stage_shares is None):
-            raise ValueError("stage_ratios and stage_shares go together; set both or neither")
+            raise SettingsError("stage_ratios and stage_shares go together; set both or neither")
         if self.stage_ratios and self.stage_shares and len(self.stage_ratios) != len(self.stage_shares):
-            raise ValueError(
+            raise SettingsError(
                 f"stage_ratios has {len(self.stage_ratios)} entries and stage_shares {len(self.stage_shares)}; "
                 "expected one each per stage"
             )
@@ -199,12 +205,11 @@ class PlumeTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 listed = ", ".join(map(repr, get_args(hint)))
-                raise ValueError(f"{name} must be one of {listed}; received {value!r}")
+                raise SettingsError(f"{name} must be one of {listed}; received {value!r}")
             if hint in (int, float) and not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number; received {value!r} (YAML reads 1e-1 as text, 1.0e-1 not)")
-        for name in ("model", "train_file"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
+                raise SettingsError(
+                    f"{name} must be a number; received {value!r} (YAML reads 1e-1 as text, 1.0e-1 not)"
+                )
 
     @property
     def output_folder(self) -> Path:
@@ -223,14 +228,19 @@ class PlumeTrainingArguments(TrainingArguments):
         """Refuse settings that contradict each other, before anything is loaded.
 
         Raises:
-            ValueError: names the settings and what to change.
+            SettingsError: names the settings and what to change.
         """
+        for name in ("model", "train_file"):
+            if not getattr(self, name):
+                raise SettingsError(f"{name} is not set; give it in the YAML file or as --{name}")
         if self.advance == "settled" and not self.validation_file:
-            raise ValueError("advance=settled needs a validation_file, whose loss decides; set one or advance=schedule")
+            raise SettingsError(
+                "advance=settled needs a validation_file, whose loss decides; set one or advance=schedule"
+            )
         if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
-            raise ValueError("matryoshka_dims and matryoshka_weight go together; set both or neither")
+            raise SettingsError("matryoshka_dims and matryoshka_weight go together; set both or neither")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
+            raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
 
     def build_curriculum(self) -> Curriculum:
         """The curriculum of these settings; the answer is dropped in the last stage that is fully latent."""
@@ -260,27 +270,26 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def parse_arguments(argv: list[str]) -> PlumeTrainingArguments:
+def parse_arguments(argv: Sequence[str], **overrides: Any) -> PlumeTrainingArguments:
     """Read `--config FILE` and flags; flags win.
 
     Args:
         argv: the command line without the program's name.
+        overrides: settings that win over both.
 
     Raises:
-        ValueError: an unknown key in the YAML file, named with the nearest known one.
+        SettingsError: an unknown key in the YAML file, named with the nearest known one.
     """
     parser = HfArgumentParser(PlumeTrainingArguments)  # type: ignore[arg-type]
     parser.prog = "plume-train"
     parser.add_argument("--config", help="YAML file with any of the settings below", default=None)
-    parser.set_defaults(**_DEFAULTS)
     early = _early_config(argv)
-    if early is not None:
-        settings = read_yaml(early)
-        for action in parser._actions:
-            if action.dest in settings:
-                action.required = False
-        parser.set_defaults(**settings)
-    (arguments, _) = parser.parse_args_into_dataclasses(argv)
+    settings = {**_DEFAULTS, **({} if early is None else read_yaml(early)), **overrides}
+    for action in parser._actions:
+        if action.dest in settings:
+            action.required = False
+    parser.set_defaults(**settings)
+    (arguments, _) = parser.parse_args_into_dataclasses(list(argv))
     return arguments
 
 
@@ -293,7 +302,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """The keys of a YAML file, checked; `extends: FILE` takes the keys of another file beside it first.
 
     Raises:
-        ValueError: names file, key and the nearest known key.
+        SettingsError: names file, key and the nearest known key.
     """
     settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     if (base := settings.pop("extends", None)) is not None:
@@ -303,11 +312,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         if key not in known:
             hint = difflib.get_close_matches(key, sorted(known), n=1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "`plume-train --help` lists the settings"
-            raise ValueError(f"{file}: unknown key {key!r}; {remedy}")
+            raise SettingsError(f"{file}: unknown key {key!r}; {remedy}")
     return settings
 
 
-def _early_config(argv: list[str]) -> str | None:
+def _early_config(argv: Sequence[str]) -> str | None:
     for place, word in enumerate(argv):
         if word == "--config" and place + 1 < len(argv):
             return argv[place + 1]

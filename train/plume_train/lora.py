@@ -1,33 +1,45 @@
 """LoRA on the language model, by peft; the transition adapter and the new token rows learn in full.
 
 The vision tower has no LoRA unless `lora_targets` names its layers, and is trained only where the settings say so.
+A checkpoint of such a run holds what is trained and nothing else; the end of the run is a plain, merged model.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from plume.model import PlumeModel
 from plume.tokens import SPECIAL_TOKENS
-from plume_train.config import PlumeTrainingArguments
+from plume_train.config import PlumeTrainingArguments, SettingsError
+from plume_train.saving import RunError, begun_with
 
 if TYPE_CHECKING:
     from plume_train.trainer import PlumeTrainer
 
-#: Folder of the unmerged adapter, beside the merged model.
+#: Folder of the unmerged weights, beside the merged model.
 ADAPTER_FOLDER = "adapter"
 
 
 def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
-    """A peft model around `model`, in which LoRA, adapter and new token rows are trainable.
+    """A peft model around `model`, in which LoRA, transition adapter and new token rows are trainable.
 
     Raises:
-        ValueError: `lora_targets` matches no layer.
+        SettingsError: `lora_targets` matches no layer, or ZeRO-3, which cannot train single token rows.
     """
     from peft import LoraConfig, get_peft_model
 
+    if is_deepspeed_zero3_enabled():
+        raise SettingsError(
+            "lora_rank does not work with ZeRO-3, whose token rows are in pieces; use zero2.yaml or ddp.yaml"
+        )
     assert model.processor is not None
-    whole = [name for name in ("transition",) if any(True for _ in model.transition.parameters())]
+    rows = sorted(model.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    whole = ["transition"] if any(True for _ in model.transition.parameters()) else []
     if args.train_merger or args.train_vision:
         whole.append("backbone.visual" if args.train_vision else "backbone.visual.merger")
     config = LoraConfig(
@@ -36,14 +48,48 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
         lora_dropout=args.lora_dropout,
         target_modules=args.lora_targets,
         modules_to_save=whole or None,
-        trainable_token_indices={
-            "embed_tokens": sorted(model.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
-        },
+        trainable_token_indices={"embed_tokens": rows} | ({} if model.lm_head is None else {"lm_head": rows}),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingsError(f"lora_targets={args.lora_targets!r}: {error}") from None
 
 
 def merged(trainer: PlumeTrainer) -> PlumeModel:
     """The plain model that the trained LoRA comes to."""
     wrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
-    return wrapped.merge_and_unload()
+    model = wrapped.merge_and_unload()
+    model.loss_scalars = None
+    return model
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Merge a checkpoint of a LoRA run into a plain model.
+
+    Args:
+        argv: the checkpoint, a folder inside that of its run, and the folder to write.
+
+    Returns:
+        0, the exit code.
+    """
+    from peft import PeftModel
+
+    from plume_train.run import load_model
+
+    parser = argparse.ArgumentParser(prog="plume-train merge", description=merge.__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("checkpoint", type=Path, help="for example runs/mine/checkpoint-500")
+    parser.add_argument("folder", type=Path, help="where the merged model goes")
+    known = parser.parse_args(list(argv))
+    if not (known.checkpoint / "adapter_config.json").exists():
+        raise RunError(
+            f"{known.checkpoint} holds no adapter_config.json; expected a checkpoint of a run with lora_rank"
+        )
+    if known.folder.exists() and any(known.folder.iterdir()):
+        raise RunError(f"{known.folder} is not empty; choose another folder")
+    args = begun_with(known.checkpoint.resolve().parent)
+    model: Any = PeftModel.from_pretrained(load_model(args), str(known.checkpoint))  # type: ignore[arg-type]
+    plain = model.merge_and_unload().eval()
+    plain.config.num_latent_steps = args.build_curriculum().num_latent_steps(args.build_curriculum().stages[-1])
+    plain.save_pretrained(known.folder)
+    return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from plume.config import PlumeConfig
 from plume.model import PlumeModel
 from plume_train.callbacks import Evaluate, named_evaluation
 from plume_train.collate import StagedRecords
-from plume_train.config import PlumeTrainingArguments
+from plume_train.config import PlumeTrainingArguments, SettingsError
+from plume_train.draw import draw_run, read_log
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
 from plume_train.records import Records
 from plume_train.rows import RecordFormat
@@ -34,7 +37,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         The trained model; its `num_latent_steps` is that of the last stage.
     """
     if args.n_gpu > 1:
-        raise ValueError(
+        raise SettingsError(
             f"{args.n_gpu} GPUs are visible to one process, which cannot share out a batch of images; start one "
             "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
         )
@@ -63,7 +66,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if checkpoint == "auto":
         checkpoint = get_last_checkpoint(args.output_dir)
     if checkpoint is not None:
-        trainer.progress.load(Path(checkpoint))
+        trainer.go_on_from(Path(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
     return finish(trainer)
 
@@ -90,6 +93,9 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         model = trainer.bare_model
     if trainer.bad_rows:
         _list_bad_rows(args, trainer.bad_rows)
+        warnings.warn(f"plume: {len(trainer.bad_rows)} rows were skipped; see bad_rows.txt", stacklevel=2)
+    if args.should_save and find_spec("matplotlib"):
+        draw_run(read_log(args.output_folder / "log.jsonl"), args.output_folder / "training.png")
     trainer.accelerator.wait_for_everyone()
     return model.eval()
 
@@ -124,7 +130,7 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
     """A plume checkpoint as it is, or a stock one with a new adapter.
 
     Raises:
-        ValueError: `plume_config` contradicts the plume checkpoint it starts from.
+        SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
     """
     assert isinstance(args.plume_config, dict)
     found, _ = PlumeConfig.get_config_dict(args.model)
@@ -133,7 +139,7 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
     model = PlumeModel.from_pretrained(args.model, dtype="float32")
     for name, value in args.plume_config.items():
         if (saved := getattr(model.config, name, None)) != value:
-            raise ValueError(
+            raise SettingsError(
                 f"plume_config.{name}={value!r}, but the checkpoint {args.model} was made with {saved!r}; remove it "
                 "from plume_config, or start from a stock backbone"
             )

@@ -84,6 +84,20 @@ def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in (own | common).items() if k not in _FREE}, default=str))
 
 
+def begun_with(folder: Path) -> PlumeTrainingArguments:
+    """The settings that the run in a folder began with, as far as `plume-train` has them itself.
+
+    Raises:
+        RunError: no run began there.
+    """
+    file = folder / RUN_FILE
+    if not file.exists():
+        raise RunError(f"{folder} holds no {RUN_FILE}; expected the folder of a run")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    own = {name: value for name, value in known.items() if name in PlumeTrainingArguments.__annotations__}
+    return PlumeTrainingArguments(**own, output_dir=str(folder), report_to="none", use_cpu=True)
+
+
 @contextmanager
 def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
     """Yields a folder to write into, whose entries are moved to `folder` at the end.

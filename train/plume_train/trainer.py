@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -20,7 +21,7 @@ from plume.model import PlumeModel
 from plume_train.advance import Progress, Validation
 from plume_train.callbacks import Evaluate, EvaluationHook, LogFile, ShortProgress, StageChange
 from plume_train.collate import Batch, PairCollator, StagedRecords
-from plume_train.config import PlumeTrainingArguments
+from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.curriculum import Curriculum
 from plume_train.gradcache import Step
 from plume_train.metrics import Meter
@@ -77,6 +78,11 @@ class PlumeTrainer(Trainer):
                 "several processes were started, but accelerate keeps them apart, so each would train a model of its "
                 "own; on a CPU set use_cpu=true"
             )
+        if evaluate is not None and self._shares_out_weights():
+            raise SettingsError(
+                "an evaluation runs the model on one process, which under ZeRO-3 and FSDP holds a part of its weights "
+                "only; use a validation_file, or evaluate the checkpoints"
+            )
         self.meter = Meter(args.device)
         self.bad_rows: list[str] = []
         self._where: list[str] = []
@@ -90,6 +96,10 @@ class PlumeTrainer(Trainer):
             self.add_callback(Validation(self, validation))
         if evaluate is not None and args.evaluate_every:
             self.add_callback(EvaluationHook(evaluate, args.evaluate_every, self))
+
+    def _shares_out_weights(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     @property
     def bare_model(self) -> PlumeModel:
@@ -173,12 +183,13 @@ class PlumeTrainer(Trainer):
         """Add what was observed since the last log, and the stage."""
         if "loss" in logs:
             logs |= self.meter.take()
-            index = self.progress.stage_at(max(self.state.global_step - 1, 0))
-            logs |= {
-                "stage": index,
-                "num_latent_steps": self.curriculum.num_latent_steps(self.curriculum.stages[index]),
-            }
+            last = max(self.state.global_step - 1, 0)
+            logs |= {"stage": self.progress.stage_at(last), "num_latent_steps": self.stage_steps(last)}
         super().log(logs, *args, **kwargs)
+
+    def stage_steps(self, step: int) -> int:
+        """K of the stage of a step."""
+        return self.curriculum.num_latent_steps(self.curriculum.stages[self.progress.stage_at(step)])
 
     def log_beside(self, numbers: dict[str, float]) -> None:
         """Log numbers that are not the training's own, without taking the place of its log at this step."""
@@ -227,8 +238,9 @@ class PlumeTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 self._saving_in = str(unfinished)
                 super()._save_checkpoint(model, trial)
+                scalars = self._loss_scalars()
                 if self.args.should_save:
-                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}")
+                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}", scalars)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     move_into(unfinished, folder)
@@ -238,6 +250,20 @@ class PlumeTrainer(Trainer):
         if self.args.should_save and limit:
             _delete_old_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
+
+    def _loss_scalars(self) -> list[float]:
+        """What the loss has learnt, for checkpoints of LoRA runs, which hold no other weights."""
+        scalars: Any = self.bare_model.loss_scalars
+        if scalars is None or not self.args.lora_rank:
+            return []
+        values: Any = scalars.values.detach()
+        return (values.full_tensor() if isinstance(values, DTensor) else values).tolist()
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take over what a checkpoint holds beside weights, optimiser and generators; before `train`."""
+        scalars: Any = self.bare_model.loss_scalars
+        if (learnt := self.progress.load(checkpoint)) and scalars is not None:
+            scalars.values.data.copy_(torch.tensor(learnt))
 
     def save_whole(self, folder: Path) -> None:
         """Save the model; files that are there already are replaced once everything is written."""

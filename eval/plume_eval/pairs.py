@@ -1,0 +1,120 @@
+"""Retrieval on held-out pairs, for use during training: each query among all distinct targets.
+
+Named in a training configuration, it is called while training goes on:
+
+    evaluation: plume_eval.pairs:PairsEvaluation
+    evaluation_arguments: {file: held_out.jsonl, modes: [latent, single_pass, explicit]}
+    evaluate_every: 500
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plume.inputs import Item
+from plume.model import PlumeModel
+from plume_eval.baselines import MODES, Mode, embed
+from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1
+
+_MEDIA = ("image", "video")
+
+
+class PairsEvaluation:
+    """Recall@1 and mean reciprocal rank of pairs, for each way of reasoning.
+
+    "latent" takes the latent steps of the stage that training has reached; "explicit" takes them and writes the rest.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        modes: Sequence[Mode] = ("latent", "single_pass"),
+        *,
+        limit: int | None = 1000,
+        batch_size: int = 32,
+        max_new_tokens: int = 512,
+    ):
+        """Read the pairs.
+
+        Args:
+            file: JSONL rows with "query" and "target", each a text or an object with any of text, image and video;
+                paths are relative to the file's folder. Rationales and answers are not looked at.
+            modes: ways to reason.
+            limit: the first so many pairs; None: all.
+            batch_size: inputs per batch.
+            max_new_tokens: limit of the mode "explicit".
+
+        Raises:
+            ValueError: an unknown mode, or a row without query and target.
+        """
+        if unknown := [mode for mode in modes if mode not in MODES]:
+            raise ValueError(f"there is no mode {unknown[0]!r}; expected some of {', '.join(MODES)}")
+        self.modes = list(modes)
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.queries: list[Any] = []
+        self.targets: list[Any] = []
+        self.labels: list[int] = []
+        known: dict[str, int] = {}
+        path = Path(file)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or (limit is not None and len(self.queries) == limit):
+                continue
+            row = json.loads(line)
+            if "query" not in row or "target" not in row:
+                raise ValueError(f"{path.name}:{number}: no 'query' and 'target'; see train/README.md for the format")
+            query, target = (_input(row[name], path.parent) for name in ("query", "target"))
+            key = json.dumps(target, sort_keys=True, default=str)
+            if key not in known:
+                known[key] = len(known)
+                self.targets.append(target)
+            self.queries.append(query)
+            self.labels.append(known[key])
+
+    def __call__(self, model: PlumeModel, step: int, num_latent_steps: int) -> dict[str, float]:
+        """Numbers for the training log.
+
+        Args:
+            model: in eval mode.
+            step: of the training.
+            num_latent_steps: K of the stage.
+        """
+        numbers = {}
+        for mode in self.modes:
+            query, target = (
+                embed(
+                    model,
+                    self._items(model, inputs),
+                    mode,
+                    num_latent_steps=num_latent_steps,
+                    batch_size=self.batch_size,
+                    max_new_tokens=self.max_new_tokens,
+                ).embedding
+                for inputs in (self.queries, self.targets)
+            )
+            rank = ranks((query @ target.T).cpu().numpy(), np.array(self.labels))
+            numbers[f"recall_at_1_{mode}"] = recall_at_1(rank).mean
+            numbers[f"mrr_{mode}"] = mean_reciprocal_rank(rank).mean
+        return numbers
+
+    def _items(self, model: PlumeModel, inputs: Sequence[Any]) -> list[Item]:
+        assert model.processor is not None
+        return [model.processor.parse(raw, f"input {index}") for index, raw in enumerate(inputs)]
+
+
+def _input(side: Any, root: Path) -> Any:
+    """What `Item.parse` takes: media before text, paths made absolute."""
+    if isinstance(side, str):
+        return side
+    media = {kind: side[kind] for kind in _MEDIA if side.get(kind)}
+    found: dict[str, Any] = {}
+    for kind, value in media.items():
+        paths = [str(root / one) for one in (value if isinstance(value, list) else [value])]
+        found[kind] = paths if isinstance(value, list) else paths[0]
+    return found | ({"text": side["text"]} if side.get("text") else {})

@@ -1,0 +1,103 @@
+"""`accelerate launch` with every configuration, on two CPU processes: the same weights as one process, and resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plume import PlumeModel
+from plume_train.config import arguments_from
+from plume_train.run import train
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, hops_folder, start):
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "run.yaml").write_text(
+        f"""
+        model: {start}
+        train_file: {hops_folder / "train.jsonl"}
+        num_segments: 2
+        stage_ratios: [0.0, 0.5, 1.0]
+        stage_shares: [0.5, 0.25, 0.25]
+        mix_earlier: 0.5
+        learn_temperature: true
+        temperature: 0.1
+        plume_config:
+          expert_dropout: 0.0
+          prompt_template: "{{content}}<disc_emb><bot>"
+          suffix_template: "<eot>{{rationale}}"
+          answer_template: ""
+          read_out: "<gen_emb>"
+          turn_end: ""
+        max_steps: 4
+        save_strategy: steps
+        save_steps: 2
+        optim: sgd  # Adam would turn rounding of vanishing gradients into steps of full size
+        learning_rate: 0.01
+        disable_tqdm: true
+        """
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Weights after the run on one process, in one pass per side."""
+    args = arguments_from(
+        folder / "run.yaml", per_device_train_batch_size=4, output_dir=str(folder / "alone"), use_cpu=True
+    )
+    train(args)
+    return load_file(folder / "alone" / "model.safetensors")
+
+
+def launch(folder, name, **settings):
+    """Run the command that a user would run; DeepSpeed finds out by itself that there is no GPU."""
+    flags = {"per_device_train_batch_size": 2, "output_dir": folder / name, **settings}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if name.startswith("zero"):
+        flags["ddp_backend"] = "gloo"
+    else:
+        flags["use_cpu"] = "true"
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml"]
+    command += ["--num_processes", 2, "--main_process_port", 0, "-m", "plume_train", "--config", folder / "run.yaml"]
+    command += [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_launched_run_equals_one_process_also_when_resumed(folder, alone, name):
+    # Micro-batches of one row: GradCache, text rows beside rows with pages, rows of other stages.
+    for resumed in (False, True) if name in ("ddp", "zero3", "fsdp2") else (False,):
+        if resumed:
+            shutil.rmtree(folder / name / "checkpoint-4")
+            (folder / name / "model.safetensors").unlink()
+        done = launch(folder, name, micro_batch_size=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = load_file(folder / name / "model.safetensors")
+        assert found.keys() == alone.keys()
+        for key, weight in alone.items():
+            assert torch.allclose(weight, found[key], atol=1e-6), key
+    assert not (folder / name / "unfinished").exists()
+    model = PlumeModel.from_pretrained(folder / name)
+    assert model.config.num_latent_steps == 2
+
+
+def test_another_number_of_processes_is_refused_on_resume(folder, alone):
+    shutil.copytree(folder / "alone", folder / "ddp_other")
+    flags = {"output_dir": folder / "ddp_other", "per_device_train_batch_size": 4}
+    done = launch(folder, "ddp", **flags)
+    assert done.returncode != 0
+    assert "world_size was 1, now 2" in done.stderr
+    assert "with the same settings to go on" in done.stderr
+    assert (folder / "ddp_other" / "checkpoint-4" / "model.safetensors").exists()

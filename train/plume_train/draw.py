@@ -1,0 +1,78 @@
+"""A picture of a run, from its log: loss terms, recall, latent states and router, with the stages behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: What belongs together: a title, and the numbers whose names begin so.
+_PANELS: list[tuple[str, tuple[str, ...]]] = [
+    ("loss terms", ("cross_entropy_", "contrastive", "anchor_contrastive", "validation_loss", "distillation")),
+    ("recall@1", ("recall_", "mrr_")),
+    ("latent states", ("state_norm", "step_cosine")),
+    ("router: load of the experts", ("expert_load_", "gate_entropy")),
+    ("learning rate", ("learning_rate",)),
+    ("pairs per second", ("pairs_per_second",)),
+]
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log file; none where nothing was logged."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draw a run; nothing is drawn where nothing was logged.
+
+    Args:
+        log: from `read_log`.
+        out: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [(title, names) for title, starts in _PANELS if (names := _names(log, starts))]
+    if not panels:
+        return
+    figure = Figure(figsize=(11, 2.6 * -(-len(panels) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    borders = _borders(log)
+    for axis, (title, names) in zip(axes, panels, strict=False):
+        for name in names:
+            points = [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float))]
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1, marker="." if len(points) < 40 else None)
+        for step, steps in borders:
+            axis.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+            axis.annotate(
+                f"K={steps}", (step, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4", va="bottom"
+            )
+        axis.set_title(title, fontsize=9, pad=12)
+        axis.tick_params(labelsize=7)
+        if len(names) > 1:
+            axis.legend(fontsize=6, frameon=False)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    figure.savefig(out, dpi=150)
+
+
+def _names(log: Sequence[dict[str, Any]], starts: tuple[str, ...]) -> list[str]:
+    known = dict.fromkeys(name for line in log for name in line)
+    # Numbers of single tasks would crowd the picture.
+    return [name for name in known if name.startswith(starts) and "/" not in name]
+
+
+def _borders(log: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """First logged step of every stage, and its K."""
+    found: list[tuple[int, int]] = []
+    stage = None
+    for line in log:
+        if "stage" in line and line["stage"] != stage:
+            stage = line["stage"]
+            found.append((line["step"], line["num_latent_steps"]))
+    return found
