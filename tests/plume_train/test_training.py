@@ -8,32 +8,13 @@ import pytest
 import torch
 
 from plume import PlumeModel
-from plume.tiny import SHORT_STRINGS
 from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.records import Records
 from plume_train.run import load_model, train
 from plume_train.sampler import Draw
-
-
-def settings(tmp_path, start, hops_folder, **changes):
-    (tmp_path / "run.yaml").write_text("num_segments: 2\nlogging_steps: 1\n")
-    given = {
-        "model": str(start),
-        "plume_config": {**SHORT_STRINGS, "expert_dropout": 0.0},
-        "train_file": str(hops_folder / "train.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "stage_ratios": [0.0, 0.5, 1.0],
-        "stage_shares": [0.4, 0.3, 0.3],
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "max_steps": 10,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return arguments_from(tmp_path / "run.yaml", **{**given, **changes})
+from tests.plume_train.runs import settings
 
 
 def weights(model):
@@ -164,6 +145,13 @@ def test_flags_win_over_the_yaml_file(tmp_path, start, hops_folder):
     )
     args = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--num_segments", "5", "--use_cpu", "true"])
     assert (args.temperature, args.num_segments, args.model) == (0.1, 5, str(start))
+
+
+def test_objects_are_json_on_the_command_line(tmp_path):
+    flags = ["--model", "m", "--train_file", "a.jsonl", "b.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    args = parse_arguments([*flags, "--plume_config", '{"top_k": 1}', "--task_weights", '{"birds": 0.5}'])
+    assert (args.plume_config, args.task_weights, args.evaluation_arguments) == ({"top_k": 1}, {"birds": 0.5}, {})
+    assert args.train_file == ["a.jsonl", "b.jsonl"]
 
 
 def test_a_checkpoint_is_not_silently_changed_by_new_settings(tmp_path, plume_folder, hops_folder):

@@ -42,13 +42,13 @@ class PlumeTrainingArguments(TrainingArguments):
     media_root: str | None = None
     """Folder that media paths are relative to; None is the folder of each file."""
 
-    task_weights: dict | str = field(default_factory=dict)
+    task_weights: dict | str | None = field(default_factory=dict)
     """How often a task is seen, relative to once per pass over the data; JSON on the command line."""
 
     mixing_temperature: float = 1.0
     """T; a task of n rows is seen in proportion to n^(1/T), so larger values make tasks more alike."""
 
-    plume_config: dict | str = field(default_factory=dict)
+    plume_config: dict | str | None = field(default_factory=dict)
     """Fields of `PlumeConfig` for a model that starts from a stock checkpoint; JSON on the command line."""
 
     curriculum: Literal["paper", "published", "explicit", "direct"] = "paper"
@@ -177,7 +177,7 @@ class PlumeTrainingArguments(TrainingArguments):
     evaluation: str = ""
     """What to call during training, "module:name"; called with `evaluation_arguments`, it returns the evaluation."""
 
-    evaluation_arguments: dict | str = field(default_factory=dict)
+    evaluation_arguments: dict | str | None = field(default_factory=dict)
     """Arguments of `evaluation`; JSON on the command line."""
 
     evaluate_every: int = 0
@@ -186,8 +186,8 @@ class PlumeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("plume_config", "task_weights", "evaluation_arguments"):
-            if isinstance(value := getattr(self, name), str):
-                setattr(self, name, json.loads(value))
+            value = getattr(self, name)
+            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
         for name in ("train_file", "validation_file"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])

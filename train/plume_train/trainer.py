@@ -275,7 +275,8 @@ class PlumeTrainer(Trainer):
                 move_into(unfinished, folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._saving_in is None and self.bare_model.loss_scalars is not None:  # what is no checkpoint needs no loss
+        # Only a checkpoint needs what the loss has learnt; with LoRA nothing but the adapter is saved anyway.
+        if self._saving_in is None and self.bare_model.loss_scalars is not None and not self.args.lora_rank:
             whole = self.bare_model.state_dict() if state_dict is None else state_dict
             state_dict = {name: weight for name, weight in whole.items() if not name.startswith("loss_scalars.")}
         super()._save(output_dir, state_dict)

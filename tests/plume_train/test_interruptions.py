@@ -1,0 +1,185 @@
+"""A run that is killed, cannot save, or breaks: nothing is lost, and what is said helps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plume_train.run import train
+from plume_train.saving import RunError
+from plume_train.trainer import PlumeTrainer
+from tests.plume_train.runs import settings
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
+
+
+def log_of(folder):
+    keep = ("step", "loss", "contrastive", "cross_entropy_query", "grad_norm", "num_latent_steps")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in keep} for line in lines if "loss" in line]
+
+
+def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_path, start, hops_folder):
+    args = settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "whole"), **SAVING)
+    train(args)
+    killed = tmp_path / "killed"
+    flags = {
+        "model": start,
+        "train_file": hops_folder / "train.jsonl",
+        "plume_config": json.dumps(args.plume_config),
+        "output_dir": killed,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "use_cpu": "true",
+        "logging_steps": 1,
+        "num_segments": 2,
+        **SAVING,
+    }
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    words += ["--stage_ratios", 0, 0.5, 1, "--stage_shares", 0.4, 0.3, 0.3]
+    command = list(map(str, [sys.executable, "-m", "plume_train", *words]))
+    rng, kills = random.Random(0), 0
+    while not (killed / "model.safetensors").exists():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        # Somewhere between the first step and the end of the run, wherever that is: also while saving.
+        aimed = rng.randrange(1, 10) if kills < 2 else 99
+        while process.poll() is None and last_step(killed) < aimed:
+            time.sleep(0.005)
+        if process.poll() is None:
+            time.sleep(rng.random() * 0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode in (0, -signal.SIGKILL), errors[-2000:]
+    assert kills == 2
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert log_of(tmp_path / "whole") == log_of(killed)
+
+
+def last_step(folder) -> int:
+    log = folder / "log.jsonl"
+    if not log.exists():
+        return 0
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.parametrize("moment", ["weights", "optimiser"])
+def test_a_save_that_fails_leaves_the_last_good_checkpoint(tmp_path, start, hops_folder, monkeypatch, moment):
+    name = "save_model" if moment == "weights" else "_save_optimizer_and_scheduler"
+    real, calls = getattr(PlumeTrainer, name), []
+
+    def full(self, folder, *args, **kwargs):
+        calls.append(folder)
+        if len(calls) == 2:
+            real(self, folder, *args, **kwargs)
+            raise OSError(28, "No space left on device")
+        return real(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PlumeTrainer, name, full)
+    with pytest.raises(
+        RunError, match=r"No space left .*checkpoint-2, is untouched\. free disk space and start"
+    ) as error:
+        train(settings(tmp_path, start, hops_folder, **SAVING))
+    assert "the same command again" in str(error.value)
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (out / "unfinished").exists()
+    monkeypatch.undo()
+    resumed = train(settings(tmp_path, start, hops_folder, **SAVING)).state_dict()
+    whole = train(settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "w"), **SAVING)).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
+def test_a_final_save_that_fails_leaves_the_earlier_model(tmp_path, start, hops_folder, monkeypatch):
+    train(settings(tmp_path, start, hops_folder, max_steps=1))
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(PlumeTrainer, "save_model", _raise(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match="there is no earlier checkpoint"):
+        train(settings(tmp_path, start, hops_folder, max_steps=2))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def _raise(error):
+    def raising(*args, **kwargs):
+        raise error
+
+    return raising
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(tmp_path, start, hops_folder):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot be written to .*; choose another output_dir"):
+        train(settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "file" / "out"), model="nowhere"))
+
+
+def test_other_settings_do_not_go_on_from_a_runs_checkpoints(tmp_path, start, hops_folder):
+    train(settings(tmp_path, start, hops_folder, **SAVING))
+    with pytest.raises(RunError, match=r"temperature was 0\.02, now 0\.05"):
+        train(settings(tmp_path, start, hops_folder, temperature=0.05, **SAVING))
+    with pytest.raises(RunError, match="per_device_train_batch_size was 4, now 2"):
+        train(settings(tmp_path, start, hops_folder, per_device_train_batch_size=2, **SAVING))
+    train(settings(tmp_path, start, hops_folder, logging_steps=5, **SAVING))  # what changes no result may change
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_loss_that_is_no_number_stops_with_the_rows_and_keeps_everything(
+    tmp_path, start, hops_folder, micro_batch_size
+):
+    class Poisoned(PlumeTrainer):
+        pass
+
+    real = PlumeTrainer.training_step
+
+    def step(self, model, inputs, num_items=None):
+        if self.state.global_step == 5:
+            with torch.no_grad():
+                self.bare_model.transition.ln.weight.mul_(math.nan)
+        return real(self, model, inputs, num_items)
+
+    mark = pytest.MonkeyPatch()
+    mark.setattr(PlumeTrainer, "training_step", step)
+    with mark.context(), pytest.raises(RunError, match="the loss of step 6 is no number") as error:
+        train(settings(tmp_path, start, hops_folder, micro_batch_size=micro_batch_size, **SAVING))
+    mark.undo()
+    assert "train.jsonl:" in str(error.value)
+    assert "contrastive nan" in str(error.value)
+    saved = load_file(tmp_path / "out" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in saved.values())
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path, start, hops_folder, monkeypatch):
+    real = PlumeTrainer._clip_grad_norm
+
+    def clip(self, model):
+        next(p for p in self.bare_model.parameters() if p.grad is not None).grad[:] = math.inf
+        return real(self, model)
+
+    monkeypatch.setattr(PlumeTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(RunError, match="the gradient of step 1 is no number"):
+        train(settings(tmp_path, start, hops_folder, **SAVING))
+
+
+def test_a_file_that_ends_in_the_middle_of_a_line_says_so(tmp_path, start, hops_folder):
+    data = tmp_path / "data"
+    shutil.copytree(hops_folder, data)
+    text = (data / "train.jsonl").read_text().rstrip("\n")
+    (data / "train.jsonl").write_text(text[:-10])
+    number = len(text.splitlines())
+    with pytest.raises(ValueError, match=rf"train\.jsonl:{number}: .*the file ends in the middle of this line"):
+        train(settings(tmp_path, start, data))
+    model = train(settings(tmp_path, start, data, on_bad_row="skip", max_steps=2))
+    assert model is not None
+    assert f"train.jsonl:{number}" in (tmp_path / "out" / "bad_rows.txt").read_text()

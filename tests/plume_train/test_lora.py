@@ -1,0 +1,97 @@
+"""LoRA: what learns, what is saved, and that the merged folder is the trained model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plume import Item, PlumeModel
+from plume.tiny import save_tiny_backbone
+from plume_train.config import SettingsError
+from plume_train.lora import merge
+from plume_train.run import train
+from plume_train.saving import RunError
+from tests.plume_train.runs import settings
+
+LORA = {"lora_rank": 4, "learning_rate": 0.05, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 2}
+
+
+def vectors(model):
+    batch = model.processor.encode([Item.parse("red"), Item.parse("follow the page")])
+    with torch.inference_mode():
+        return model(**batch, num_latent_steps=2).embedding
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_the_merged_folder_is_the_trained_model(tmp_path, start, hops_folder, tied):
+    if not tied:
+        words = json.loads((hops_folder / "task.json").read_text())["words"]
+        start = tmp_path / "untied"
+        save_tiny_backbone(start, words, hidden_size=32, temporal_patch_size=1, tie_word_embeddings=False)
+    args = settings(tmp_path, start, hops_folder, max_steps=4, **LORA)
+    model = train(args)
+    assert type(model) is PlumeModel
+    reopened = PlumeModel.from_pretrained(args.output_dir).eval()
+    assert torch.equal(vectors(model), vectors(reopened))
+    learnt = load_file(args.output_folder / "adapter" / "adapter_model.safetensors")
+    names = " ".join(learnt)
+    assert "lora_A" in names
+    assert "trainable_tokens_delta" in names
+    assert "transition.router.weight" in names
+    assert "visual.blocks" not in names
+    assert ("lm_head" in names) == (not tied)
+    assert sum(weight.numel() for weight in learnt.values()) < 0.6 * sum(p.numel() for p in model.parameters())
+    assert not list(args.output_folder.glob("checkpoint-*/model.safetensors"))
+
+
+def test_what_must_learn_learns_and_nothing_else(tmp_path, start, hops_folder):
+    before = train(settings(tmp_path, start, hops_folder, max_steps=1, learning_rate=0.0)).state_dict()
+    args = settings(tmp_path, start, hops_folder, max_steps=3, train_merger=False, **LORA)
+    after = train(args).state_dict()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert any("q_proj" in name for name in changed)
+    assert "transition.router.weight" in changed
+    assert not any("visual" in name or "layernorm" in name for name in changed)
+    rows = "backbone.language_model.embed_tokens.weight"
+    ids = {PlumeModel.from_pretrained(args.output_dir).config.anchor_token_id}
+    moved = {int(row) for row in (after[rows] != before[rows]).any(dim=1).nonzero()}
+    assert ids < moved
+    assert len(moved) <= 5
+
+
+def test_a_resumed_lora_run_equals_an_uninterrupted_one(tmp_path, start, hops_folder):
+    changes = {**LORA, "learn_temperature": True, "temperature": 0.1}
+    whole = train(settings(tmp_path, start, hops_folder, max_steps=4, **changes)).state_dict()
+    out = tmp_path / "out"
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "model.safetensors").unlink()
+    resumed = train(settings(tmp_path, start, hops_folder, max_steps=4, **changes)).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
+def test_a_checkpoint_of_a_run_can_be_merged(tmp_path, start, hops_folder):
+    model = train(settings(tmp_path, start, hops_folder, max_steps=4, **LORA))
+    done = subprocess.run(
+        [sys.executable, "-m", "plume_train", "merge", tmp_path / "out" / "checkpoint-4", tmp_path / "merged"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    merged = PlumeModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(vectors(merged), vectors(model), atol=1e-6)
+    assert merged.config.num_latent_steps == 2
+    with pytest.raises(RunError, match="is not empty; choose another folder"):
+        merge([str(tmp_path / "out" / "checkpoint-4"), str(tmp_path / "merged")])
+    with pytest.raises(RunError, match=r"holds no adapter_config\.json"):
+        merge([str(tmp_path / "merged"), str(tmp_path / "other")])
+
+
+def test_targets_that_match_nothing_are_refused(tmp_path, start, hops_folder):
+    with pytest.raises(SettingsError, match="lora_targets='nothing'"):
+        train(settings(tmp_path, start, hops_folder, lora_rank=2, lora_targets="nothing"))
