@@ -14,28 +14,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
-from transformers import Qwen2VLConfig
 
-from plume import Item, PlumeConfig, PlumeModel, PlumeProcessor
-from plume.tiny import save_tiny_backbone
+from plume import Item, PlumeModel
+from plume.tiny import SHAPES_2B, random_model, save_tiny_backbone
 from plume_eval.latency import latency_ms
 from plume_eval.report import header, markdown_header, markdown_table
 
 #: Tokens that the explicit baseline writes here; the paper's rationales have 403.
 NUM_WRITTEN = 64
-SHAPES_2B = {
-    "text_config": {
-        "vocab_size": 151_936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16},
-    "tie_word_embeddings": True,
-}
 
 
 def small_model(device: str, dtype: torch.dtype) -> PlumeModel:
@@ -44,24 +30,6 @@ def small_model(device: str, dtype: torch.dtype) -> PlumeModel:
         save_tiny_backbone(folder, ["red", "kite"])
         torch.manual_seed(0)
         return PlumeModel.from_backbone(folder, dtype="float32").to(device, dtype).eval()
-
-
-def large_model(processor: PlumeProcessor, device: str) -> PlumeModel:
-    """The shapes of Qwen2-VL-2B with random weights in bfloat16, made on the device; ids as the small tokenizer's."""
-    small = small_model("cpu", torch.float32).config
-    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    backbone = Qwen2VLConfig(**SHAPES_2B, **{name: getattr(small.backbone_config, name) for name in tokens})
-    ids = ("anchor_token_id", "latent_start_token_id", "latent_end_token_id", "read_out_token_id", "suffix_ids")
-    config = PlumeConfig(backbone_config=backbone, **{name: getattr(small, name) for name in ids})
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = PlumeModel(config)
-    finally:
-        torch.set_default_dtype(previous)
-    model.processor = processor
-    return model.eval()
 
 
 def queries(count: int) -> list[Item]:
@@ -102,7 +70,7 @@ def main() -> None:
     cosines = gate(device)
     small = small_model(device, torch.float32)
     assert small.processor is not None
-    model = small if options.tiny else large_model(small.processor, device)
+    model = small if options.tiny else random_model(small, SHAPES_2B, device, torch.bfloat16)
     rows = []
     for batch in (1, 2) if options.tiny else (1, 8, 32):
         items = queries(batch)

@@ -6,9 +6,10 @@ known word (other text is spelt in characters). The demo and the tests start fro
 
 from __future__ import annotations
 
+import copy
 import os
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from plume.model import PlumeModel
 from plume.tokens import (
     ANCHOR,
     IMAGE,
@@ -40,6 +42,21 @@ SHORT_STRINGS = {
     "answer_template": "",
     "read_out": READ_OUT,
     "turn_end": "",
+}
+
+#: Qwen2-VL-2B, for `random_model`.
+SHAPES_2B = {
+    "text_config": {
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16},
+    "tie_word_embeddings": True,
 }
 
 _UNKNOWN = "<unk>"
@@ -161,3 +178,29 @@ def save_tiny_backbone(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(temporal_patch_size=temporal_patch_size).save_pretrained(folder)
+
+
+def random_model(
+    small: PlumeModel, shapes: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PlumeModel:
+    """A model of given shapes with random weights, made on the device, that reads what `small` reads.
+
+    Args:
+        small: gives tokens and processor.
+        shapes: fields of `Qwen2VLConfig`, for example `SHAPES_2B`.
+        device: where the weights are made.
+        dtype: of the weights.
+    """
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    backbone = Qwen2VLConfig(**shapes, **{name: getattr(small.config.backbone_config, name) for name in ids})
+    config = copy.deepcopy(small.config)
+    config.backbone_config = backbone
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = PlumeModel(config)
+    finally:
+        torch.set_default_dtype(previous)
+    model.processor = small.processor
+    return model.eval()

@@ -83,7 +83,7 @@ class Report:
         self.suffix_tokens: list[int] = []
         self.num_sentences: list[int] = []
         self.num_negatives: list[int] = []
-        self.contents: dict[str, Counter[Side]] = {"query": Counter(), "target": Counter(), "pair": Counter()}
+        self.contents: dict[str, Counter[Any]] = {"query": Counter(), "target": Counter(), "pair": Counter()}
 
     def add(self, record: Record) -> None:
         """Count a row."""
@@ -98,12 +98,11 @@ class Report:
             if side is None:
                 continue
             self.kinds[name, _kind(side)] += 1
-            self.contents[name][_bare(side)] += 1
+            self.contents[name][side.key] += 1
             if side.rationale:
                 self.num_sentences.append(len(sentences(side.rationale)))
         if record.target:
-            joined = Side(f"{record.query.text}\0{record.target.text}", record.query.images + record.target.images)
-            self.contents["pair"][joined] += 1
+            self.contents["pair"][record.query.key, record.target.key] += 1
         for prefix, suffix in lengths:
             self.prefix_tokens.append(prefix)
             self.suffix_tokens.append(suffix)
@@ -185,10 +184,6 @@ def _content(side: Side) -> str:
     """A side as it stands in the prompt, with one placeholder for each medium."""
     media = [(IMAGE, len(side.images)), (VIDEO, len(side.videos))]
     return "".join((VISION_START + medium + VISION_END) * count for medium, count in media) + side.text
-
-
-def _bare(side: Side) -> Side:
-    return Side(side.text, side.images, side.videos)
 
 
 def _kind(side: Side) -> str:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -275,7 +273,7 @@ class Media:
     def __init__(self, processor: PlumeProcessor, num_kept: int):
         self.processor = processor
         self.num_kept = num_kept
-        self._kept: dict[Side, tuple[Item, dict[str, Tensor]]] = {}
+        self._kept: dict[int, tuple[Item, dict[str, Tensor]]] = {}
 
     def see(self, side: Side, where: str) -> tuple[Item, dict[str, Tensor]]:
         """The side as an input with stand-ins for its media, and their patches.
@@ -283,16 +281,15 @@ class Media:
         Raises:
             InputError: names the row of a medium that cannot be decoded.
         """
-        bare = Side(side.text, side.images, side.videos)
-        if bare in self._kept:
-            return self._kept[bare]
+        if side.key in self._kept:
+            return self._kept[side.key]
         images = [load_image(image, where) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
         item = self.processor.complete(Item((*images, *videos, side.text)))
         vision = self.processor.see(item.images, item.videos) if item.images or item.videos else {}
         seen = Item(tuple(_stand_in(part) for part in item.content)), vision
         if vision and len(self._kept) < self.num_kept:
-            self._kept[bare] = seen
+            self._kept[side.key] = seen
         return seen
 
     def _load_video(self, video: VideoSource, where: str) -> Video:
@@ -324,12 +321,4 @@ def _num_tokens(one: Pass) -> Tensor:
 
 def _keys(places: Sequence[_Place]) -> Tensor:
     """64-bit integers that are equal where text and media are."""
-    digests = []
-    for place in places:
-        digest = blake2b(place.side.text.encode(), digest_size=8)
-        for image in place.side.images:
-            digest.update(image.tobytes() if isinstance(image, Image.Image) else b"\0" + str(image).encode())
-        for video in place.side.videos:
-            digest.update(b"\0\0" + b"\0".join(str(path).encode() for path in video))
-        digests.append(int.from_bytes(digest.digest(), "little", signed=True))
-    return torch.tensor(digests)
+    return torch.tensor([place.side.key for place in places])

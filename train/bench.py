@@ -1,0 +1,94 @@
+"""Training throughput: a step on a batch against a loop over its rows, same model, same machine, one run.
+
+python train/bench.py --data runs/demo/data/train.jsonl --model runs/demo/explicit      the demo's model and pages
+python train/bench.py --shapes 2b                                                       on a GPU, random weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from plume import PlumeModel
+from plume.tiny import SHAPES_2B, random_model, save_tiny_backbone
+from plume_eval.report import header, markdown_header, markdown_table
+from plume_train.config import PlumeTrainingArguments
+from plume_train.records import Records
+from plume_train.rows import Record, Side
+from plume_train.throughput import pairs_per_second
+
+
+def synthetic(count: int) -> list[Record]:
+    """Pairs of a picture of 256 visual tokens with a question, and a short text; a rationale of 8 sentences."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (count, 448, 448, 3), dtype=torch.uint8, generator=generator)
+    rationale = " ".join(f"the kite is red in part {number} of it." for number in range(8))
+    return [
+        Record(
+            Side(f"which kite? {row}", (Image.fromarray(noise[row].numpy()),), rationale=rationale, answer="red"),
+            Side(f"kite {row}", rationale=rationale),
+            "synthetic",
+            f"row {row}",
+        )
+        for row in range(count)
+    ]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a plume checkpoint")
+    parser.add_argument("--data", type=Path, help="rows; synthetic ones if not given")
+    parser.add_argument("--shapes", choices=("tiny", "2b"), default="tiny", help="of random weights, without --model")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-segments", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("eval/results"))
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.model:
+        model = PlumeModel.from_pretrained(options.model, dtype=torch.float32).to(device)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            save_tiny_backbone(folder, ["red", "kite"])
+            model = PlumeModel.from_backbone(folder, dtype="float32")
+        model = random_model(model, SHAPES_2B, device) if options.shapes == "2b" else model.to(device)
+    records = list(Records(options.data))[: options.batch_size] if options.data else synthetic(options.batch_size)
+    args = PlumeTrainingArguments(
+        num_segments=options.num_segments, output_dir=str(options.out), use_cpu=device == "cpu", report_to="none"
+    )
+    results = pairs_per_second(model, records, args, num_runs=options.runs, bf16=device == "cuda")
+
+    rows = [
+        [
+            one["num_latent_steps"],
+            one["way"],
+            f"{one['pairs_per_second']:.1f}",
+            f"{one['speed_up']:.1f}x",
+            "" if one["peak_memory_gib"] is None else f"{one['peak_memory_gib']:.1f}",
+        ]
+        for one in results
+    ]
+    table = markdown_table(["K", "way", "pairs/s", "to the loop over rows", "peak GiB"], rows)
+    fields = header(" ".join(["train/bench.py", *sys.argv[1:]])) | {
+        "model": f"{sum(weight.numel() for weight in model.parameters()):,} parameters",
+        "batch": f"{len(records)} pairs; step is forward, backward and SGD; vision tower frozen",
+        "precision": "bfloat16 autocast, float32 weights" if device == "cuda" else "float32",
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.out / f"train_throughput_{device}_{fields['date'][:4]}{fields['date'][5:7]}"
+    report = {"header": fields, "results": results}
+    name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    title = "# Training throughput"
+    name.with_suffix(".md").write_text(f"{title}\n\n{markdown_header(fields)}\n\n{table}\n", encoding="utf-8")
+    print(table)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

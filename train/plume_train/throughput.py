@@ -1,0 +1,141 @@
+"""How many pairs per second a training step takes, and how much memory, against a loop over rows.
+
+The published trainer runs one row and one side at a time. The baseline here does so too, but with this package's own
+forward pass, which is kinder to it: K + 1 instead of K + 2 passes, and no logits over the prefix.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from plume.model import PlumeModel
+from plume_train.collate import PairCollator
+from plume_train.config import PlumeTrainingArguments
+from plume_train.curriculum import Curriculum
+from plume_train.gradcache import Step
+from plume_train.metrics import peak_memory_gib
+from plume_train.objective import Objective
+from plume_train.rows import Record
+from plume_train.sampler import Draw
+
+#: Name of a way to run a batch: rows of one pass (None: all), GradCache, activation checkpointing.
+WAYS: dict[str, tuple[int | None, bool, bool]] = {
+    "loop over rows": (1, False, False),
+    "batch": (None, False, False),
+    "batch, checkpointing": (None, False, True),
+    "GradCache, passes of 4": (4, True, False),
+}
+
+
+def pairs_per_second(
+    model: PlumeModel,
+    records: Sequence[Record],
+    args: PlumeTrainingArguments,
+    *,
+    ways: Mapping[str, tuple[int | None, bool, bool]] = WAYS,
+    num_runs: int = 5,
+    num_warm_up: int = 1,
+    bf16: bool = False,
+) -> list[dict[str, Any]]:
+    """Forward, backward and optimiser step of one batch, at every stage of the curriculum.
+
+    The ways take turns, so that a noisy machine disturbs them alike. Data are prepared before.
+
+    Args:
+        model: on its device; its weights are changed.
+        records: the rows of the batch.
+        args: objective and curriculum.
+        ways: as `WAYS`.
+        num_runs: timed runs of each way.
+        num_warm_up: runs of each before.
+        bf16: whether passes run under bfloat16 autocast.
+
+    Returns:
+        For every stage and way: "stage", "num_latent_steps", "way", the median "seconds" of a step, "pairs_per_second",
+        "speed_up" over the first way, and "peak_memory_gib" (of the device; None on a CPU).
+    """
+    curriculum, objective = args.build_curriculum(), Objective(args, model.config.num_experts)
+    device, results = model.device, []
+    model.train().backbone.visual.requires_grad_(False)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    for stage in _distinct(curriculum):
+        steps = curriculum.num_latent_steps(curriculum.stages[stage])
+        batches = {name: _batch(model, records, args, stage, steps, way[0]) for name, way in ways.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        memory: dict[str, float] = {}
+        for run in range(num_warm_up + num_runs):
+            for name, (_, is_cached, checkpoints) in ways.items():
+                if checkpoints:
+                    model.gradient_checkpointing_enable()
+                else:
+                    model.gradient_checkpointing_disable()
+                step = Step(
+                    model=model,
+                    objective=objective,
+                    accelerator=accelerator,
+                    autocast=(lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext,
+                    vision_is_frozen=True,
+                )
+                _wait(device)
+                peak_memory_gib(device)
+                begin = time.perf_counter()
+                step.cached(batches[name]) if is_cached else step.direct(batches[name])
+                optimizer.step()
+                optimizer.zero_grad()
+                _wait(device)
+                if run >= num_warm_up:
+                    seconds[name].append(time.perf_counter() - begin)
+                    memory[name] = max(memory.get(name, 0.0), peak_memory_gib(device))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        first = next(iter(medians.values()))
+        results += [
+            {
+                "stage": stage,
+                "num_latent_steps": steps,
+                "way": name,
+                "seconds": median,
+                "pairs_per_second": len(records) / median,
+                "speed_up": first / median,
+                "peak_memory_gib": memory[name] if device.type == "cuda" else None,
+            }
+            for name, median in medians.items()
+        ]
+    return results
+
+
+def _distinct(curriculum: Curriculum) -> list[int]:
+    """One stage for every number of latent steps."""
+    steps = [curriculum.num_latent_steps(stage) for stage in curriculum.stages]
+    return [index for index, count in enumerate(steps) if count not in steps[:index]]
+
+
+def _batch(
+    model: PlumeModel, records: Sequence[Record], args: PlumeTrainingArguments, stage: int, steps: int, size: int | None
+) -> Any:
+    assert model.processor is not None
+    curriculum = replace(args.build_curriculum(), random_steps=False)
+    collate = PairCollator(model.processor, model.config, curriculum, micro_batch_size=size)
+    batch = collate([(record, Draw(index, stage, steps, steps, stage)) for index, record in enumerate(records)])
+    return _to(batch, model.device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to(one, device) for name, one in value.items()}
+    return [_to(one, device) for one in value] if isinstance(value, list) else value
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
