@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from plume_train.records import Records
-from plume_train.rows import RecordFormat, RowError
+from plume_train.rows import RecordFormat, RowError, Side
 
 
 def row(**changes):
@@ -130,3 +130,147 @@ def test_a_line_that_is_not_utf8_is_a_bad_row_like_others(folder):
 def test_a_file_without_a_usable_row_is_an_error(folder):
     with pytest.raises(RowError, match="no usable row"):
         Records(write(folder, "nonsense"), on_bad_row="skip")
+
+
+# The other formats.
+
+
+def read_one(folder, written, **format_fields):
+    (folder / "rows.jsonl").write_text(json.dumps(written) + "\n", encoding="utf-8")
+    (record,) = Records(folder / "rows.jsonl", row_format=RecordFormat(**format_fields))
+    return record
+
+
+def test_a_row_in_our_own_format_is_read(folder):
+    record = read_one(
+        folder,
+        {
+            "query": {"text": "which bird?", "image": "bird.png", "rationale": "It is red.", "answer": "kite"},
+            "target": "a red kite",
+            "negatives": ["a robin", {"image": ["bird.png"], "text": "a wren"}],
+            "task": "birds",
+        },
+    )
+    bird = folder / "bird.png"
+    assert record.query == Side("which bird?", (bird,), (), "It is red.", "kite")
+    assert record.target == Side("a red kite")
+    assert record.negatives == (Side("a robin"), Side("a wren", (bird,)))
+    assert record.task == "birds"
+
+
+def test_a_row_of_columns_is_read(folder):
+    record = read_one(
+        folder,
+        {
+            "query_text": "which bird?",
+            "query_image": "bird.png",
+            "query_rationale": "Red.",
+            "target_text": "kite",
+            "target_image": None,
+            "negative_text": ["robin", "wren"],
+            "other": 5,
+        },
+    )
+    assert record.query == Side("which bird?", (folder / "bird.png",), (), "Red.")
+    assert record.target == Side("kite")
+    assert record.negatives == (Side("robin"), Side("wren"))
+    assert record.task == "rows"  # the file's name, where a row names none
+
+
+@pytest.mark.parametrize("place", ["parquet", "folder", "json"])
+def test_hugging_face_data_and_json_arrays_are_read_like_lines(folder, place):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"query_text": f"bird {i}", "target_text": f"kite {i}", "task": "birds"} for i in range(3)]
+    if place == "json":
+        data = folder / "rows.json"
+        data.write_text(json.dumps(rows))
+    elif place == "parquet":
+        data = folder / "rows.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(data)
+    else:
+        data = folder / "saved"
+        picture = Image.open(folder / "bird.png")
+        with_images = datasets.Dataset.from_list([{**row, "query_image": picture} for row in rows])
+        with_images.cast_column("query_image", datasets.Image()).save_to_disk(data)
+    records = Records(data)
+    assert [record.target.text for record in records] == ["kite 0", "kite 1", "kite 2"]
+    assert records.tasks == ["birds"] * 3
+    if place == "folder":
+        assert records[0].query.images[0].size == (28, 28)
+        assert records[0].query.key != records[1].query.key
+        assert records[0].query.key == Records(data)[0].query.key
+
+
+@pytest.mark.parametrize(
+    ("video", "clips"),
+    [
+        ("clip.mp4", [["clip.mp4"]]),
+        (["1.png", "2.png"], [["1.png", "2.png"]]),
+        ([["1.png", "2.png"], ["3.png"]], [["1.png", "2.png"], ["3.png"]]),
+        (["clip.mp4", "clip.mp4"], [["clip.mp4"], ["clip.mp4"]]),
+    ],
+    ids=["a file", "frames", "two lists of frames", "two files"],
+)
+def test_videos_are_files_or_frames(folder, video, clips):
+    for name in ("clip.mp4", "1.png", "2.png", "3.png"):
+        (folder / name).touch()
+    record = read_one(folder, {"query": {"video": video}, "target": "x"})
+    assert record.query.videos == tuple(tuple(folder / name for name in clip) for clip in clips)
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize("task", ["dataset_name", "dataset", "subset", "source", "task_name"])
+def test_aliases_of_the_published_format(folder, name, task):
+    turns = [{"role": "user", "content": "<image>\nx"}, {"role": "assistant", "content": "<think>A.</think>"}]
+    record = read_one(folder, {"qry": [{"conversations": turns, name: "bird.png", task: "t"}], "pos": row()["pos"]})
+    assert (record.task, record.query.rationale) == ("t", "A.")
+
+
+@pytest.mark.parametrize(
+    ("path", "root"),
+    [
+        ("./bird.png", None),
+        ("birds/bird.png", "data_path"),
+        ("../bird.png", "root"),
+        ("images/a.jpg", None),
+        ("b.jpgg", None),
+    ],
+)
+def test_media_of_the_published_format_are_found(folder, path, root):
+    for place in ("birds/bird.png", "MMEB-train/images/a.jpg", "b.jpg"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (28, 28)).save(folder / place)
+    turns = [{"from": "human", "value": "<image>x"}]
+    roots = {root: str(folder / "birds" if path.startswith("..") else folder)} if root else {}
+    media_root = folder / "elsewhere" if root else folder
+    media_root.mkdir(exist_ok=True)
+    record = read_one(
+        folder, {"qry": {"conversations": turns, "image": path, **roots}, "pos": row()["pos"]}, media_root=media_root
+    )
+    assert record.query.images[0].exists()
+
+
+OWN_BAD = {
+    "a misspelt field": ({"query": {"txt": "a"}, "target": "b"}, "unknown key 'txt'; known are text, image"),
+    "no target": ({"query": "a"}, "no target ('target')"),
+    "a number": ({"query": 5, "target": "b"}, "'query' is a int; expected a text or an object"),
+    "a text that is none": ({"query": {"text": 5}, "target": "b"}, "'text' is a int; expected a string"),
+    "an empty negative": ({"query": "a", "target": "b", "negatives": [{"text": ""}]}, "negative 0 has neither text"),
+    "a missing medium": ({"query": {"image": "gone.png"}, "target": "b"}, "names gone.png, but there is no file"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_BAD)
+def test_a_bad_row_in_our_own_format_is_named(folder, name):
+    written, message = OWN_BAD[name]
+    with pytest.raises(RowError) as caught:
+        read_one(folder, written)
+    assert str(caught.value).startswith("rows.jsonl:1")
+    assert message in str(caught.value)
+
+
+def test_several_files_are_one_data_set(folder):
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"query": name, "target": "x"}) + "\n")
+    records = Records([folder / "one.jsonl", folder / "two.jsonl"])
+    assert [(record.task, record.query.text) for record in records] == [("one", "one"), ("two", "two")]

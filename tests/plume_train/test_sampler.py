@@ -64,3 +64,37 @@ def test_processes_share_one_global_batch(num_processes):
 def test_it_is_a_function_of_its_seed():
     assert list(sampler()) == list(sampler())
     assert list(sampler()) != list(sampler(seed=1))
+
+
+@pytest.mark.parametrize(("weights", "expected"), [({"b": 3}, 6), ({"b": 0.5}, 1), ({"b": 0.01}, 1), ({"c": 5}, 2)])
+def test_a_weight_says_how_often_a_task_is_seen(weights, expected):
+    one_pass = sampler(num_steps=100, task_weights=weights)._epoch(4, 0)
+    assert sum(TASKS[batch[0]] == "b" for batch in one_pass) == expected
+    assert all(len({TASKS[row] for row in batch}) == 1 for batch in one_pass)
+
+
+def test_a_part_of_a_task_is_another_part_in_every_pass():
+    batches = [sampler(task_weights={"b": 0.5})._epoch(4, epoch) for epoch in range(12)]
+    seen = {row for one_pass in batches for batch in one_pass for row in batch if TASKS[row] == "b"}
+    assert seen == {row for row, task in enumerate(TASKS) if task == "b"}
+
+
+def test_a_high_temperature_makes_tasks_alike():
+    counts = Counter(TASKS[batch[0]] for batch in sampler(mixing_temperature=1e9)._epoch(4, 0))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_random_steps_are_drawn_for_a_batch_and_only_in_the_latent_stage():
+    curriculum = Curriculum(stages=PAPER, num_segments=8, random_steps=True)
+    draws = list(sampler(curriculum=curriculum, num_steps=200))
+    assert all(len({draw.num_steps for draw in batch}) == 1 for batch in draws)
+    last = [batch[0].num_steps for batch in draws if batch[0].stage == 4]
+    assert set(last) == set(range(1, 9))
+    assert {batch[0].num_steps for batch in draws if batch[0].stage == 2} == {4}
+
+
+def test_every_process_knows_the_most_steps_of_the_whole_batch():
+    curriculum = Curriculum(stages=PAPER, num_segments=8, mix_earlier=0.7)
+    parts = [list(sampler(batch_size=2, num_processes=2, rank=rank, curriculum=curriculum)) for rank in range(2)]
+    for one, other in zip(*parts, strict=True):
+        assert {draw.most_steps for draw in one + other} == {max(draw.num_steps for draw in one + other)}

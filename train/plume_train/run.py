@@ -91,6 +91,7 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
     else:
         trainer.save_whole(args.output_folder)
         model = trainer.bare_model
+        model.loss_scalars = None
     if trainer.bad_rows:
         _list_bad_rows(args, trainer.bad_rows)
         warnings.warn(f"plume: {len(trainer.bad_rows)} rows were skipped; see bad_rows.txt", stacklevel=2)

@@ -1,0 +1,245 @@
+"""Options of a run: validation, stages that settle, optimiser resets, evaluation, every loss at once, video, check."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from plume import PlumeModel
+from plume_eval.pairs import PairsEvaluation
+from plume_train.advance import Progress
+from plume_train.callbacks import named_evaluation, reset_optimizer
+from plume_train.check import check
+from plume_train.config import SettingsError
+from plume_train.curriculum import PAPER, Curriculum
+from plume_train.run import train
+from tests.mixed import write_clip
+from tests.plume_train.runs import settings
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hops_folder):
+    terms = {
+        "matryoshka_dims": [8, 16],
+        "matryoshka_weight": 0.5,
+        "per_step_weight": 0.5,
+        "alignment_weight": 0.5,
+        "uniformity_weight": 0.1,
+        "distillation_weight": 1.0,
+        "contrastive_loss": "sigmoid",
+        "num_negatives": 1,
+        "random_steps": True,
+        "micro_batch_size": 2,
+        "mix_earlier": 0.2,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "report_to": ["tensorboard"],
+    }
+    model = train(settings(tmp_path, start, hops_folder, **terms))
+    log = log_of(tmp_path)
+    names = {name for line in log for name in line}
+    assert {
+        "matryoshka",
+        "per_step",
+        "alignment",
+        "uniformity",
+        "distillation_query",
+        "teacher_cross_entropy_target",
+        "gate_entropy",
+        "expert_load_3",
+        "state_norm",
+        "step_cosine",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "recall_in_batch/hops/page-name",
+    } <= names
+    late = [line for line in log if line.get("num_latent_steps") == 2]
+    assert all(0 <= line["gate_entropy"] <= 1 for line in late)
+    assert all(sum(line[f"expert_load_{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3) for line in late)
+    assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
+    assert not any(name.startswith("loss_scalars") for name in model.state_dict())
+    assert not any("loss_scalars" in name for name in PlumeModel.from_pretrained(tmp_path / "out").state_dict())
+
+
+def test_bfloat16_autocast_keeps_float32_weights_and_about_the_same_loss(tmp_path, start, hops_folder):
+    exact = train(settings(tmp_path, start, hops_folder, max_steps=3))
+    losses = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
+    rough = train(settings(tmp_path, start, hops_folder, max_steps=3, bf16=True))
+    assert {weight.dtype for weight in rough.state_dict().values()} == {torch.float32}
+    assert [line["loss"] for line in log_of(tmp_path) if "loss" in line] == pytest.approx(losses, rel=0.1)
+    assert exact.dtype == torch.float32
+
+
+def test_a_stage_that_has_settled_ends_early_and_a_resumed_run_remembers(tmp_path, start, hops_folder):
+    changes = {
+        "validation_file": str(hops_folder / "train.jsonl"),
+        "validate_every": 2,
+        "advance": "settled",
+        "settle_patience": 1,
+        "settle_tolerance": 0.9,  # hardly anything counts as an improvement
+        "max_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "save_total_limit": 5,
+    }
+    whole = train(settings(tmp_path, start, hops_folder, **changes)).state_dict()
+    stages = {line["step"]: line["stage"] for line in log_of(tmp_path) if "loss" in line}
+    scheduled = Progress(settings(tmp_path, start, hops_folder).build_curriculum(), 20).borders
+    first = min(step for step, stage in stages.items() if stage == 1)
+    assert first - 1 < scheduled[1]
+    assert any(line.get("validation_stage_settled") == 1.0 for line in log_of(tmp_path))
+    assert any("validation_cross_entropy_query" in line for line in log_of(tmp_path))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-20")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    resumed = train(settings(tmp_path, start, hops_folder, **changes)).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert {line["step"]: line["stage"] for line in log_of(tmp_path) if "loss" in line} == stages
+
+
+def test_a_border_moves_only_to_steps_that_nobody_has_prepared():
+    progress = Progress(Curriculum(stages=PAPER, num_segments=8), 1000)
+    progress.lead = 7
+    assert progress.borders == [0, 600, 667, 733, 800]
+    assert not progress.note_validation(100, 1.0, patience=2, tolerance=0.01)
+    assert not progress.note_validation(110, 0.999, patience=2, tolerance=0.01)
+    assert progress.note_validation(120, 1.0, patience=2, tolerance=0.01)
+    assert progress.borders == [0, 127, 194, 260, 327]
+    assert [progress.stage_at(step) for step in (126, 127, 326, 327)] == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("how", ["moments", "full"])
+def test_a_reset_makes_the_optimiser_a_new_one(how):
+    def run(reset):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        for step in range(4):
+            if reset and step == 2:
+                reset_optimizer(optimizer, how)
+            if not reset and step == 2:
+                optimizer = torch.optim.AdamW([weight], lr=0.1)
+            weight.grad = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
+            optimizer.step()
+        return weight
+
+    assert torch.equal(run(reset=True), run(reset=False))
+
+
+def test_the_learning_rate_rises_again_and_the_optimiser_is_reset_at_a_change_of_stage(tmp_path, start, hops_folder):
+    changes = {"optimizer_reset": "full", "rewarmup_steps": 2, "lr_scheduler_type": "constant"}
+    train(settings(tmp_path, start, hops_folder, **changes))
+    rates = [line["learning_rate"] for line in log_of(tmp_path) if "loss" in line]
+    assert rates == pytest.approx([1e-3] * 4 + [5e-4, 1e-3, 1e-3] + [5e-4, 1e-3, 1e-3])
+    other = train(settings(tmp_path, start, hops_folder, lr_scheduler_type="constant", rewarmup_steps=2)).state_dict()
+    again = train(settings(tmp_path, start, hops_folder, **changes)).state_dict()
+    assert any(not torch.equal(weight, again[name]) for name, weight in other.items())
+
+
+def test_an_evaluation_is_named_in_the_settings(tmp_path, start, hops_folder):
+    pairs = [{"query": "red", "target": "blue"}, {"query": {"text": "key"}, "target": "blue"}]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    arguments = {"file": str(tmp_path / "held_out.jsonl"), "modes": ["latent", "single_pass", "explicit"]}
+    train(
+        settings(
+            tmp_path,
+            start,
+            hops_folder,
+            evaluation="plume_eval.pairs:PairsEvaluation",
+            evaluation_arguments={**arguments, "max_new_tokens": 4},
+            evaluate_every=5,
+        )
+    )
+    evaluated = [line for line in log_of(tmp_path) if "recall_at_1_explicit" in line]
+    assert [line["step"] for line in evaluated] == [5, 10]
+    assert evaluated[0]["recall_at_1_latent"] == 1.0  # both targets are one candidate
+    with pytest.raises(SettingsError, match=r"evaluation='plume_eval\.pairs:Nothing' cannot be found"):
+        named_evaluation("plume_eval.pairs:Nothing", {})
+    with pytest.raises(ValueError, match="there is no mode 'slow'"):
+        PairsEvaluation(tmp_path / "held_out.jsonl", ["slow"])
+
+
+def test_rows_with_videos_and_pictures_in_memory_train(tmp_path, start, hops_folder):
+    for index in range(2):
+        write_clip(tmp_path / f"{index}.mp4", [0, 80, 160, 240])
+        Image.new("RGB", (56, 56), "red").save(tmp_path / f"{index}.png")
+    rows = [
+        {"query": {"text": "what moves?", "video": f"{i % 2}.mp4"}, "target": {"video": ["0.png", "1.png"]}}
+        for i in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(tmp_path, start, hops_folder).plume_config
+    small = {**config, "video_min_pixels": 56 * 56, "video_max_pixels": 56 * 56, "video_num_frames": 2}
+    train(
+        settings(tmp_path, start, hops_folder, train_file=str(tmp_path / "rows.jsonl"), plume_config=small, max_steps=2)
+    )
+    assert log_of(tmp_path)[0]["recall_in_batch"] >= 0
+
+
+def test_rows_that_turn_out_broken_are_skipped_counted_and_listed(tmp_path, start, hops_folder):
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2])  # its header is fine
+    rows = [{"query": {"image": name}, "target": f"x {i}"} for i, name in enumerate(["good.png", "bad.png"] * 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": 2, "dataloader_num_workers": 2}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:[24].*cannot be read"):
+        train(settings(tmp_path, start, hops_folder, **changes))
+    with pytest.warns(UserWarning, match="plume: 4 rows were skipped; see bad_rows"):
+        train(settings(tmp_path, start, hops_folder, **changes, on_bad_row="skip"))
+    listed = (tmp_path / "out" / "bad_rows.txt").read_text().splitlines()
+    assert sorted(line.split(":")[1] for line in listed) == ["2", "4"]
+
+
+def test_check_tells_what_is_in_the_data(tmp_path, start, hops_folder, capsys):
+    rows = [
+        {"query": {"text": "red page", "rationale": "One. Two. Three."}, "target": "blue", "negatives": ["key"]},
+        {"query": "red page", "target": "blue"},
+        {"query": {"image": "gone.png"}, "target": "blue"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [str(tmp_path / "rows.jsonl"), "--num_segments", "2", "--disable_tqdm", "true"]
+    assert check(flags) == 1
+    told = capsys.readouterr().out
+    assert "2 rows can be used, 1 cannot" in told
+    assert "rows.jsonl:3: 'query' names gone.png" in told
+    assert "1  rows repeat a query" in told
+    assert "'<bot><ct><eot>Three.</think>" in told
+    assert "negative 0: 'key'" in told
+    done = subprocess.run(
+        [sys.executable, "-m", "plume_train", "check", hops_folder / "train.jsonl", "--model", start, "--load-media"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rows can be used, 0 cannot" in done.stdout
+    assert "query: image + text" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advance": "settled"}, "advance=settled needs a validation_file"),
+        ({"matryoshka_dims": [8]}, "matryoshka_dims and matryoshka_weight go together"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"train_file": []}, "train_file is not set"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, start, hops_folder, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        train(settings(tmp_path, start, hops_folder, **changes))
+
+
+def test_a_command_says_what_is_wrong_in_one_line(tmp_path):
+    flags = ["--model", "m", "--train_file", "gone.jsonl", "--output_dir", tmp_path, "--use_cpu", "true"]
+    done = subprocess.run([sys.executable, "-m", "plume_train", *flags], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("plume-train: ")
+    assert "gone.jsonl" in done.stderr.splitlines()[-1]
