@@ -40,3 +40,4 @@ format: $(STAMP)
 gpu:
 	PYTHONPATH=.:kernels:train:eval $(PYTHON) -m pytest -m gpu
 	PYTHONPATH=.:kernels:train:eval $(PYTHON) eval/gpu.py --out $(OUT)
+	PYTHONPATH=.:kernels:train:eval $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from plume import PlumeConfig
 from plume_train.config import arguments_from, read_yaml
 
-TRAIN = sorted((Path(__file__).parent.parent / "configs" / "train").glob("*.yaml"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
+ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", TRAIN, ids=lambda file: file.stem)
@@ -18,7 +21,7 @@ def test_a_training_configuration_loads(file):
     given = read_yaml(file)
     if "model" not in given:
         return  # a base of others
-    args = arguments_from(file)
+    args = arguments_from(file, use_cpu=True)
     PlumeConfig.check_field_names(list(args.plume_config))
     PlumeConfig(**args.plume_config)
     curriculum = args.build_curriculum()
@@ -32,3 +35,20 @@ def test_a_training_configuration_states_only_what_differs(file):
         base = read_yaml(file.parent / own.pop("extends"))
         repeated = [key for key, value in own.items() if key in base and base[key] == value]
         assert not repeated
+
+
+def test_the_papers_recipe_is_the_papers():
+    args = arguments_from(CONFIGS / "train" / "paper.yaml", use_cpu=True, train_file="pairs.jsonl")
+    args.check()
+    curriculum = args.build_curriculum()
+    assert args.per_device_train_batch_size * 8 == 1024
+    assert (args.num_train_epochs, args.learning_rate, args.temperature) == (5, 5e-5, 0.02)
+    assert [curriculum.num_latent_steps(stage) for stage in curriculum.stages] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("file", ACCELERATE, ids=lambda file: file.stem)
+def test_an_accelerate_configuration_loads(file):
+    config = load_config_from_file(str(file))
+    stage = (getattr(config, "deepspeed_config", None) or {}).get("zero_stage")
+    assert file.stem in ("single", "ddp", "fsdp2", f"zero{stage}")
+    assert (getattr(config, "fsdp_config", None) or {}).get("fsdp_activation_checkpointing", False) is False

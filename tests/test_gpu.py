@@ -8,6 +8,11 @@ from torch.nn.functional import cosine_similarity
 
 from plume import Item, Plume, PlumeModel
 from plume.checkpoint import fingerprint
+from plume_train.config import PlumeTrainingArguments
+from plume_train.rows import Record, Side
+from plume_train.run import train
+from plume_train.throughput import pairs_per_second
+from tests.plume_train.runs import settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,3 +58,22 @@ def test_the_embedder_gives_on_a_cuda_device_what_it_gives_on_the_cpu(plume_fold
 def test_a_fingerprint_does_not_depend_on_the_device(plume_folder):
     model = PlumeModel.from_pretrained(plume_folder)
     assert fingerprint(model) == fingerprint(model.to("cuda"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 2}, {"lora_rank": 4}], ids=["whole", "GradCache", "LoRA"])
+def test_a_run_in_bfloat16_with_checkpointing_trains_saves_and_opens(tmp_path, start, hops_folder, changes):
+    changes = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True, "save_strategy": "steps", **changes}
+    trained = train(settings(tmp_path, start, hops_folder, save_steps=5, **changes)).cpu()
+    reopened = PlumeModel.from_pretrained(tmp_path / "out").eval()
+    batch = reopened.processor.encode([Item.parse("red"), Item.parse("blue")])
+    assert torch.equal(trained(**batch).embedding, reopened(**batch).embedding)
+
+
+def test_gradcache_and_checkpointing_need_less_memory(plume_folder):
+    model = PlumeModel.from_pretrained(plume_folder).to("cuda")
+    records = [Record(Side("red kite " * 40 + str(row)), Side(f"blue {row}"), "", str(row)) for row in range(32)]
+    args = PlumeTrainingArguments(num_segments=4, output_dir="unused", report_to="none")
+    found = pairs_per_second(model, records, args, num_runs=1)
+    latent = {one["way"]: one["peak_memory_gib"] for one in found if one["num_latent_steps"] == 4}
+    assert latent["batch, checkpointing"] < latent["batch"]
+    assert latent["GradCache, passes of 4"] < latent["batch"]

@@ -9,11 +9,12 @@ import torch
 
 from plume import PlumeModel
 from plume_train.collate import PairCollator, StagedRecords
-from plume_train.config import arguments_from, parse_arguments
+from plume_train.config import PlumeTrainingArguments, arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.records import Records
 from plume_train.run import load_model, train
 from plume_train.sampler import Draw
+from plume_train.throughput import WAYS, pairs_per_second
 from tests.plume_train.runs import settings
 
 
@@ -158,3 +159,14 @@ def test_a_checkpoint_is_not_silently_changed_by_new_settings(tmp_path, plume_fo
     args = settings(tmp_path, plume_folder, hops_folder, plume_config={"top_k": 1})
     with pytest.raises(ValueError, match=r"plume_config\.top_k=1, but the checkpoint .* was made with 2"):
         load_model(args)
+
+
+def test_the_throughput_of_every_way_is_measured_at_every_number_of_steps(plume_folder, hops_folder):
+    model = PlumeModel.from_pretrained(plume_folder)
+    before = weights(model)
+    args = PlumeTrainingArguments(num_segments=2, output_dir="unused", use_cpu=True, report_to="none")
+    found = pairs_per_second(model, list(Records(hops_folder / "train.jsonl"))[:4], args, num_runs=1, num_warm_up=0)
+    assert [one["num_latent_steps"] for one in found[:: len(WAYS)]] == [0, 1, 2]
+    assert {one["way"] for one in found} == set(WAYS)
+    assert all(one["speed_up"] == 1 for one in found if one["way"] == "loop over rows")
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
