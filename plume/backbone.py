@@ -134,6 +134,11 @@ class ReplayableLayer(CacheLayerMixin):
         return -1
 
 
+def layer_names(backbone: Backbone) -> list[str]:
+    """Classes of the repeated layers, of language model and vision tower."""
+    return sorted({type(layer).__name__ for layer in (*backbone.language_model.layers, *backbone.visual.blocks)})
+
+
 def allow_checkpointing(backbone: Backbone) -> None:
     """Let the text model keep its cache under activation checkpointing; see `ReplayableLayer`.
 

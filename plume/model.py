@@ -48,7 +48,6 @@ class PlumeModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]  # noqa: RUF012
     # What a training run learns beside the model; see `loss_scalars`.
     _keys_to_ignore_on_load_unexpected = [r"^loss_scalars\."]  # noqa: RUF012
 
@@ -63,6 +62,8 @@ class PlumeModel(PreTrainedModel):
             backbone, lm_head = seam.build(config.backbone_config)
         self.backbone = backbone
         self.lm_head = lm_head
+        # Wrappers that shard by layer want the classes that are there, and all of them.
+        self._no_split_modules = seam.layer_names(backbone)
         self.transition: TransitionAdapter = build_adapter(config)
         self.processor: PlumeProcessor | None = None
         self.loss_scalars: nn.Module | None = None  # a trainer's; run in `forward`, where every wrapper expects it
@@ -157,11 +158,25 @@ class PlumeModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
         """Save one folder that `PlumeModel`, `AutoModel`, `SentenceTransformer` and `Plume` open."""
+        # transformers empties the state that it is given; the card, which must not ask other processes, reads it after.
+        weights = dict(kwargs.get("state_dict") or {})
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and self.processor is not None:
             self.processor.save_pretrained(save_directory)
             checkpoint.write_sentence_transformers_files(save_directory)
-            card.write_model_card(self, save_directory, weights=kwargs.get("state_dict"))
+            card.write_model_card(self, save_directory, weights=weights)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output head; None where it is tied to the token embeddings."""
+        return self.lm_head
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs

@@ -15,7 +15,6 @@ from plume import PlumeModel
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
 from plume_eval.hops.make import make_page_task
 
-
 if not torch.cuda.is_available():
     # Else deepspeed, which others import where it is installed, prints that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

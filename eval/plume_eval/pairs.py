@@ -21,7 +21,8 @@ from plume.model import PlumeModel
 from plume_eval.baselines import MODES, Mode, embed
 from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1
 
-_MEDIA = ("image", "video")
+_MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+_IGNORED = {"text", "rationale", "answer"}
 
 
 class PairsEvaluation:
@@ -62,7 +63,7 @@ class PairsEvaluation:
         self.labels: list[int] = []
         known: dict[str, int] = {}
         path = Path(file)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip() or (limit is not None and len(self.queries) == limit):
                 continue
@@ -112,7 +113,9 @@ def _input(side: Any, root: Path) -> Any:
     """What `Item.parse` takes: media before text, paths made absolute."""
     if isinstance(side, str):
         return side
-    media = {kind: side[kind] for kind in _MEDIA if side.get(kind)}
+    if unknown := set(side) - set(_MEDIA) - _IGNORED:
+        raise ValueError(f"a side has the unknown key {sorted(unknown)[0]!r}; expected text, image or video")
+    media = {_MEDIA[name]: value for name, value in side.items() if name in _MEDIA and value}
     found: dict[str, Any] = {}
     for kind, value in media.items():
         paths = [str(root / one) for one in (value if isinstance(value, list) else [value])]

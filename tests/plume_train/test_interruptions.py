@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plume import PlumeModel
 from plume_train.run import train
 from plume_train.saving import RunError
 from plume_train.trainer import PlumeTrainer
@@ -183,3 +184,38 @@ def test_a_file_that_ends_in_the_middle_of_a_line_says_so(tmp_path, start, hops_
     model = train(settings(tmp_path, start, data, on_bad_row="skip", max_steps=2))
     assert model is not None
     assert f"train.jsonl:{number}" in (tmp_path / "out" / "bad_rows.txt").read_text()
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew_and_other_folders_are_left_alone(tmp_path, start, hops_folder):
+    args = settings(tmp_path, start, hops_folder, **SAVING)
+    (args.output_folder / "checkpoint-best-3").mkdir(parents=True)
+    train(args)
+    names = {path.name for path in args.output_folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-best-3", "checkpoint-8", "checkpoint-10"}
+    with pytest.raises(RunError, match="holds checkpoints, but resume_from_checkpoint is off"):
+        train(settings(tmp_path, start, hops_folder, resume_from_checkpoint=False, **SAVING))
+    with pytest.raises(
+        RunError, match=r"is no checkpoint that training can go on from: it holds no trainer_state\.json"
+    ):
+        train(settings(tmp_path, start, hops_folder, resume_from_checkpoint=str(tmp_path), **SAVING))
+    with pytest.raises(RunError, match=r"adam_beta2 was 0\.999, now 0\.9"):
+        train(settings(tmp_path, start, hops_folder, adam_beta2=0.9, **SAVING))
+
+
+def test_a_checkpoint_in_the_middle_has_the_k_of_its_stage(tmp_path, start, hops_folder):
+    train(settings(tmp_path, start, hops_folder, save_total_limit=9, **SAVING))
+    steps = {
+        step: PlumeModel.from_pretrained(tmp_path / "out" / f"checkpoint-{step}").config.num_latent_steps
+        for step in (2, 6, 10)
+    }
+    assert steps == {2: 0, 6: 1, 10: 2}
+
+
+def test_data_that_changed_are_not_gone_on_with(tmp_path, start, hops_folder):
+    data = tmp_path / "data"
+    shutil.copytree(hops_folder, data)
+    train(settings(tmp_path, start, data, **SAVING))
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"query": "a", "target": "b", "task": "hops/page-name"}) + "\n")
+    with pytest.raises(RunError, match="num_rows was 12, now 13"):
+        train(settings(tmp_path, start, data, **SAVING))

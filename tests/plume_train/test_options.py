@@ -18,6 +18,7 @@ from plume_train.callbacks import named_evaluation, reset_optimizer
 from plume_train.check import check
 from plume_train.config import SettingsError
 from plume_train.curriculum import PAPER, Curriculum
+from plume_train.records import Records
 from plume_train.run import train
 from tests.mixed import write_clip
 from tests.plume_train.runs import settings
@@ -243,3 +244,50 @@ def test_a_command_says_what_is_wrong_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("plume-train: ")
     assert "gone.jsonl" in done.stderr.splitlines()[-1]
+
+
+def test_rows_that_became_bad_after_the_scan_or_are_too_long_can_be_skipped(tmp_path, start, hops_folder, monkeypatch):
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "here.png")
+    rows = [{"query": {"image": "here.png"}, "target": "x"}, {"query": "y " * 5000, "target": "z"}]
+    rows += [{"query": f"red {i}", "target": f"blue {i}"} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    real = Records.__init__
+
+    def scanned_then_gone(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        (tmp_path / "here.png").unlink(missing_ok=True)
+
+    changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": 1}
+    monkeypatch.setattr(Records, "__init__", scanned_then_gone)
+    with pytest.warns(UserWarning, match="2 rows were skipped"):
+        train(settings(tmp_path, start, hops_folder, **changes, on_bad_row="skip"))
+    listed = (tmp_path / "out" / "bad_rows.txt").read_text()
+    assert "rows.jsonl:1: 'query' names here.png" in listed
+    assert "rows.jsonl:2 has " in listed
+    assert "tokens" in listed
+
+
+def test_rationales_alone_train_without_targets_and_without_a_router(tmp_path, start, hops_folder):
+    rows = [{"query": {"text": f"red {i}", "rationale": "One. Two."}} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {**settings(tmp_path, start, hops_folder).plume_config, "transition": "mlp"}
+    changes = {
+        "train_file": str(tmp_path / "rows.jsonl"),
+        "needs_target": False,
+        "plume_config": config,
+        "max_steps": 4,
+    }
+    for micro_batch_size in (None, 2):
+        out = str(tmp_path / f"out-{micro_batch_size}")
+        more = {"micro_batch_size": micro_batch_size, "num_negatives": 1, "output_dir": out}
+        train(settings(tmp_path, start, hops_folder, **changes, **more))
+
+
+def test_an_epoch_is_a_pass_over_every_task(tmp_path, start, hops_folder):
+    rows = [{"query": f"red {i}", "target": f"blue {i}", "task": str(i % 5)} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": -1, "num_train_epochs": 2}
+    train(settings(tmp_path, start, hops_folder, **changes))
+    assert max(line["step"] for line in log_of(tmp_path)) == 10  # 5 tasks of 2 rows, batches of 4, twice
+    with pytest.raises(SettingsError, match="task_weights names 'b', which is no task of the data"):
+        train(settings(tmp_path, start, hops_folder, **changes, task_weights={"b": 2}))

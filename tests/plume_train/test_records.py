@@ -274,3 +274,28 @@ def test_several_files_are_one_data_set(folder):
         (folder / f"{name}.jsonl").write_text(json.dumps({"query": name, "target": "x"}) + "\n")
     records = Records([folder / "one.jsonl", folder / "two.jsonl"])
     assert [(record.task, record.query.text) for record in records] == [("one", "one"), ("two", "two")]
+
+
+def test_a_broken_image_of_a_hugging_face_data_set_is_a_bad_row(folder):
+    datasets = pytest.importorskip("datasets")
+    good = (folder / "bird.png").read_bytes()
+    rows = [{"query_image": {"bytes": image, "path": None}, "target_text": "x"} for image in (good, b"no image")]
+    data = datasets.Dataset.from_list(rows).cast_column("query_image", datasets.Image())
+    data.save_to_disk(folder / "saved")
+    with pytest.raises(RowError, match=r"saved:2.*an image cannot be read"):
+        Records(folder / "saved")
+    (record,) = Records(folder / "saved", on_bad_row="skip")
+    assert record.query.images[0].size == (28, 28)
+
+
+def test_rows_of_a_task_have_targets_all_or_none(folder):
+    lines = [{"query": "a", "target": "b"}, {"query": "c"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RowError, match=r"rows\.jsonl:2 has no target, unlike the rows of task 'rows' before it"):
+        Records(folder / "rows.jsonl", row_format=RecordFormat(needs_target=False))
+
+
+def test_a_json_file_of_lines_is_named(folder):
+    (folder / "rows.json").write_text('{"query": "a", "target": "b"}\n' * 2)
+    with pytest.raises(RowError, match=r"rows\.json: not a JSON array .* \.jsonl"):
+        Records(folder / "rows.json")

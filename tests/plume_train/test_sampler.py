@@ -98,3 +98,10 @@ def test_every_process_knows_the_most_steps_of_the_whole_batch():
     parts = [list(sampler(batch_size=2, num_processes=2, rank=rank, curriculum=curriculum)) for rank in range(2)]
     for one, other in zip(*parts, strict=True):
         assert {draw.most_steps for draw in one + other} == {max(draw.num_steps for draw in one + other)}
+
+
+def test_a_weight_of_zero_leaves_a_task_out_and_small_ones_fill_batches_with_other_rows():
+    tasks = {TASKS[batch[0]] for batch in sampler(task_weights={"b": 0})._epoch(4, 0)}
+    assert tasks == {"a", "c"}
+    (batch,) = [batch for batch in sampler(task_weights={"b": 0.01})._epoch(4, 0) if TASKS[batch[0]] == "b"]
+    assert len(set(batch)) == 4

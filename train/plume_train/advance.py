@@ -74,9 +74,10 @@ class Progress:
         self.borders[following:] = [border - saved for border in self.borders[following:]]
         return True
 
-    def save(self, folder: Path, loss_scalars: list[float]) -> None:
-        """Write into a checkpoint, with what the loss has learnt where the weights do not hold it."""
-        state = {name: getattr(self, name) for name in _SAVED} | {"loss_scalars": loss_scalars}
+    def save(self, folder: Path, num_latent_steps: int, loss_scalars: list[float]) -> None:
+        """Write into a checkpoint, with its K and, where the weights do not hold it, what the loss has learnt."""
+        state = {name: getattr(self, name) for name in _SAVED}
+        state |= {"num_latent_steps": num_latent_steps, "loss_scalars": loss_scalars}
         (folder / PROGRESS_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> list[float]:
@@ -127,6 +128,7 @@ class Validation(TrainerCallback):
                 batch = trainer.collate([self.rows[draw] for draw in draws])
                 parts = step.measure(trainer.prepare_batch(batch))
                 measured.append(parts | {"loss": trainer.objective.weighted(parts).to(args.device)})
-        means = {name: torch.stack([parts[name] for parts in measured]).mean() for name in measured[0]}
+        names = dict.fromkeys(name for parts in measured for name in parts)
+        means = {name: torch.stack([parts[name] for parts in measured if name in parts]).mean() for name in names}
         everywhere = total(torch.stack(list(means.values()))) / num_processes()
         return dict(zip(means, everywhere.tolist(), strict=True))

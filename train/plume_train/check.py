@@ -170,7 +170,13 @@ class Report:
             return len(self._written(side).encode()) // 4, len(explicit.encode()) // 4
         suffix = len(self.processor.suffix_ids(explicit))
         if not self.load_media:
-            return len(self.processor.suffix_ids(self._written(side))), suffix
+            prefix, limit = (
+                len(self.processor.suffix_ids(self._written(side))),
+                self.processor.tokenizer.model_max_length,
+            )
+            if prefix > limit:
+                raise InputError(f"{where} has {prefix} tokens, the model takes {limit}; shorten it or drop the row")
+            return prefix, suffix
         item, vision = self.media.see(side, where)
         tokens = self.processor(text=self.processor.write([item]), vision=vision)
         return tokens["input_ids"].shape[1], suffix
@@ -216,9 +222,12 @@ def _parse(argv: Sequence[str]) -> tuple[PlumeTrainingArguments, bool]:
     parser = argparse.ArgumentParser(
         prog="plume-train check", description="Look at training data; any setting of a training run may follow."
     )
-    parser.add_argument("data", nargs="*", help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
+    parser.add_argument("data", nargs="*", default=[], help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
     parser.add_argument("--load-media", action="store_true", help="decode every image and video, and count its tokens")
-    known, rest = parser.parse_known_args(list(argv))
+    # Data stand before the settings, whose values argparse could not tell from them.
+    first_flag = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
+    known = parser.parse_args([*argv[:first_flag], *(word for word in argv if word == "--load-media")])
+    rest = [word for word in argv[first_flag:] if word != "--load-media"]
     files: dict[str, Any] = {"train_file": known.data} if known.data else {}
     return parse_arguments(rest, use_cpu=True, **files), known.load_media
 

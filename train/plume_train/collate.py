@@ -26,7 +26,7 @@ from plume.processor import PlumeProcessor
 from plume.video import Video, load_video
 from plume_train.curriculum import Curriculum
 from plume_train.records import OnBadRow, Records
-from plume_train.rows import Record, RowError, Side, VideoSource
+from plume_train.rows import EMPTY, Record, RowError, Side, VideoSource
 from plume_train.sampler import Draw
 from plume_train.target import write_target
 
@@ -35,8 +35,6 @@ LastStatePredicts = Literal["latent_end", "next_word", "nothing"]
 
 #: Sides that are taught to write, and whose gates are balanced.
 SUPERVISED: tuple[Role, ...] = ("query", "target")
-#: What stands in the place of a row that could not be loaded.
-EMPTY = Side("-")
 
 
 class Pass(TypedDict):
@@ -95,7 +93,10 @@ class StagedRecords(Dataset):
         return len(self.records)
 
     def __getitem__(self, draw: Draw) -> tuple[Record, Draw]:
-        return self.records[draw.row], draw
+        try:
+            return self.records[draw.row], draw
+        except RowError as error:  # it could be read when the data were scanned
+            return replace(self.records.empty(draw.row), error=str(error)), draw
 
 
 class PairCollator:
@@ -148,12 +149,6 @@ class PairCollator:
             for role, of_role in self._places(record, draw, bad_rows).items():
                 places[role] += of_role
         places = {role: of_role for role, of_role in places.items() if of_role}
-        if 0 < (have := sum(record.target is not None for record in records)) < len(records):
-            without = next(record for record in records if record.target is None)
-            raise RowError(
-                f"{without.where} has no target while {have} other rows of its task have; give it a task of its own"
-            )
-
         most_steps = draws[0].most_steps
         passes: dict[Role, list[Pass]] = {}
         for role, of_role in places.items():
@@ -189,18 +184,21 @@ class PairCollator:
         sides: dict[Role, list[Side]] = {
             "query": [record.query],
             "target": [record.target] if record.target else [],
-            "negative": list(record.negatives[: self.num_negatives]),
+            "negative": list(record.negatives[: self.num_negatives]) if record.target else [],
         }
         try:
+            if record.error:
+                raise RowError(record.error)
             places: dict[Role, list[_Place]] = {
                 role: [self._place(side, draw, record.where) for side in of] for role, of in sides.items()
             }
-        except InputError as error:
+        except (InputError, RowError) as error:
             if self.on_bad_row == "error":
                 raise
             bad_rows.append(str(error))
             places = {role: [self._empty(draw) for _ in of] for role, of in sides.items()}
-        places["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(places["negative"]))]
+        if record.target:
+            places["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(places["negative"]))]
         return places
 
     def _place(self, side: Side, draw: Draw, where: str) -> _Place:
@@ -279,13 +277,14 @@ class Media:
         """The side as an input with stand-ins for its media, and their patches.
 
         Raises:
-            InputError: names the row of a medium that cannot be decoded.
+            InputError: names the row of a medium that cannot be decoded, or of an input that is too long.
         """
         if side.key in self._kept:
             return self._kept[side.key]
         images = [load_image(image, where) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
         item = self.processor.complete(Item((*images, *videos, side.text)))
+        self.processor.num_tokens(item, where)  # raises where it is too long
         vision = self.processor.see(item.images, item.videos) if item.images or item.videos else {}
         seen = Item(tuple(_stand_in(part) for part in item.content)), vision
         if vision and len(self._kept) < self.num_kept:

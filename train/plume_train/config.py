@@ -191,6 +191,8 @@ class PlumeTrainingArguments(TrainingArguments):
         for name in ("train_file", "validation_file"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
+        if isinstance(self.resume_from_checkpoint, bool):  # how YAML reads yes and no
+            self.resume_from_checkpoint = "auto" if self.resume_from_checkpoint else "no"
         self.logging_nan_inf_filter = False  # a loss that is no number stops the run; see trainer.py
         if (self.stage_ratios is None) != (self.stage_shares is None):
             raise SettingsError("stage_ratios and stage_shares go together; set both or neither")
@@ -239,6 +241,12 @@ class PlumeTrainingArguments(TrainingArguments):
             )
         if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
             raise SettingsError("matryoshka_dims and matryoshka_weight go together; set both or neither")
+        for name, least in (("temperature", 1e-6), ("mixing_temperature", 1e-3), ("validate_every", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} must be positive; received {getattr(self, name)}")
+        weights = self.task_weights or {}
+        if bad := [task for task, weight in weights.items() if weight < 0]:  # type: ignore[union-attr]
+            raise SettingsError(f"task_weights of {bad[0]!r} is negative; expected 0 or more")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
 
@@ -251,13 +259,16 @@ class PlumeTrainingArguments(TrainingArguments):
                 Stage(ratio=ratio, share=share, drop_answer=index == last and ratio == 1)
                 for index, (ratio, share) in enumerate(zip(self.stage_ratios, self.stage_shares, strict=True))
             )
-        return Curriculum(
-            stages=stages,
-            num_segments=self.num_segments,
-            steps_per_segment=self.steps_per_segment,
-            mix_earlier=self.mix_earlier,
-            random_steps=self.random_steps,
-        )
+        try:
+            return Curriculum(
+                stages=stages,
+                num_segments=self.num_segments,
+                steps_per_segment=self.steps_per_segment,
+                mix_earlier=self.mix_earlier,
+                random_steps=self.random_steps,
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
 
 
 # Where our trainer needs something else than transformers' default.

@@ -7,6 +7,8 @@ A checkpoint of such a run holds what is trained and nothing else; the end of th
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from plume.model import PlumeModel
 from plume.tokens import SPECIAL_TOKENS
+from plume_train.advance import PROGRESS_FILE
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.saving import RunError, begun_with
 
@@ -29,13 +32,14 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
     """A peft model around `model`, in which LoRA, transition adapter and new token rows are trainable.
 
     Raises:
-        SettingsError: `lora_targets` matches no layer, or ZeRO-3, which cannot train single token rows.
+        SettingsError: `lora_targets` matches no layer, or weights are shared out among processes.
     """
     from peft import LoraConfig, get_peft_model
 
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SettingsError(
-            "lora_rank does not work with ZeRO-3, whose token rows are in pieces; use zero2.yaml or ddp.yaml"
+            "lora_rank does not work with ZeRO-3 or FSDP, under which single token rows cannot learn; use ddp.yaml or "
+            "zero2.yaml"
         )
     assert model.processor is not None
     rows = sorted(model.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
@@ -90,6 +94,7 @@ def merge(argv: Sequence[str]) -> int:
     args = begun_with(known.checkpoint.resolve().parent)
     model: Any = PeftModel.from_pretrained(load_model(args), str(known.checkpoint))  # type: ignore[arg-type]
     plain = model.merge_and_unload().eval()
-    plain.config.num_latent_steps = args.build_curriculum().num_latent_steps(args.build_curriculum().stages[-1])
+    state = json.loads((known.checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+    plain.config.num_latent_steps = state["num_latent_steps"]
     plain.save_pretrained(known.folder)
     return 0

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from plume_train.rows import Record, RecordFormat, RowError
+from plume_train.rows import EMPTY, Record, RecordFormat, RowError
 
 OnBadRow = Literal["error", "skip"]
 
@@ -76,11 +76,11 @@ class Table:
         self.name = name
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        for number in range(len(self.rows)):
-            yield number, self.rows[number]
+        for number in range(1, len(self.rows) + 1):
+            yield number, self.rows[number - 1]
 
     def read(self, number: int) -> tuple[str, Any]:
-        return f"{self.name}:{number}", self.rows[number]
+        return f"{self.name}:{number}", self.rows[number - 1]
 
 
 def open_source(place: str | Path) -> Source:
@@ -98,7 +98,12 @@ def open_source(place: str | Path) -> Source:
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)
     if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"{path.name}: not a JSON array ({error}); name a file of one object per line .jsonl"
+            ) from None
         if not isinstance(rows, list):
             raise RowError(f"{path.name}: a {type(rows).__name__}; expected an array of rows, or one row per line")
         return Table(rows, path.name)
@@ -112,13 +117,25 @@ def open_source(place: str | Path) -> Source:
         data: Any = datasets.load_from_disk(str(path))
         if isinstance(data, datasets.DatasetDict):
             data = data["train"]
-        return Table(data, path.name)
+        return Table(_undecoded(data), path.name)
     if path.suffix == ".parquet":
-        return Table(datasets.Dataset.from_parquet(str(path)), path.name)  # type: ignore[arg-type]
-    if path.suffix:
+        return Table(_undecoded(datasets.Dataset.from_parquet(str(path))), path.name)
+    if path.suffix in (".csv", ".txt", ".yaml", ".zip", ".gz") or path.exists():
         raise FileNotFoundError(f"{place} is no data that plume knows; expected .jsonl, .json, .parquet or a folder")
     name, _, split = str(place).partition(":")
-    return Table(datasets.load_dataset(name, split=split or "train"), str(place))  # type: ignore[arg-type]
+    return Table(_undecoded(datasets.load_dataset(name, split=split or "train")), str(place))
+
+
+def _undecoded(data: Any) -> Any:
+    """The data set with images as bytes, so that a broken one is a bad row and not the end of the scan."""
+    import datasets
+
+    for name, kind in data.features.items():
+        inner = getattr(kind, "feature", kind)
+        if isinstance(inner, datasets.Image):
+            bare = datasets.Image(decode=False)
+            data = data.cast_column(name, bare if inner is kind else datasets.List(bare))
+    return data
 
 
 class Records:
@@ -152,6 +169,7 @@ class Records:
         places = [data] if isinstance(data, (str, Path)) else list(data)
         self.bad_rows: list[str] = []
         self.tasks: list[str] = []
+        self._has_target: dict[str, bool] = {}
         self._sources: list[tuple[Source, RecordFormat]] = []
         self._places: list[tuple[int, int]] = []  # index of the source, number of the row
         for place in places:
@@ -169,6 +187,13 @@ class Records:
     def __len__(self) -> int:
         return len(self._places)
 
+    def empty(self, index: int) -> Record:
+        """What takes the place of a row that cannot be read any more: the sides that its task has, without content."""
+        task = self.tasks[index]
+        source, number = self._places[index]
+        where = f"{self._sources[source][0].name}:{number}"
+        return Record(EMPTY, EMPTY if self._has_target[task] else None, task, where)
+
     def __getitem__(self, index: int) -> Record:
         source, number = self._places[index]
         origin, row_format = self._sources[source]
@@ -181,6 +206,13 @@ class Records:
                 if isinstance(row, RowError):
                     raise row
                 record = row_format.read(row, f"{source.name}:{number}")
+                # Rows of a task meet in batches, on all processes, and must have the same sides there.
+                if self._has_target.setdefault(record.task, record.target is not None) != (record.target is not None):
+                    has = "no target" if record.target is None else "a target"
+                    raise RowError(
+                        f"{record.where} has {has}, unlike the rows of task {record.task!r} before it; give it another "
+                        "task"
+                    )
             except RowError as error:
                 if on_bad_row == "error":
                     raise

@@ -12,6 +12,7 @@ Everything is checked here: what is wrong with a row is said with its file and l
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Side:
         return int.from_bytes(digest.digest(), "little", signed=True)
 
 
+#: What stands in the place of a row that could not be loaded.
+EMPTY = Side("-")
+
+
 @dataclass(frozen=True)
 class Record:
     """A row. `target` is None where the row only teaches to write a rationale."""
@@ -76,6 +81,8 @@ class Record:
     task: str
     where: str
     negatives: tuple[Side, ...] = ()
+    error: str = ""
+    """Why a row that was fine when the data were scanned is not any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +225,7 @@ def _unwrap(side: Any) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    if value is None:
+    if value is None or value == "":
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -256,6 +263,13 @@ def _turns(turns: list, where: str) -> tuple[str, str]:
 def _image(image: Any, roots: Sequence[Path], where: str) -> ImageSource:
     if isinstance(image, Image.Image):
         return image
+    if isinstance(image, Mapping) and image.get("bytes"):  # an image of a Hugging Face data set
+        try:
+            return Image.open(io.BytesIO(image["bytes"]))
+        except (OSError, ValueError) as error:
+            raise RowError(f"{where}: an image cannot be read ({error}); drop the row") from None
+    if isinstance(image, Mapping):
+        image = image.get("path")
     if not isinstance(image, str):
         raise RowError(f"{where}: an image is a {type(image).__name__}; expected a path")
     found = find_media(image, roots, where)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from plume.config import PlumeConfig
 from plume.model import PlumeModel
@@ -20,8 +19,8 @@ from plume_train.draw import draw_run, read_log
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
 from plume_train.records import Records
 from plume_train.rows import RecordFormat
-from plume_train.saving import move_into, remember_run, whole_or_nothing
-from plume_train.trainer import PlumeTrainer
+from plume_train.saving import checkpoint_to_resume, move_into, remember_run, whole_or_nothing
+from plume_train.trainer import PlumeTrainer, sampler_of
 
 
 def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> PlumeModel:
@@ -45,10 +44,14 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     set_seed(args.seed)
     records = load_records(args, args.train_file)
     curriculum = args.build_curriculum()
+    if unknown := sorted(set(args.task_weights or {}) - set(records.tasks)):
+        known = ", ".join(sorted(set(records.tasks)))
+        raise SettingsError(f"task_weights names {unknown[0]!r}, which is no task of the data; they are {known}")
     if args.max_steps < 0:
-        rows_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        args.max_steps = math.ceil(args.num_train_epochs * len(records) / rows_per_step)
-    remember_run(args)
+        batches = sampler_of(args, records.tasks, curriculum, num_steps=1).batches_per_pass()
+        args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+    checkpoint = checkpoint_to_resume(args)
+    remember_run(args, len(records))
     if evaluate is None and args.evaluation:
         evaluate = named_evaluation(args.evaluation, args.evaluation_arguments)  # type: ignore[arg-type]
 
@@ -56,18 +59,19 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     for stage in curriculum.stages:
         model.config.check_num_latent_steps(curriculum.num_latent_steps(stage))
     model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
+    if args.matryoshka_dims and max(args.matryoshka_dims) >= model.config.hidden_size:
+        raise SettingsError(
+            f"matryoshka_dims {args.matryoshka_dims} must be shorter than an embedding, {model.config.hidden_size}"
+        )
     freeze(model, args)
     if args.lora_rank:
         model = add_lora(model, args)
 
     validation = StagedRecords(load_records(args, args.validation_file)) if args.validation_file else None
     trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate, validation)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "auto":
-        checkpoint = get_last_checkpoint(args.output_dir)
     if checkpoint is not None:
-        trainer.go_on_from(Path(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.go_on_from(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return finish(trainer)
 
 

@@ -60,6 +60,10 @@ class StagedBatchSampler:
     def __len__(self) -> int:
         return self.num_steps * self.accumulation
 
+    def batches_per_pass(self) -> int:
+        """Batches of all processes in which every task is seen as often as its weight says."""
+        return len(self._epoch(self.batch_size * self.num_processes, 0))
+
     def __iter__(self) -> Iterator[list[Draw]]:
         batches = self._global_batches()
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
@@ -91,20 +95,24 @@ class StagedBatchSampler:
         placed: list[tuple[float, list[int]]] = []
         for task, rows in sorted(by_task.items()):
             rng.shuffle(rows)
-            rows = self._weighted(rows, task, by_task, epoch, rng)
-            missing = -len(rows) % size
-            while missing:
-                filled = rng.sample(rows, min(missing, len(rows)))
-                rows, missing = rows + filled, missing - len(filled)
+            chosen = self._weighted(rows, task, by_task, rng)
+            # Filled up with rows that are not there yet, as long as the task has some.
+            missing = -len(chosen) % size
+            there = set(chosen)
+            spare = [row for row in rows if row not in there] if missing else []
+            chosen += rng.sample(spare, min(missing, len(spare)))
+            while missing := -len(chosen) % size:
+                chosen += rng.sample(rows, min(missing, len(rows)))
+            rows = chosen
             batches = [rows[start : start + size] for start in range(0, len(rows), size)]
             # Evenly over the pass, from a random phase, so that tasks alternate as their sizes allow.
             phase = rng.random()
             placed += [((place + phase) / len(batches), batch) for place, batch in enumerate(batches)]
+        if not placed:
+            raise ValueError("every task has weight 0; expected at least one to be seen")
         return [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
 
-    def _weighted(
-        self, rows: list[int], task: str, by_task: Mapping[str, list[int]], epoch: int, rng: random.Random
-    ) -> list[int]:
+    def _weighted(self, rows: list[int], task: str, by_task: Mapping[str, list[int]], rng: random.Random) -> list[int]:
         """The rows of a task in one pass: all of them, several times, or another part in every pass."""
         weight = self.task_weights.get(task, 1.0)
         if self.mixing_temperature != 1:
@@ -112,8 +120,8 @@ class StagedBatchSampler:
             flat = {name: len(of) ** (1 / self.mixing_temperature) for name, of in by_task.items()}
             weight *= flat[task] / sum(flat.values()) * total / len(rows)
         if weight == 1:
-            return rows
-        # Whole copies, then a part; at least one row, so that no task is lost.
-        wanted = max(round(len(rows) * weight), 1)
+            return list(rows)
+        # Whole copies, then a part; at least one row, so that no task is lost unless its weight is 0.
+        wanted = max(round(len(rows) * weight), 1) if weight else 0
         copies = [row for _ in range(wanted // len(rows)) for row in rng.sample(rows, len(rows))]
         return copies + rng.sample(rows, wanted % len(rows))

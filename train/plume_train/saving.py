@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +24,52 @@ from plume_train.config import PlumeTrainingArguments
 UNFINISHED = "unfinished"
 RUN_FILE = "run.json"
 
-# What may differ between the start of a run and its continuation.
+# What may differ between the start of a run and its continuation: what changes no result.
 _FREE = {
     "output_dir",
     "resume_from_checkpoint",
-    "logging_dir",
-    "logging_steps",
     "disable_tqdm",
-    "report_to",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
     "evaluate_every",
     "evaluation",
     "evaluation_arguments",
-    "dataloader_num_workers",
     "num_cached_images",
     "run_name",
+    "project",
+    "local_rank",
+    "ddp_backend",
+    "ddp_timeout",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
 }
+_FREE_STARTS = ("logging_", "log_", "report_", "save_", "push_", "hub_", "eval_", "trackio_", "include_", "_")
 
 
 class RunError(RuntimeError):
     """A run that cannot begin, go on or save; says what to do, and that nothing is lost."""
 
 
-def remember_run(args: PlumeTrainingArguments) -> None:
+def remember_run(args: PlumeTrainingArguments, num_rows: int) -> None:
     """Write `run.json`, or compare with it where the folder already holds a run.
+
+    Args:
+        args: of the run.
+        num_rows: rows that it trains on.
 
     Raises:
         RunError: the folder cannot be written to, or it holds checkpoints of another run.
     """
     folder = args.output_folder
-    wanted = settings_of(args)
+    wanted = settings_of(args) | {"num_rows": num_rows}
     file = folder / RUN_FILE
-    if file.exists() and get_last_checkpoint(str(folder)) is not None and args.resume_from_checkpoint == "auto":
-        begun = json.loads(file.read_text(encoding="utf-8"))
+    if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
+        if args.resume_from_checkpoint in (None, "no"):
+            raise RunError(
+                f"{folder} holds checkpoints, but resume_from_checkpoint is off; set it to auto to go on, choose "
+                "another output_dir, or remove the folder"
+            )
+        begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         changed = [name for name in sorted(wanted) if begun.get(name, wanted[name]) != wanted[name]]
         if changed:
             listed = "; ".join(f"{name} was {begun[name]!r}, now {wanted[name]!r}" for name in changed[:5])
@@ -77,11 +89,35 @@ def remember_run(args: PlumeTrainingArguments) -> None:
 
 def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
     """All that decides the result of a run."""
-    own = {name: getattr(args, name) for name in PlumeTrainingArguments.__annotations__}
-    names = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "bf16")
-    names += ("fp16", "max_steps", "num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size")
-    common = {name: getattr(args, name) for name in (*names, "max_grad_norm", "world_size")}
-    return json.loads(json.dumps({k: v for k, v in (own | common).items() if k not in _FREE}, default=str))
+    names = [one.name for one in fields(args) if one.name not in _FREE and not one.name.startswith(_FREE_STARTS)]
+    known = {name: getattr(args, name) for name in names} | {"world_size": args.world_size}
+    return json.loads(json.dumps(known, default=str))
+
+
+def checkpoint_to_resume(args: PlumeTrainingArguments) -> Path | None:
+    """The checkpoint that the settings ask for; None to begin.
+
+    Raises:
+        RunError: it does not exist, or is not a checkpoint of this trainer.
+    """
+    asked = args.resume_from_checkpoint
+    if asked in (None, "no"):
+        return None
+    folder = args.output_folder
+    found = asked if asked != "auto" else get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        return None
+    needed = ("trainer_state.json", "progress.json", *(() if _is_deepspeed(Path(found)) else ("scheduler.pt",)))
+    if missing := [name for name in needed if not (Path(found) / name).exists()]:
+        raise RunError(
+            f"{found} is no checkpoint that training can go on from: it holds no {missing[0]}; expected "
+            "resume_from_checkpoint to be auto, no, or a folder checkpoint-N of a run without save_only_model"
+        )
+    return Path(found)
+
+
+def _is_deepspeed(checkpoint: Path) -> bool:
+    return (checkpoint / "latest").exists()
 
 
 def begun_with(folder: Path) -> PlumeTrainingArguments:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,11 @@ class PlumeTrainer(Trainer):
                 "an evaluation runs the model on one process, which under ZeRO-3 and FSDP holds a part of its weights "
                 "only; use a validation_file, or evaluate the checkpoints"
             )
+        if self.is_deepspeed_enabled and args.micro_batch_size and args.gradient_accumulation_steps > 1:
+            raise SettingsError(
+                "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
+                "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
+            )
         self.meter = Meter(args.device)
         self.bad_rows: list[str] = []
         self._where: list[str] = []
@@ -146,7 +153,7 @@ class PlumeTrainer(Trainer):
         model.train()
 
     def _stop_if_not_finite(self, parts: dict[str, Tensor]) -> None:
-        if torch.isfinite(torch.stack(list(parts.values())).sum()):
+        if not parts or torch.isfinite(torch.stack(list(parts.values())).sum()):
             return
         values = ", ".join(f"{name} {value.item():g}" for name, value in parts.items())
         raise self._broken(f"the loss of step {self.state.global_step + 1} is no number ({values})")
@@ -161,8 +168,8 @@ class PlumeTrainer(Trainer):
     def _broken(self, what: str) -> RunError:
         rows = ", ".join(self._where)
         return RunError(
-            f"{what}. Its rows on process {self.args.process_index}: {rows}. The model was not changed by it and all "
-            "checkpoints are kept; look at these rows, lower learning_rate, or set max_grad_norm"
+            f"{what}. Its rows on process {self.args.process_index}: {rows}. All checkpoints are as they were before "
+            "it; look at these rows, lower learning_rate, or set max_grad_norm, and start the same command again"
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -203,17 +210,8 @@ class PlumeTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         ahead = workers * (self.args.dataloader_prefetch_factor or 2)
         self.progress.lead = ahead // self.args.gradient_accumulation_steps + 2
-        sampler = StagedBatchSampler(
-            tasks=self.train_dataset.records.tasks,
-            curriculum=self.curriculum,
-            num_steps=self.args.max_steps,
-            batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            num_processes=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            task_weights=self.args.task_weights,  # type: ignore[arg-type]
-            mixing_temperature=self.args.mixing_temperature,
+        sampler = replace(
+            sampler_of(self.args, self.train_dataset.records.tasks, self.curriculum, self.args.max_steps),
             stage_at=self.progress.stage_at,
         )
         return DataLoader(
@@ -232,6 +230,9 @@ class PlumeTrainer(Trainer):
         """As the Trainer's, but whole or not at all, and the old ones are deleted last."""
         folder = Path(super()._get_output_dir(trial))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # What is saved in the middle of a run is to be used with the K that it has been trained at.
+        config, steps = self.bare_model.config, self.stage_steps(max(self.state.global_step - 1, 0))
+        last_steps, config.num_latent_steps = config.num_latent_steps, steps
         self.accelerator.wait_for_everyone()
         try:
             with whole_or_nothing(folder, self.args.should_save) as unfinished:
@@ -240,13 +241,14 @@ class PlumeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 scalars = self._loss_scalars()
                 if self.args.should_save:
-                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}", scalars)
+                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}", steps, scalars)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     move_into(unfinished, folder)
         finally:
             self._saving_in = None
             self.args.save_total_limit = limit
+            config.num_latent_steps = last_steps
         if self.args.should_save and limit:
             _delete_old_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
@@ -289,12 +291,30 @@ class PlumeTrainer(Trainer):
         return 0
 
 
+def sampler_of(
+    args: PlumeTrainingArguments, tasks: Sequence[str], curriculum: Curriculum, num_steps: int
+) -> StagedBatchSampler:
+    """The order of the rows of a run, on this process."""
+    return StagedBatchSampler(
+        tasks=tasks,
+        curriculum=curriculum,
+        num_steps=num_steps,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=args.world_size,
+        rank=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        task_weights=args.task_weights,  # type: ignore[arg-type]
+        mixing_temperature=args.mixing_temperature,
+    )
+
+
 def bare_model(model: Any) -> PlumeModel:
     """The `PlumeModel` inside a peft model."""
     return model if isinstance(model, PlumeModel) else model.get_base_model()
 
 
 def _delete_old_checkpoints(folder: Path, limit: int) -> None:
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    for old in found[:-limit]:
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for old in sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))[:-limit]:
         shutil.rmtree(old, ignore_errors=True)
