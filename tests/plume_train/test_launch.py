@@ -97,7 +97,7 @@ def test_a_launched_run_equals_one_process(folder, alone, name):
     assert "expert 3" in (folder / name / "README.md").read_text()  # the card reads weights that are shared out
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
 def test_a_launched_run_that_is_resumed_equals_one_that_was_not(folder, name):
     changes = {"optim": "adamw_torch", "output_dir": folder / f"{name}-resumed", "bf16": "false"}
     done = launch(folder, name, **changes)
@@ -112,17 +112,11 @@ def test_a_launched_run_that_is_resumed_equals_one_that_was_not(folder, name):
         assert torch.allclose(weight, resumed[key], atol=1e-6), key
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("zero3", {"lora_rank": 2}, "lora_rank does not work with ZeRO-3 or FSDP"),
-        ("zero2", {"micro_batch_size": 1, "gradient_accumulation_steps": 2}, "raise per_device_train_batch_size"),
-    ],
-)
-def test_what_a_way_of_sharing_cannot_do_is_refused(folder, name, changes, message):
-    done = launch(folder, name, output_dir=folder / "refused", **changes)
+def test_gradcache_with_accumulation_is_refused_under_deepspeed(folder):
+    changes = {"output_dir": folder / "refused", "micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    done = launch(folder, "zero2", **changes)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "raise per_device_train_batch_size" in done.stderr
 
 
 def test_another_number_of_processes_is_refused_on_resume(folder, alone):

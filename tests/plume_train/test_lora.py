@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from plume import Item, PlumeModel
 from plume.tiny import save_tiny_backbone
 from plume_train.config import SettingsError
-from plume_train.lora import merge
-from plume_train.run import train
+from plume_train.lora import add_lora, merge
+from plume_train.run import load_model, train
 from plume_train.saving import RunError
 from tests.plume_train.runs import settings
 
@@ -95,3 +95,10 @@ def test_a_checkpoint_of_a_run_can_be_merged(tmp_path, start, hops_folder):
 def test_targets_that_match_nothing_are_refused(tmp_path, start, hops_folder):
     with pytest.raises(SettingsError, match="lora_targets='nothing'"):
         train(settings(tmp_path, start, hops_folder, lora_rank=2, lora_targets="nothing"))
+
+
+def test_weights_that_are_shared_out_are_refused(tmp_path, start, hops_folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = settings(tmp_path, start, hops_folder, lora_rank=2)
+    with pytest.raises(SettingsError, match="lora_rank does not work with ZeRO-3 or FSDP"):
+        add_lora(load_model(args), args)
