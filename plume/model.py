@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from plume import backbone as seam
 from plume import card, checkpoint, positions, prompt, published, tokens
 from plume.arguments import check_prefix, last_column, steps_of, suffix_of
 from plume.config import PlumeConfig
-from plume.output import PlumeOutput
+from plume.output import PlumeOutput, unit
 from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
 from plume.rollout import Rollout, rollout
 from plume.trace import Trace, trace
@@ -167,15 +166,12 @@ class PlumeModel(PreTrainedModel):
             card.write_model_card(self, save_directory, weights=weights)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings."""
         self.backbone.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output head; None where it is tied to the token embeddings."""
         return self.lm_head
 
     def _set_gradient_checkpointing(  # type: ignore[override]
@@ -263,8 +259,8 @@ class PlumeModel(PreTrainedModel):
         if touch_all:
             read_out = read_out + self._nothing(read_out, adapter_ran=max_steps > 0, head_runs=labels is not None)
         return PlumeOutput(
-            embedding=_unit(read_out),
-            anchor_embedding=_unit(result.anchor),
+            embedding=unit(read_out),
+            anchor_embedding=unit(result.anchor),
             states=result.states,
             gates=result.gates,
             suffix_logits=None if labels is None else self._logits(result.last_state, result.suffix, labels),
@@ -398,7 +394,3 @@ class PlumeModel(PreTrainedModel):
         # Token j of the suffix is predicted one position before it: the first by the last latent state.
         before = torch.cat([last_state[:, None], suffix[:, :-1]], dim=1)  # [B, S, D]
         return seam.logits(self.backbone, self.lm_head, before[labels != -100])
-
-
-def _unit(hidden: Tensor) -> Tensor:
-    return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 
@@ -30,3 +32,8 @@ class PlumeOutput(ModelOutput):
     read_out_layers: Tensor | None = None
     vision_states: Tensor | None = None
     scalars: Tensor | None = None
+
+
+def unit(hidden: Tensor) -> Tensor:
+    """Hidden states as unit vectors, at least in float32, `[..., D] -> [..., D]`."""
+    return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)

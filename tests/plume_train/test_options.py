@@ -37,7 +37,6 @@ def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hop
         "uniformity_weight": 0.1,
         "distillation_weight": 1.0,
         "contrastive_loss": "sigmoid",
-        "num_negatives": 1,
         "random_steps": True,
         "micro_batch_size": 2,
         "mix_earlier": 0.2,
@@ -280,7 +279,8 @@ def test_rationales_alone_train_without_targets_and_without_a_router(tmp_path, s
     for micro_batch_size in (None, 2):
         out = str(tmp_path / f"out-{micro_batch_size}")
         more = {"micro_batch_size": micro_batch_size, "num_negatives": 1, "output_dir": out}
-        train(settings(tmp_path, start, hops_folder, **changes, **more))
+        with pytest.warns(UserWarning, match="num_negatives: without effect"):
+            train(settings(tmp_path, start, hops_folder, **changes, **more))
 
 
 def test_an_epoch_is_a_pass_over_every_task(tmp_path, start, hops_folder):
@@ -291,3 +291,17 @@ def test_an_epoch_is_a_pass_over_every_task(tmp_path, start, hops_folder):
     assert max(line["step"] for line in log_of(tmp_path)) == 10  # 5 tasks of 2 rows, batches of 4, twice
     with pytest.raises(SettingsError, match="task_weights names 'b', which is no task of the data"):
         train(settings(tmp_path, start, hops_folder, **changes, task_weights={"b": 2}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_negatives": 2}, "num_negatives: without effect, since no row has hard negatives"),
+        ({"learn_temperature": True, "contrastive_loss": "sigmoid"}, "learn_temperature: without effect"),
+        ({"per_step_weight": 1.0, "stage_ratios": [0.0], "stage_shares": [1.0]}, "no stage has latent steps"),
+        ({"lora_dropout": 0.1}, "lora_rank is 0"),
+    ],
+)
+def test_a_setting_without_effect_is_told(tmp_path, start, hops_folder, changes, message):
+    with pytest.warns(UserWarning, match=message):
+        train(settings(tmp_path, start, hops_folder, **changes, max_steps=1))

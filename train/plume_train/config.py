@@ -250,6 +250,32 @@ class PlumeTrainingArguments(TrainingArguments):
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
 
+    def without_effect(self, has_negatives: bool) -> list[str]:
+        """Settings that change nothing, each with the reason.
+
+        Args:
+            has_negatives: whether the data hold hard negatives.
+        """
+        curriculum = self.build_curriculum()
+        steps = [curriculum.num_latent_steps(stage) for stage in curriculum.stages]
+        is_latent = any(count and stage.ratio == 1 for count, stage in zip(steps, curriculum.stages, strict=True))
+        reasons = [
+            (
+                "learn_temperature",
+                self.learn_temperature and self.contrastive_loss == "sigmoid",
+                "the sigmoid loss learns",
+            ),
+            ("random_steps", self.random_steps and not is_latent, "no stage is fully latent"),
+            ("per_step_weight", self.per_step_weight and not any(steps), "no stage has latent steps"),
+            ("distillation_weight", self.distillation_weight and not any(steps), "no stage has latent steps"),
+            ("optimizer_reset", self.optimizer_reset != "none" and len(steps) == 1, "there is one stage"),
+            ("rewarmup_steps", self.rewarmup_steps and len(steps) == 1, "there is one stage"),
+            ("num_negatives", self.num_negatives and not has_negatives, "no row has hard negatives"),
+            ("negatives of the data", has_negatives and not self.num_negatives, "num_negatives is 0"),
+            ("lora_dropout", self.lora_dropout and not self.lora_rank, "lora_rank is 0"),
+        ]
+        return [f"{name}: without effect, since {why}" for name, applies, why in reasons if applies]
+
     def build_curriculum(self) -> Curriculum:
         """The curriculum of these settings; the answer is dropped in the last stage that is fully latent."""
         stages = PRESETS[self.curriculum]

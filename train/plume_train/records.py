@@ -169,6 +169,7 @@ class Records:
         places = [data] if isinstance(data, (str, Path)) else list(data)
         self.bad_rows: list[str] = []
         self.tasks: list[str] = []
+        self.has_negatives = False
         self._has_target: dict[str, bool] = {}
         self._sources: list[tuple[Source, RecordFormat]] = []
         self._places: list[tuple[int, int]] = []  # index of the source, number of the row
@@ -220,3 +221,4 @@ class Records:
                 continue
             self._places.append((len(self._sources) - 1, number))
             self.tasks.append(record.task)
+            self.has_negatives |= bool(record.negatives)

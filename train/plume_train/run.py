@@ -47,6 +47,8 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if unknown := sorted(set(args.task_weights or {}) - set(records.tasks)):
         known = ", ".join(sorted(set(records.tasks)))
         raise SettingsError(f"task_weights names {unknown[0]!r}, which is no task of the data; they are {known}")
+    for useless in args.without_effect(records.has_negatives):
+        warnings.warn(f"plume: {useless}", stacklevel=2)
     if args.max_steps < 0:
         batches = sampler_of(args, records.tasks, curriculum, num_steps=1).batches_per_pass()
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
