@@ -262,8 +262,8 @@ def see(
 def _dummy_image(backbone: Backbone) -> tuple[Tensor, Tensor]:
     """Patches and grid of the smallest image, black."""
     vision, tower = backbone.config.vision_config, backbone.visual
-    side, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
-    width = channels * vision.temporal_patch_size * vision.patch_size**2
+    side = vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.zeros(side * side, width, device=tower.device)
     return pixels, torch.tensor([[1, side, side]], device=tower.device)
 

@@ -1,6 +1,7 @@
 """Optional terms of the objective, each off by default and each from a paper of its own.
 
-All follow the conventions of `plume.losses`: float32, and this process's share times the number of processes.
+All follow the conventions of `plume.losses`: float32, and averaged over processes the value over the joined batch.
+Distillation is a sum over rows, of this process alone.
 
 Letters: B rows of this process, D hidden size, K latent steps.
 """

@@ -7,8 +7,9 @@ PLUME (arXiv 2604.02073, equations 6 and 8):
 The published code balances every single gate; here, as in equation 6, the mean over batch, sides and steps is balanced.
 Similarities, softmax and sums are in float32 (or float64) whatever the model's dtype.
 
-Every function returns this process's share of the value over all processes, times their number. Averaging gradients
-over processes, as DDP, DeepSpeed and FSDP do, then gives the gradient of the value over the joined batch.
+Contrast and balance see the rows of all processes. What a process returns, averaged over processes, is the value over
+the joined batch; so averaging gradients, as DDP, DeepSpeed and FSDP do, gives the gradient of that value. Cross-entropy
+is a sum over rows, of this process alone.
 
 Letters: B rows of this process, N rows of all processes, D hidden size, E experts, S suffix length, V vocabulary,
 M supervised suffix tokens, H hard negatives of this process.

@@ -70,7 +70,9 @@ class PairsEvaluation:
             row = json.loads(line)
             if "query" not in row or "target" not in row:
                 raise ValueError(f"{path.name}:{number}: no 'query' and 'target'; see train/README.md for the format")
-            query, target = (_input(row[name], path.parent) for name in ("query", "target"))
+            query, target = (
+                _input(row[name], path.parent, f"{path.name}:{number}: {name!r}") for name in ("query", "target")
+            )
             key = json.dumps(target, sort_keys=True, default=str)
             if key not in known:
                 known[key] = len(known)
@@ -109,12 +111,12 @@ class PairsEvaluation:
         return [model.processor.parse(raw, f"input {index}") for index, raw in enumerate(inputs)]
 
 
-def _input(side: Any, root: Path) -> Any:
+def _input(side: Any, root: Path, where: str) -> Any:
     """What `Item.parse` takes: media before text, paths made absolute."""
     if isinstance(side, str):
         return side
     if unknown := set(side) - set(_MEDIA) - _IGNORED:
-        raise ValueError(f"a side has the unknown key {sorted(unknown)[0]!r}; expected text, image or video")
+        raise ValueError(f"{where} has the unknown key {sorted(unknown)[0]!r}; expected text, image or video")
     media = {_MEDIA[name]: value for name, value in side.items() if name in _MEDIA and value}
     found: dict[str, Any] = {}
     for kind, value in media.items():

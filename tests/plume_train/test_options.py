@@ -192,7 +192,7 @@ def test_rows_that_turn_out_broken_are_skipped_counted_and_listed(tmp_path, star
     changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": 2, "dataloader_num_workers": 2}
     with pytest.raises(ValueError, match=r"rows\.jsonl:[24].*cannot be read"):
         train(settings(tmp_path, start, hops_folder, **changes))
-    with pytest.warns(UserWarning, match="plume: 4 rows were skipped; see bad_rows"):
+    with pytest.warns(UserWarning, match="plume: 2 rows were skipped while training; see bad_rows"):
         train(settings(tmp_path, start, hops_folder, **changes, on_bad_row="skip"))
     listed = (tmp_path / "out" / "bad_rows.txt").read_text().splitlines()
     assert sorted(line.split(":")[1] for line in listed) == ["2", "4"]
@@ -258,7 +258,7 @@ def test_rows_that_became_bad_after_the_scan_or_are_too_long_can_be_skipped(tmp_
 
     changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": 1}
     monkeypatch.setattr(Records, "__init__", scanned_then_gone)
-    with pytest.warns(UserWarning, match="2 rows were skipped"):
+    with pytest.warns(UserWarning, match="2 rows were skipped while training"):
         train(settings(tmp_path, start, hops_folder, **changes, on_bad_row="skip"))
     listed = (tmp_path / "out" / "bad_rows.txt").read_text()
     assert "rows.jsonl:1: 'query' names here.png" in listed

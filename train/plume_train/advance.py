@@ -126,6 +126,7 @@ class Validation(TrainerCallback):
         with trainer.model_for_measuring() as step:
             for draws in batches:
                 batch = trainer.collate([self.rows[draw] for draw in draws])
+                trainer.bad_rows += batch["bad_rows"]
                 parts = step.measure(trainer.prepare_batch(batch))
                 measured.append(parts | {"loss": trainer.objective.weighted(parts).to(args.device)})
         names = dict.fromkeys(name for parts in measured for name in parts)

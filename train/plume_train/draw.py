@@ -11,8 +11,9 @@ from typing import Any
 _PANELS: list[tuple[str, tuple[str, ...]]] = [
     ("loss terms", ("cross_entropy_", "contrastive", "anchor_contrastive", "validation_loss", "distillation")),
     ("recall@1", ("recall_", "mrr_")),
-    ("latent states", ("state_norm", "step_cosine")),
-    ("router: load of the experts", ("expert_load_", "gate_entropy")),
+    ("norm of latent states", ("state_norm",)),
+    ("cosine from one latent state to the next", ("step_cosine",)),
+    ("router: load of the experts, entropy of the gates", ("expert_load_", "gate_entropy")),
     ("learning rate", ("learning_rate",)),
     ("pairs per second", ("pairs_per_second",)),
 ]
@@ -53,6 +54,7 @@ def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:
                 f"K={steps}", (step, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4", va="bottom"
             )
         axis.set_title(title, fontsize=9, pad=12)
+        axis.set_xlabel("step", fontsize=7)
         axis.tick_params(labelsize=7)
         if len(names) > 1:
             axis.legend(fontsize=6, frameon=False)

@@ -116,6 +116,8 @@ def open_source(place: str | Path) -> Source:
     if path.is_dir():
         data: Any = datasets.load_from_disk(str(path))
         if isinstance(data, datasets.DatasetDict):
+            if "train" not in data:
+                raise RowError(f"{place} holds the splits {', '.join(map(str, data))}; name the folder of one of them")
             data = data["train"]
         return Table(_undecoded(data), path.name)
     if path.suffix == ".parquet":

@@ -54,6 +54,8 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
     checkpoint = checkpoint_to_resume(args)
     remember_run(args, len(records))
+    if records.bad_rows:
+        _list_bad_rows(args, records.bad_rows)
     if evaluate is None and args.evaluation:
         evaluate = named_evaluation(args.evaluation, args.evaluation_arguments)  # type: ignore[arg-type]
 
@@ -69,7 +71,10 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if args.lora_rank:
         model = add_lora(model, args)
 
-    validation = StagedRecords(load_records(args, args.validation_file)) if args.validation_file else None
+    held_out = load_records(args, args.validation_file) if args.validation_file else None
+    if held_out is not None and held_out.bad_rows:
+        _list_bad_rows(args, held_out.bad_rows)
+    validation = StagedRecords(held_out) if held_out is not None else None
     trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate, validation)
     if checkpoint is not None:
         trainer.go_on_from(checkpoint)
@@ -100,7 +105,8 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         model.loss_scalars = None
     if trainer.bad_rows:
         _list_bad_rows(args, trainer.bad_rows)
-        warnings.warn(f"plume: {len(trainer.bad_rows)} rows were skipped; see bad_rows.txt", stacklevel=2)
+        skipped = len(set(trainer.bad_rows))
+        warnings.warn(f"plume: {skipped} rows were skipped while training; see bad_rows.txt", stacklevel=2)
     if args.should_save and find_spec("matplotlib"):
         draw_run(read_log(args.output_folder / "log.jsonl"), args.output_folder / "training.png")
     trainer.accelerator.wait_for_everyone()
@@ -108,8 +114,8 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
 
 
 def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
-    """Rows of some files; bad ones that are skipped are listed in `bad_rows.txt`."""
-    records = Records(
+    """Rows of some files."""
+    return Records(
         data,
         row_format=RecordFormat(
             media_root=Path(args.media_root) if args.media_root else None,
@@ -119,9 +125,6 @@ def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
         on_bad_row=args.on_bad_row,
         show_progress=not args.disable_tqdm and args.should_save,
     )
-    if records.bad_rows:
-        _list_bad_rows(args, records.bad_rows)
-    return records
 
 
 def _list_bad_rows(args: PlumeTrainingArguments, bad_rows: list[str]) -> None:

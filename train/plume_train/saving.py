@@ -7,7 +7,6 @@ goes on with it, another one is refused.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -17,11 +16,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
 from plume_train.config import PlumeTrainingArguments
 
 UNFINISHED = "unfinished"
+# How torch.save says that a file could not be written to its end.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "file write failed", "No space left")
 RUN_FILE = "run.json"
 
 # What may differ between the start of a run and its continuation: what changes no result.
@@ -146,18 +148,17 @@ def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
     unfinished = folder / UNFINISHED
     # The inner folder bears the final name, which model cards repeat.
     inner = unfinished / folder.resolve().name
-    if is_writer:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        inner.mkdir(parents=True)
     try:
+        if is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            inner.mkdir(parents=True)
         yield inner
-    except OSError as error:
-        raise _not_saved(folder, unfinished, error.errno, str(error)) from error
-    except RuntimeError as error:  # how torch and safetensors say that the disk is full
-        cause = errno.ENOSPC if "No space left" in str(error) or "unexpected pos" in str(error) else None
-        if cause is None and "write" not in str(error):
+    except (OSError, SafetensorError) as error:
+        raise _not_saved(folder, unfinished, str(error)) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _TORCH_CANNOT_WRITE):
             raise
-        raise _not_saved(folder, unfinished, cause, str(error)) from error
+        raise _not_saved(folder, unfinished, str(error)) from error
 
 
 def move_into(unfinished: Path, folder: Path) -> None:
@@ -170,9 +171,11 @@ def move_into(unfinished: Path, folder: Path) -> None:
     shutil.rmtree(unfinished.parent)
 
 
-def _not_saved(folder: Path, unfinished: Path, cause: int | None, why: str) -> RunError:
+def _not_saved(folder: Path, unfinished: Path, why: str) -> RunError:
     shutil.rmtree(unfinished, ignore_errors=True)
     last = get_last_checkpoint(str(folder)) if folder.exists() else None
     kept = f"the last good checkpoint, {last}, is untouched" if last else "there is no earlier checkpoint"
-    remedy = "free disk space" if cause == errno.ENOSPC else "make the folder writable"
-    return RunError(f"saving in {folder} failed: {why}; {kept}. {remedy} and start the same command again")
+    return RunError(
+        f"saving in {folder} failed: {why}; {kept}. Make sure that the disk has space and the folder can be written "
+        "to, and start the same command again"
+    )

@@ -119,14 +119,16 @@ class PlumeTrainer(Trainer):
         batch = self.prepare_batch(inputs)
         self._where = batch["where"]
         self.bad_rows += batch["bad_rows"]
-        step = self._step(model, scale=1 / self.current_gradient_accumulation_steps, check=self._stop_if_not_finite)
+        step = self._step(model)
+        step.scale = 1 / self.current_gradient_accumulation_steps
+        step.observe, step.check = self.meter.see_pass, self._stop_if_not_finite
         is_one_pass = all(len(passes) == 1 for passes in batch["passes"].values())
         parts = step.direct(batch) if is_one_pass else step.cached(batch)
         loss = self.objective.weighted(parts).to(self.args.device)
         self.meter.see_step(batch, parts, loss)
         return loss * step.scale
 
-    def _step(self, model: nn.Module, **settings: Any) -> Step:
+    def _step(self, model: nn.Module) -> Step:
         tower = self.bare_model.backbone.visual
         return Step(
             model=model,
@@ -136,8 +138,6 @@ class PlumeTrainer(Trainer):
             vision_is_frozen=not any(
                 p.requires_grad for p in [*tower.patch_embed.parameters(), *tower.blocks.parameters()]
             ),
-            **({"observe": self.meter.see_pass} if settings else {}),
-            **settings,
         )
 
     def prepare_batch(self, batch: Any) -> Batch:
