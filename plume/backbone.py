@@ -50,6 +50,10 @@ class Segment:
     def __len__(self) -> int:
         return self.embeds.shape[1]
 
+    def nothing(self) -> Segment:
+        """No positions of the same rows."""
+        return Segment(self.embeds[:, :0], self.mask[:, :0], self.positions[:, :, :0])
+
     def followed_by(self, other: Segment) -> Segment:
         """Both segments as one."""
         return Segment(
@@ -296,6 +300,22 @@ def embed_prefix(
             embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
     if vision.nothing is not None:
         embeds = embeds + vision.nothing.to(embeds.dtype)
+    grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+    positions = prefix_positions(backbone, input_ids, mask, **grids, second_per_grid_ts=second_per_grid_ts)
+    return Segment(embeds, mask, positions)
+
+
+def prefix_positions(
+    backbone: Backbone,
+    input_ids: Tensor,
+    mask: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    second_per_grid_ts: Tensor | None = None,
+) -> Tensor:
+    """M-RoPE positions of a prefix, `[3, B, L]`; arguments as in `embed_prefix`. Runs where the ids are."""
+    config = backbone.config
+    is_image, is_video = input_ids == config.image_token_id, input_ids == config.video_token_id
     timing = {} if config.model_type == "qwen2_vl" else {"second_per_grid_ts": second_per_grid_ts}
     # The kind of each token is derived here, since not every processor of transformers 5 emits it.
     positions, _ = backbone.get_rope_index(
@@ -306,7 +326,7 @@ def embed_prefix(
         attention_mask=mask.long(),
         **timing,
     )
-    return Segment(embeds, mask, positions)
+    return positions
 
 
 def logits(backbone: Backbone, head: nn.Linear | None, hidden: Tensor) -> Tensor:

@@ -267,6 +267,7 @@ class PlumeModel(PreTrainedModel):
             read_out_layers=None if result.suffix_layers is None else result.suffix_layers[:, rows, column],
             vision_states=vision.states,
             scalars=None if self.loss_scalars is None else self.loss_scalars(),
+            num_latent_steps=result.num_latent_steps,
         )
 
     def reason(

@@ -22,6 +22,7 @@ class PlumeOutput(ModelOutput):
     read_out_layers `[layers + 1, B, D]`: hidden states of all layers at `<gen_emb>`; None unless kept.
     vision_states: of the vision tower before its merger, for a second pass over the same media; None without media.
     scalars: what `PlumeModel.loss_scalars` returned; None without it.
+    num_latent_steps `[B]`: K of each row; with early exit, the steps that it took.
     """
 
     embedding: Tensor | None = None
@@ -32,6 +33,7 @@ class PlumeOutput(ModelOutput):
     read_out_layers: Tensor | None = None
     vision_states: Tensor | None = None
     scalars: Tensor | None = None
+    num_latent_steps: Tensor | None = None
 
 
 def unit(hidden: Tensor) -> Tensor:

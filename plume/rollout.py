@@ -17,12 +17,13 @@ Letters: B batch, D hidden size, K latent steps, E experts, S suffix length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from plume import positions
-from plume.backbone import CachedDecoder, Segment
+from plume.backbone import Segment
 from plume.config import RouterContext
 from plume.transition import TransitionAdapter
 
@@ -37,6 +38,7 @@ class Rollout:
     last_state `[B, D]`: h_K of each row, K its own.
     suffix `[B, S, D]`: the hidden states of the suffix.
     suffix_layers `[layers + 1, B, S, D]`: the same at every layer, embeddings first; None unless kept.
+    num_latent_steps `[B]`: K of each row; with early exit, the steps that it took.
     next_position `[B]`: the rotary position of a token that follows the longest suffix.
     """
 
@@ -46,11 +48,18 @@ class Rollout:
     last_state: Tensor
     suffix: Tensor
     suffix_layers: Tensor | None
+    num_latent_steps: Tensor
     next_position: Tensor
 
 
+class Decoder(Protocol):
+    """A text model and its cache: transformers' or the engine's."""
+
+    def feed(self, segment: Segment, *, with_layers: bool = False) -> Tensor: ...  # [B, n, D] after the final norm
+
+
 def rollout(
-    decoder: CachedDecoder,
+    decoder: Decoder,
     adapter: TransitionAdapter,
     prefix: Segment,
     suffix_embeds: Tensor,
@@ -62,6 +71,7 @@ def rollout(
     start: Tensor,
     router_context: RouterContext = "anchor",
     keep_layers: bool = False,
+    exit_tolerance: float | None = None,
 ) -> Rollout:
     """Run prefix, latent steps and suffix through the backbone.
 
@@ -69,7 +79,7 @@ def rollout(
     are masked, and its suffix stands where its own K puts it, so that its results are those of the row alone.
 
     Args:
-        decoder: an empty `CachedDecoder`.
+        decoder: empty.
         adapter: maps a state to the next input.
         prefix: left-padded; its last column is `<bot>` in every row.
         suffix_embeds: input embeddings of the suffix, `[B, S, D]`, right-padded.
@@ -80,6 +90,7 @@ def rollout(
         start: rotary position of latent step 0, `[B]`.
         router_context: what the router sees beside the state.
         keep_layers: whether to return the suffix's states of all layers.
+        exit_tolerance: a row stops at the first step that changes its state by at most this share of its norm.
     """
     rows = torch.arange(len(start), device=start.device)
     pending, states, gates = prefix, [], []
@@ -91,6 +102,12 @@ def rollout(
         if step == 0:
             anchor = hidden[rows, anchor_column]
             context = {"anchor": anchor, "prefix_last": states[0], "none": None}[router_context]
+        elif exit_tolerance is not None:
+            is_settled = (states[-1] - states[-2]).norm(dim=-1) <= exit_tolerance * states[-1].norm(dim=-1)
+            num_latent_steps = torch.where(is_settled, num_latent_steps.clamp(max=step), num_latent_steps)
+            if _all_have_stopped(step >= num_latent_steps):
+                pending = pending.nothing()
+                break
         next_input, gate = adapter(states[-1], step, context)
         gates.append(gate)
         is_active = step < num_latent_steps
@@ -101,7 +118,8 @@ def rollout(
     hidden = decoder.feed(pending.followed_by(suffix), with_layers=keep_layers)
     layers = hidden[:, :, len(pending) :] if keep_layers else None
     hidden = hidden[-1] if keep_layers else hidden
-    states.append(hidden[:, len(pending) - 1])
+    if len(pending):
+        states.append(hidden[:, len(pending) - 1])
     if anchor is None:  # K = 0: prefix and suffix were the one pass
         anchor = hidden[rows, anchor_column]
 
@@ -115,8 +133,14 @@ def rollout(
         last_state=stacked[rows, num_latent_steps],
         suffix=hidden[:, len(pending) :],
         suffix_layers=layers,
+        num_latent_steps=num_latent_steps,
         next_position=suffix_positions[0, :, -1] + 1,
     )
+
+
+def _all_have_stopped(has_stopped: Tensor) -> bool:
+    # A CUDA graph has a fixed number of steps; while one is captured, nothing can be asked of the device.
+    return not (has_stopped.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(has_stopped.all())
 
 
 def _stack_gates(gates: list[Tensor | None], is_own_step: Tensor) -> Tensor | None:

@@ -1,0 +1,349 @@
+"""The inference engine: the model's own weights and formulas, without what inference does not need.
+
+`PlumeModel.forward` is the definition. The engine computes the same vectors
+
+  * without asking the device anything on the way: lengths and places are known to the host before (`plume.plan`);
+  * with rows packed without gaps in a cache of fixed size (`plume.static_cache`);
+  * with layers in a third of the operations (`plume.stack`, `plume.tower`);
+  * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch.
+
+A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave; a cache has
+512 slots or a power of two beyond. Lengths within that are data, so that a rollout has few graphs. Vision towers are
+captured for the sizes of images that come again. What is too large for launches to count, or for the memory that
+graphs may hold, is launched directly at its own shape, and so is everything without a GPU.
+
+Letters: B batch, L prefix length, D hidden size, K latent steps, S suffix length, m hidden states that are read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from plume import backbone as seam
+from plume import graphs
+from plume.backbone import Segment
+from plume.graphs import Kept
+from plume.model import PlumeModel
+from plume.output import PlumeOutput, unit
+from plume.parts import Unsupported, text_parts, tower_parts
+from plume.plan import Plan, plan
+from plume.projection import Int8Projection, Projection
+from plume.rollout import Rollout, rollout
+from plume.stack import StaticDecoder, TextStack
+from plume.tower import Tower
+
+Backend = Literal["auto", "eager", "graph"]
+
+_LEAST_SLOTS = 512
+_MOST_ROWS = 128
+
+
+def bucket(length: int) -> int:
+    """The next of four lengths per octave, at least 32.
+
+    Example:
+        >>> [bucket(length) for length in (1, 60, 300, 1300)]
+        [32, 64, 320, 1536]
+    """
+    step = max(32, 1 << (length - 1).bit_length() >> 3)
+    return -(-length // step) * step
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+class Room:
+    """Where a batch is reasoned about: a cache, and the tensors that go in.
+
+    read `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `Plan`.
+    prefixes, rollouts: graphs over these tensors, by length and by K. is_kept: whether it comes again, so that graphs
+    are worth while.
+    """
+
+    def __init__(self, stack: TextStack, num_rows: int, num_slots: int, *, is_kept: bool = False, max_graphs: int = 1):
+        weight = stack.norm
+        self.is_kept = is_kept
+        self.cache = stack.new_cache(num_rows, num_slots)
+        self.read = weight.new_zeros(num_rows, 2, len(weight))
+        self.start = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
+        self.num_latent_steps = torch.zeros_like(self.start)
+        self.prefixes: Kept[Prefix] = Kept(max_graphs)
+        self.rollouts: Kept[Callable[[], Rollout]] = Kept(max_graphs)
+
+    def furnish(self, laid_out: Plan, read: Tensor) -> None:
+        """Put a batch in, whose prefix is in the cache; rows beyond it are empty."""
+        size = len(read)
+        self.read[:size] = read[:, :2]
+        for mine, given in (
+            (self.cache.lengths, laid_out.lengths),
+            (self.start, laid_out.start),
+            (self.num_latent_steps, laid_out.num_latent_steps),
+        ):
+            mine[:size].copy_(given, non_blocking=True)
+            mine[size:] = 0
+
+
+class Pixels:
+    """Inputs of a vision tower for media of one size, and its graph, from the second time on."""
+
+    def __init__(self, *inputs: Tensor):
+        self.inputs = [one.clone() for one in inputs]
+        self.launch: Callable[[], Tensor] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Features of visual tokens, `[M, D]`."""
+        assert self.launch is not None
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        return self.launch()
+
+
+class Prefix:
+    """Inputs of a prefix graph, `[B, L]` of one shape, and the graph."""
+
+    def __init__(self, stack: TextStack, num_rows: int, length: int, num_columns: int):
+        weight = stack.norm
+        self.embeds = weight.new_zeros(num_rows, length, len(weight))
+        self.positions = torch.zeros(3, num_rows, length, dtype=torch.long, device=weight.device)
+        self.columns = torch.zeros(num_rows, num_columns, dtype=torch.long, device=weight.device)
+        self.launch: Callable[[], Tensor] = lambda: self.embeds
+
+    def __call__(self, embeds: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+        """Hidden states at the columns, `[B, m, D]`."""
+        size, length = embeds.shape[:2]
+        self.embeds.zero_()
+        self.embeds[:size, :length] = embeds
+        self.positions[:, :size, :length] = positions
+        self.columns[:size] = columns
+        return self.launch()[:size]
+
+
+class Engine:
+    """Embeds batches of a model's processor.
+
+    Example:
+        >>> model = getfixture("model")
+        >>> engine = Engine(model)
+        >>> from plume import Item
+        >>> batch = model.processor.encode([Item.parse("a red kite"), Item.parse("rain")])
+        >>> output = engine(batch)
+        >>> torch.allclose(output.embedding, model(**batch).embedding, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        model: PlumeModel,
+        *,
+        backend: Backend = "auto",
+        int8: bool = False,
+        exit_tolerance: float | None = None,
+        max_captured_tokens: int = 8192,
+        max_graphs: int = 256,
+        max_cache_bytes: int = 8 << 30,
+    ):
+        """Prepare a model; its weights are shared, not copied.
+
+        Args:
+            model: in eval mode, on one device. What is learnt in place afterwards counts.
+            backend: "graph" replays CUDA graphs; "eager" launches every operation; "auto" takes graphs on a GPU.
+                Where graphs are impossible "graph" warns and launches.
+            int8: products of backbone and vision tower in int8, on a CPU only: several times faster there, and not the
+                same vectors (see eval/README.md for what it costs).
+            exit_tolerance: a row stops reasoning at the first step that changes its state by at most this share of its
+                norm; None never stops. `num_latent_steps` of the output says how many it took. Under graphs all
+                steps run nevertheless, so that it saves time only without.
+            max_captured_tokens: prefixes of more tokens in all are launched directly.
+            max_graphs: kept of each kind; the least recently used ones go.
+            max_cache_bytes: of keys and values that graphs hold.
+
+        Raises:
+            ValueError: an argument that cannot be honoured.
+            Unsupported: a model that the engine has not been written for.
+        """
+        if backend not in ("auto", "eager", "graph"):
+            raise ValueError(f'backend must be "auto", "eager" or "graph"; received {backend!r}')
+        if exit_tolerance is not None and not exit_tolerance >= 0:
+            raise ValueError(f"exit_tolerance must be at least 0; received {exit_tolerance}")
+        self.model, self.exit_tolerance = model, exit_tolerance
+        self._asked, self._int8 = backend, int8
+        self._max_captured_tokens, self._max_graphs, self._max_cache_bytes = (
+            max_captured_tokens,
+            max_graphs,
+            max_cache_bytes,
+        )
+        #: Graphs captured so far; it stands still once the shapes of the work have been seen.
+        self.num_captures = 0
+        self._load()
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, Any], num_latent_steps: int | Tensor | None = None) -> PlumeOutput:
+        """Embed a batch.
+
+        Args:
+            batch: tensors from the processor; on the CPU they spare the device a question.
+            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+
+        Returns:
+            `embedding`, `anchor_embedding`, `states`, `gates` and `num_latent_steps` as from `PlumeModel.forward`.
+
+        Raises:
+            ValueError: as `PlumeModel.forward`.
+        """
+        self.refresh()
+        laid_out = plan(self.model, batch, num_latent_steps)
+        return self.reason(laid_out, self.see(laid_out))
+
+    def refresh(self) -> None:
+        """Take the model's weights anew if they have been moved or replaced; graphs are then captured again."""
+        if self.model.training:
+            raise ValueError("the engine runs models in eval mode; call model.eval() first")
+        tower = self.tower is None or self.tower.is_current()
+        if not (tower and self.stack.is_current() and self.model.device == self.device):
+            self._load()
+
+    def _load(self) -> None:
+        model, backbone = self.model, self.model.backbone
+        self.device = model.device
+        if self._int8 and self.device.type != "cpu":
+            raise ValueError(f"int8 runs on a CPU only, and the model is on {self.device}; drop it or move the model")
+        reason = graphs.why_not(self.device)
+        if self._asked == "graph" and reason:
+            warnings.warn(f'plume: backend="graph" falls back to "eager": {reason}', stacklevel=3)
+        #: What runs: "eager" or "graph".
+        self.backend = "eager" if self._asked == "eager" or reason else "graph"
+        projection = Int8Projection if self._int8 else Projection
+        self.stack = TextStack(text_parts(backbone), projection)
+        try:
+            self.tower = Tower(tower_parts(backbone), projection)
+        except Unsupported:  # another family's; transformers' own runs
+            self.tower = None
+        self._suffix_ids = torch.tensor(model.config.suffix_ids, device=self.device)
+        self._pool = graphs.new_pool(self.device)
+        self._rooms: Kept[Room] = Kept(self._max_graphs, self._max_cache_bytes, lambda room: room.cache.num_bytes)
+        self._single_passes: Kept[Prefix] = Kept(self._max_graphs)
+        self._towers: Kept[Pixels] = Kept(self._max_graphs)
+
+    def see(self, laid_out: Plan) -> Tensor | None:
+        """Features of the visual tokens of a batch, `[M, D]`; None without media."""
+        if laid_out.patches is None or laid_out.grid is None:
+            return None
+        patches = laid_out.patches.to(self.device, non_blocking=True)
+        if self.tower is None:
+            sizes = torch.tensor(laid_out.grid.sizes, device=self.device)
+            return seam.see(self.model.backbone, patches, sizes).images
+        tower, lengths = self.tower, laid_out.grid.lengths
+        rotation = tower.rotation(laid_out.grid)
+        if self.backend == "eager" or len(patches) > 4 * self._max_captured_tokens:
+            return tower(patches, rotation, lengths)
+        if lengths not in self._towers:  # sizes of images vary, and most do not come again
+            self._towers.get(lengths, lambda: Pixels(patches, *rotation))
+            return tower(patches, rotation, lengths)
+        pixels = self._towers.get(lengths, lambda: Pixels(patches, *rotation))
+        if pixels.launch is None:
+            own, *turn = pixels.inputs
+            pixels.launch = self._capture(lambda: tower(own, (turn[0], turn[1]), lengths))
+        return pixels(patches, *rotation)
+
+    def embed(self, laid_out: Plan, features: Tensor | None) -> Tensor:
+        """Input embeddings of the prefixes with their vision features in place, `[B, L, D]`."""
+        ids = laid_out.ids.to(self.device, non_blocking=True)
+        embeds = seam.embed_tokens(self.model.backbone, ids)
+        if features is not None:
+            places = laid_out.places.to(self.device, non_blocking=True)
+            embeds.flatten(end_dim=1).index_copy_(0, places, features.to(embeds.dtype))
+        return embeds
+
+    def read(self, laid_out: Plan, embeds: Tensor, room: Room | None = None) -> Tensor:
+        """Read the prefixes, into a room if anything is to follow; hidden states at the plan's columns, `[B, m, D]`."""
+        columns = laid_out.columns.to(self.device, non_blocking=True)
+        positions = laid_out.positions.to(self.device, non_blocking=True)
+        size, length = embeds.shape[:2]
+        rows = power_of_two(size) if room is None else len(room.start)
+        shape = rows, bucket(length)
+        is_kept = self.backend == "graph" and rows <= _MOST_ROWS if room is None else room.is_kept
+        if not is_kept or shape[0] * shape[1] > self._max_captured_tokens:
+            cache = None if room is None else room.cache.first(size)
+            return self.stack.read_prefix(embeds, positions, columns, cache)
+        kept = self._single_passes if room is None else room.prefixes
+        prefix = kept.get(shape, lambda: self._new_prefix(*shape, columns.shape[1], room))
+        return prefix(embeds, positions, columns)
+
+    def room(self, num_rows: int, num_slots: int) -> Room:
+        """Room for so many rows of so many tokens; under graphs one that is used again."""
+        rows, slots = power_of_two(num_rows), max(_LEAST_SLOTS, power_of_two(num_slots + 1))
+        parts = self.stack.parts
+        per_slot = 2 * len(parts.layers) * parts.num_key_value_heads * parts.channels * self.stack.norm.itemsize
+        if self.backend == "eager" or rows > _MOST_ROWS or rows * slots * per_slot > self._max_cache_bytes:
+            return Room(self.stack, num_rows, num_slots + 1)
+        return self._rooms.get(
+            (rows, slots), lambda: Room(self.stack, rows, slots, is_kept=True, max_graphs=self._max_graphs)
+        )
+
+    def reason(self, laid_out: Plan, features: Tensor | None) -> PlumeOutput:
+        """Read the prefixes, take the latent steps and embed; features from `see`."""
+        embeds = self.embed(laid_out, features)
+        if laid_out.max_latent_steps == 0:
+            read = self.read(laid_out, embeds)
+            return PlumeOutput(
+                embedding=unit(read[:, 2]),
+                anchor_embedding=unit(read[:, 0]),
+                states=read[:, 1:2].clone(),
+                num_latent_steps=laid_out.num_latent_steps.to(self.device),
+            )
+        size, steps = len(embeds), laid_out.max_latent_steps
+        room = self.room(size, embeds.shape[1] + steps + len(self._suffix_ids))
+        launch = self._rollout(room, steps)  # first, since it runs for capture on whatever the room holds
+        room.furnish(laid_out, self.read(laid_out, embeds, room))
+        result = launch()
+        read_out = self.model.config.suffix_ids.index(self.model.config.read_out_token_id)
+        return PlumeOutput(
+            embedding=unit(result.suffix[:size, read_out]),
+            anchor_embedding=unit(result.anchor[:size]),
+            states=result.states[:size].clone(),
+            gates=None if result.gates is None else result.gates[:size].clone(),
+            num_latent_steps=result.num_latent_steps[:size].clone(),
+        )
+
+    def _rollout(self, room: Room, steps: int) -> Callable[[], Rollout]:
+        def work() -> Rollout:
+            size = len(room.start)
+            suffix = seam.embed_tokens(self.model.backbone, self._suffix_ids.expand(size, -1))
+            every = torch.ones(suffix.shape[:2], dtype=torch.bool, device=self.device)
+            return rollout(
+                StaticDecoder(self.stack, room.cache, room.read),
+                self.model.transition,
+                Segment(room.read, every[:, :2], room.start.expand(3, 2, -1).mT),
+                suffix,
+                every,
+                num_latent_steps=room.num_latent_steps,
+                max_latent_steps=steps,
+                anchor_column=torch.zeros_like(room.start),
+                start=room.start,
+                router_context=self.model.config.router_context,
+                exit_tolerance=self.exit_tolerance,
+            )
+
+        if not room.is_kept:
+            return work
+        room.cache.lengths.zero_()
+        return room.rollouts.get(steps, lambda: self._capture(work))
+
+    def _new_prefix(self, rows: int, length: int, num_columns: int, room: Room | None) -> Prefix:
+        prefix = Prefix(self.stack, rows, length, num_columns)
+        cache = None if room is None else room.cache
+        prefix.launch = self._capture(
+            lambda: self.stack.read_prefix(prefix.embeds, prefix.positions, prefix.columns, cache)
+        )
+        return prefix
+
+    def _capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.num_captures += 1
+        return graphs.capture(work, self._pool)

@@ -1,0 +1,93 @@
+"""Linear layers as the engine runs them: several over one input joined, residuals added on the way, int8 on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from plume.parts import Unsupported
+
+
+class Projection:
+    """`x W^T + b` in the model's dtype.
+
+    The weights of several layers over the same input stand below each other in one tensor, of which the layers' own
+    parameters become views: nothing is held twice, and what is learnt in place is seen here too.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        """Join some layers.
+
+        Args:
+            layers: `nn.Linear`, over the same input; all of them have a bias, or none has.
+
+        Raises:
+            Unsupported: one is not a plain `nn.Linear`.
+        """
+        for layer in layers:
+            if type(layer) is not nn.Linear:
+                raise Unsupported(f"a {type(layer).__name__} stands where nn.Linear is expected; merge adapters first")
+        self._own: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
+        self.weight = _joined([layer.weight for layer in self._own])
+        biases = [layer.bias for layer in self._own if layer.bias is not None]
+        self.bias = _joined(biases) if biases else None
+
+    def is_current(self) -> bool:
+        """Whether the layers' parameters are still views; moving or replacing them ends it."""
+        first = self._own[0].weight
+        return first.data_ptr() == self.weight.data_ptr() and first.dtype == self.weight.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs of all layers beside each other, `[..., in] -> [..., out]`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`, `[M, out]`, in one operation where that is exact."""
+        if self.bias is None:
+            return torch.addmm(residual, x, self.weight.T)
+        return residual + F.linear(x, self.weight, self.bias)
+
+
+class Int8Projection(Projection):
+    """The same in int8 (CPU): weights with one scale per output channel, inputs quantised as they come, one scale each.
+
+    A row's result depends on that row alone. Weights in the model's dtype are kept, so that they can be trained on.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__(layers)
+        # Without VNNI two products are added in 16 bits, which half of the range cannot overflow.
+        self._levels = 127 if torch.cpu._is_vnni_supported() else 63
+        self._quantised, self._scales = _quantised(self.weight.float(), self._levels)
+        self._version = self._own[0].weight._version
+
+    def is_current(self) -> bool:
+        return super().is_current() and self._own[0].weight._version == self._version
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat, scales = _quantised(x.flatten(end_dim=-2), self._levels)
+        y = torch._int_mm(flat, self._quantised.T).to(x.dtype) * (scales * self._scales.T)
+        y = y if self.bias is None else y + self.bias
+        return y.unflatten(0, x.shape[:-1])
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+def _quantised(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Rows as int8, `[M, n]`, and their scales, `[M, 1]`."""
+    scales = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / levels
+    return (x / scales).round_().to(torch.int8), scales
+
+
+def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The parameters below each other; they become views of the result."""
+    if len(parameters) == 1:
+        return parameters[0].data
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = part
+    return whole
