@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from plume import backbone as seam
-from plume import graphs
+from plume import graphs, tokens
+from plume.arguments import last_column
 from plume.backbone import Segment
 from plume.graphs import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
-from plume.parts import Unsupported, text_parts, tower_parts
+from plume.parts import UnsupportedModelError, text_parts, tower_parts
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
@@ -76,6 +77,11 @@ class Room:
         self.num_latent_steps = torch.zeros_like(self.start)
         self.prefixes: Kept[Prefix] = Kept(max_graphs)
         self.rollouts: Kept[Callable[[], Rollout]] = Kept(max_graphs)
+
+    def empty(self) -> None:
+        """Leave nothing that could lead beyond the cache, or beyond the steps of another K."""
+        for one in (self.cache.lengths, self.start, self.num_latent_steps):
+            one.zero_()
 
     def furnish(self, laid_out: Plan, read: Tensor) -> None:
         """Put a batch in, whose prefix is in the cache; rows beyond it are empty."""
@@ -166,7 +172,7 @@ class Engine:
 
         Raises:
             ValueError: an argument that cannot be honoured.
-            Unsupported: a model that the engine has not been written for.
+            UnsupportedModelError: a model that the engine has not been written for.
         """
         if backend not in ("auto", "eager", "graph"):
             raise ValueError(f'backend must be "auto", "eager" or "graph"; received {backend!r}')
@@ -223,9 +229,12 @@ class Engine:
         self.stack = TextStack(text_parts(backbone), projection)
         try:
             self.tower = Tower(tower_parts(backbone), projection)
-        except Unsupported:  # another family's; transformers' own runs
+        except UnsupportedModelError:  # another family's; transformers' own runs
             self.tower = None
-        self._suffix_ids = torch.tensor(model.config.suffix_ids, device=self.device)
+        suffix = torch.tensor([model.config.suffix_ids])
+        is_real = torch.ones_like(suffix).bool()
+        self._read_out = int(last_column(suffix, is_real, model.config.read_out_token_id, tokens.READ_OUT))
+        self._suffix_ids = suffix[0].to(self.device)
         self._pool = graphs.new_pool(self.device)
         self._rooms: Kept[Room] = Kept(self._max_graphs, self._max_cache_bytes, lambda room: room.cache.num_bytes)
         self._single_passes: Kept[Prefix] = Kept(self._max_graphs)
@@ -267,13 +276,13 @@ class Engine:
         positions = laid_out.positions.to(self.device, non_blocking=True)
         size, length = embeds.shape[:2]
         rows = power_of_two(size) if room is None else len(room.start)
-        shape = rows, bucket(length)
+        shape = rows, bucket(length), columns.shape[1]
         is_kept = self.backend == "graph" and rows <= _MOST_ROWS if room is None else room.is_kept
         if not is_kept or shape[0] * shape[1] > self._max_captured_tokens:
             cache = None if room is None else room.cache.first(size)
             return self.stack.read_prefix(embeds, positions, columns, cache)
         kept = self._single_passes if room is None else room.prefixes
-        prefix = kept.get(shape, lambda: self._new_prefix(*shape, columns.shape[1], room))
+        prefix = kept.get(shape, lambda: self._new_prefix(*shape, room))
         return prefix(embeds, positions, columns)
 
     def room(self, num_rows: int, num_slots: int) -> Room:
@@ -303,9 +312,8 @@ class Engine:
         launch = self._rollout(room, steps)  # first, since it runs for capture on whatever the room holds
         room.furnish(laid_out, self.read(laid_out, embeds, room))
         result = launch()
-        read_out = self.model.config.suffix_ids.index(self.model.config.read_out_token_id)
         return PlumeOutput(
-            embedding=unit(result.suffix[:size, read_out]),
+            embedding=unit(result.suffix[:size, self._read_out]),
             anchor_embedding=unit(result.anchor[:size]),
             states=result.states[:size].clone(),
             gates=None if result.gates is None else result.gates[:size].clone(),
@@ -333,7 +341,7 @@ class Engine:
 
         if not room.is_kept:
             return work
-        room.cache.lengths.zero_()
+        room.empty()
         return room.rollouts.get(steps, lambda: self._capture(work))
 
     def _new_prefix(self, rows: int, length: int, num_columns: int, room: Room | None) -> Prefix:

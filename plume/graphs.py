@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -65,6 +65,9 @@ class Kept(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._kept.values())
 
     def __contains__(self, shape: Hashable) -> bool:
         return shape in self._kept

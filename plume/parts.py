@@ -13,7 +13,7 @@ from torch import Tensor
 from plume.backbone import Backbone
 
 
-class Unsupported(Exception):
+class UnsupportedModelError(ValueError):
     """A model that the engine cannot run, and why; it then runs as transformers does it."""
 
 
@@ -39,16 +39,16 @@ def text_parts(backbone: Backbone) -> TextParts:
     """The parts of a backbone's text model, for those who run them in their own way.
 
     Raises:
-        Unsupported: it does something that these parts do not tell: sliding windows, a rotation that is scaled.
+        UnsupportedModelError: it does what these parts do not tell: sliding windows, a scaled rotation.
     """
     model, config = backbone.language_model, backbone.config.get_text_config()
     rotary = config.rope_parameters
     if rotary.get("rope_type", "default") not in ("default", "mrope"):
-        raise Unsupported(f"its rotary positions are of type {rotary['rope_type']!r}")
+        raise UnsupportedModelError(f"its rotary positions are of type {rotary['rope_type']!r}")
     if "sliding_attention" in config.layer_types:
-        raise Unsupported("it attends within sliding windows")
+        raise UnsupportedModelError("it attends within sliding windows")
     if config.hidden_act != "silu":
-        raise Unsupported(f"its activation is {config.hidden_act!r}")
+        raise UnsupportedModelError(f"its activation is {config.hidden_act!r}")
     return TextParts(
         layers=list(model.layers),
         norm=model.norm,
@@ -82,11 +82,11 @@ def tower_parts(backbone: Backbone) -> TowerParts:
     """The parts of a backbone's vision tower, for those who run them in their own way.
 
     Raises:
-        Unsupported: it is not Qwen2-VL's.
+        UnsupportedModelError: it is not Qwen2-VL's.
     """
     tower = backbone.visual
     if backbone.config.model_type != "qwen2_vl":
-        raise Unsupported(f"its vision tower is that of {backbone.config.model_type!r}")
+        raise UnsupportedModelError(f"its vision tower is that of {backbone.config.model_type!r}")
     return TowerParts(
         embed=tower.patch_embed.proj,
         blocks=list(tower.blocks),

@@ -114,5 +114,7 @@ def plan(
         max_latent_steps=max_steps,
         patches=torch.cat([patches for patches, _, _ in media]) if media else None,
         grid=Grid([tuple(size) for _, grid, _ in media for size in grid.tolist()]) if media else None,  # type: ignore[misc]
-        places=torch.cat([is_kind.flatten().nonzero()[:, 0] for *_, is_kind in media]) if media else torch.empty(0).long(),
+        places=torch.cat([is_kind.flatten().nonzero()[:, 0] for *_, is_kind in media])
+        if media
+        else torch.empty(0).long(),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plume.parts import Unsupported
+from plume.parts import UnsupportedModelError
 
 
 class Projection:
@@ -25,11 +25,13 @@ class Projection:
             layers: `nn.Linear`, over the same input; all of them have a bias, or none has.
 
         Raises:
-            Unsupported: one is not a plain `nn.Linear`.
+            UnsupportedModelError: one is not a plain `nn.Linear`.
         """
         for layer in layers:
             if type(layer) is not nn.Linear:
-                raise Unsupported(f"a {type(layer).__name__} stands where nn.Linear is expected; merge adapters first")
+                raise UnsupportedModelError(
+                    f"a {type(layer).__name__} stands where nn.Linear is expected; merge adapters first"
+                )
         self._own: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
         self.weight = _joined([layer.weight for layer in self._own])
         biases = [layer.bias for layer in self._own if layer.bias is not None]
@@ -83,7 +85,7 @@ def _quantised(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return (x / scales).round_().to(torch.int8), scales
 
 
-def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
     """The parameters below each other; they become views of the result."""
     if len(parameters) == 1:
         return parameters[0].data

@@ -8,7 +8,8 @@ of the prefix's last layer only what is read afterwards is computed.
 Prefixes are right-padded, so that the causal mask alone keeps padding from being read, which the fastest
 attention kernels know how to do. The query heads that share a key/value head are rows of one product.
 
-Letters: B batch, L prefix length or slots, n new tokens, m of them wanted, D hidden size, H query heads, G key/value heads, C channels per head.
+Letters: B batch, L prefix length or slots, n new tokens, m of them wanted, D hidden size, H query heads,
+G key/value heads, C channels per head.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class TextStack:
             projection: how products are computed.
 
         Raises:
-            Unsupported: a layer is not what it is in a plain Qwen2-VL.
+            UnsupportedModelError: a layer is not what it is in a plain Qwen2-VL.
         """
         self.parts = parts
         self.layers = [Layer(parts, index, projection) for index in range(len(parts.layers))]
         self.norm = parts.norm.weight.data
-        self.axis = torch.repeat_interleave(torch.tensor(parts.rotary_sections)).to(self.norm.device)  # [C/2] of 0, 1, 2
+        self.axis = torch.repeat_interleave(torch.tensor(parts.rotary_sections)).to(
+            self.norm.device
+        )  # [C/2] of 0, 1, 2
 
     def is_current(self) -> bool:
         """Whether the text model still shares its weights with this."""
@@ -138,7 +141,7 @@ class TextStack:
         return queries, torch.stack([keys, heads[:, :, num_rotated:]], dim=2)
 
     def _mask(self, readable: Tensor, dtype: torch.dtype) -> Tensor:
-        """What `_attend` adds to its logits, `[B, 1, H / G * m, L]`: 0 where `readable [B, m, L]`, else minus infinity."""
+        """What `_attend` adds to its logits, `[B, 1, H / G * m, L]`: nothing where `readable [B, m, L]`."""
         mask = torch.zeros(readable.shape, dtype=dtype, device=readable.device).masked_fill_(~readable, -torch.inf)
         return repeat(mask, "b m l -> b 1 (h m) l", h=self.parts.num_heads // self.parts.num_key_value_heads)
 

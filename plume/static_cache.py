@@ -81,7 +81,7 @@ class StaticCache:
         return slots, self._slots <= slots[..., None]
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values, `[B, n, 2, G, C]`, into their slots; returns all keys and all values of the layer."""
+        """Put new keys and values, `[B, n, 2, G, C]`, into their slots; all keys and values of the layer."""
         both = self.kv[layer]
         both[:, self._rows, :, slots] = keys_values
         return both[0], both[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -46,7 +47,7 @@ class Grid:
 class Block:
     """One layer: attention and MLP, each behind a LayerNorm and around a residual."""
 
-    def __init__(self, own: torch.nn.Module, projection: type[Projection]):
+    def __init__(self, own: Any, projection: type[Projection]):
         self.norm, self.mlp_norm, self.act = own.norm1, own.norm2, own.mlp.act
         self.qkv, self.out = projection([own.attn.qkv]), projection([own.attn.proj])
         self.up, self.down = projection([own.mlp.fc1]), projection([own.mlp.fc2])
@@ -60,7 +61,7 @@ class Tower:
         """Take over the weights of a tower; they stay shared with it.
 
         Raises:
-            Unsupported: a layer is not what it is in a plain Qwen2-VL.
+            UnsupportedModelError: a layer is not what it is in a plain Qwen2-VL.
         """
         self.parts = parts
         self.blocks = [Block(block, projection) for block in parts.blocks]
@@ -106,7 +107,12 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _attention(lengths: tuple[int, ...], like: Tensor):
     """Attention within segments of these lengths, `[N, H, C]` each for queries, keys, values and result."""
     ends = torch.tensor((0, *lengths)).cumsum(0).tolist()
-    if varlen_attn is not None and like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and len(set(lengths)) > 1:
+    if (
+        varlen_attn is not None
+        and like.is_cuda
+        and like.dtype in (torch.bfloat16, torch.float16)
+        and len(set(lengths)) > 1
+    ):
         bounds = torch.tensor(ends, dtype=torch.int32).to(like.device, non_blocking=True)
 
         def packed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
