@@ -64,8 +64,8 @@ class Room:
     """Where a batch is reasoned about: a cache, and the tensors that go in.
 
     read `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `Plan`.
-    prefixes, rollouts: graphs over these tensors, by length and by K. is_kept: whether it comes again, so that graphs
-    are worth while.
+    prefixes: graphs that read into it. work: what else is captured over it, by name. is_kept: whether it comes
+    again, so that graphs are worth while.
     """
 
     def __init__(self, stack: TextStack, num_rows: int, num_slots: int, *, is_kept: bool = False, max_graphs: int = 1):
@@ -76,7 +76,7 @@ class Room:
         self.start = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
         self.num_latent_steps = torch.zeros_like(self.start)
         self.prefixes: Kept[Prefix] = Kept(max_graphs)
-        self.rollouts: Kept[Callable[[], Rollout]] = Kept(max_graphs)
+        self.work: Kept[Any] = Kept(max_graphs)
 
     def empty(self) -> None:
         """Leave nothing that could lead beyond the cache, or beyond the steps of another K."""
@@ -258,7 +258,7 @@ class Engine:
         pixels = self._towers.get(lengths, lambda: Pixels(patches, *rotation))
         if pixels.launch is None:
             own, *turn = pixels.inputs
-            pixels.launch = self._capture(lambda: tower(own, (turn[0], turn[1]), lengths))
+            pixels.launch = self.capture(lambda: tower(own, (turn[0], turn[1]), lengths))
         return pixels(patches, *rotation)
 
     def embed(self, laid_out: Plan, features: Tensor | None) -> Tensor:
@@ -342,16 +342,17 @@ class Engine:
         if not room.is_kept:
             return work
         room.empty()
-        return room.rollouts.get(steps, lambda: self._capture(work))
+        return room.work.get(steps, lambda: self.capture(work))
 
     def _new_prefix(self, rows: int, length: int, num_columns: int, room: Room | None) -> Prefix:
         prefix = Prefix(self.stack, rows, length, num_columns)
         cache = None if room is None else room.cache
-        prefix.launch = self._capture(
+        prefix.launch = self.capture(
             lambda: self.stack.read_prefix(prefix.embeds, prefix.positions, prefix.columns, cache)
         )
         return prefix
 
-    def _capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
+    def capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture work in the memory that all graphs of this engine share; see `plume.graphs.capture`."""
         self.num_captures += 1
         return graphs.capture(work, self._pool)

@@ -59,6 +59,21 @@ SHAPES_2B = {
     "tie_word_embeddings": True,
 }
 
+#: Qwen2-VL-7B, for `random_model`.
+SHAPES_7B = {
+    "text_config": {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
+    "tie_word_embeddings": False,
+}
+
 _UNKNOWN = "<unk>"
 _QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE, VIDEO)
 

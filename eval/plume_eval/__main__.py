@@ -1,4 +1,4 @@
-"""`plume-eval hops make`, `plume-eval hops run`, `plume-eval overhead`."""
+"""`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead`."""
 
 from datetime import date
 from pathlib import Path
@@ -114,6 +114,31 @@ def overhead(
         (out / f"{name}.md").write_text(text, encoding="utf-8")
         (out / f"{name}.json").write_text(json.dumps({**head, "results": results}, indent=2) + "\n", encoding="utf-8")
     typer.echo(json.dumps(results))
+
+
+@app.command()
+def latency(
+    config: Annotated[Path, typer.Option(help="What to measure; see configs/eval/.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint, instead of the configuration's.")] = None,
+) -> None:
+    """Measure what reasoning costs per query; the last line of the output is one JSON object."""
+    import json
+
+    from plume_eval.speed.config import ConfigError, read_config
+    from plume_eval.speed.run import GateError, run_bench
+    from plume_eval.speed.show import tables, write_results
+
+    try:
+        wanted = read_config(config, {"model": model, "shapes": None} if model else None)
+        result = run_bench(wanted)
+    except (ConfigError, GateError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(tables(result, wanted))
+    if out is not None:
+        command = f"plume-eval latency --config {config}" + (f" --model {model}" if model else "")
+        typer.echo(f"written: {write_results(result, wanted, command, out)}.{{md,json,png}}")
+    typer.echo(json.dumps(result))
 
 
 def _fail(error: Exception) -> int:

@@ -54,6 +54,7 @@ def embed_batch(
     *,
     num_latent_steps: int | None = None,
     max_new_tokens: int = 512,
+    stops: bool = True,
 ) -> Embedded:
     """Embed one batch.
 
@@ -64,9 +65,10 @@ def embed_batch(
         num_latent_steps: K of the mode "latent", by default the checkpoint's; of "explicit", by default 0, the steps
             to take before the rest is written.
         max_new_tokens: limit of the mode "explicit".
+        stops: whether writing ends at `<gen_emb>`; otherwise exactly `max_new_tokens` are written.
     """
     if mode == "explicit":
-        return _explicit(model, batch, num_latent_steps or 0, max_new_tokens)
+        return _explicit(model, batch, num_latent_steps or 0, max_new_tokens, stops)
     steps = 0 if mode == "single_pass" else num_latent_steps
     steps = model.config.num_latent_steps if steps is None else steps
     output = model(**batch, num_latent_steps=steps)
@@ -95,7 +97,9 @@ def embed(
     return Embedded.joined(parts)
 
 
-def _explicit(model: PlumeModel, batch: dict[str, Tensor], num_latent_steps: int, max_new_tokens: int) -> Embedded:
+def _explicit(
+    model: PlumeModel, batch: dict[str, Tensor], num_latent_steps: int, max_new_tokens: int, stops: bool
+) -> Embedded:
     """Take K latent steps, write the rest of the rationale greedily, stop at `<gen_emb>`, read the embedding there.
 
     K = 0 is the explicit baseline. A row that is done feeds masked columns while the others go on; a row without a
@@ -116,7 +120,7 @@ def _explicit(model: PlumeModel, batch: dict[str, Tensor], num_latent_steps: int
         written = seam.Segment(seam.embed_tokens(model.backbone, token[:, None]), is_writing[:, None], place)
         hidden = decoder.feed(written)[:, 0]
         embedding = torch.where(is_writing[:, None], hidden.float(), embedding)
-        is_read_out = token == model.config.read_out_token_id
+        is_read_out = (token == model.config.read_out_token_id) & stops
         num_tokens += is_writing & ~is_read_out
         is_writing = is_writing & ~is_read_out
         if not is_writing.any():

@@ -162,7 +162,7 @@ def test_many_calls_of_random_lengths_keep_a_bounded_number_of_graphs_and_tensor
     assert living() <= before * 1.2
     assert len(engine._rooms) <= 4
     assert len(engine._single_passes) <= 4
-    assert all(len(room.prefixes) <= 4 and len(room.rollouts) <= 4 for room in engine._rooms)
+    assert all(len(room.prefixes) <= 4 and len(room.work) <= 4 for room in engine._rooms)
 
 
 def test_what_is_too_large_for_graphs_is_launched(model, captured):
@@ -236,6 +236,17 @@ def test_weights_that_change_move_or_are_saved_stay_those_of_the_model(model, ca
     reopened = PlumeModel.from_pretrained(tmp_path)
     for (name, saved), own in zip(reopened.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(saved, own), name
+
+
+def test_engines_over_one_model_leave_each_other_in_peace(model):
+    first, second = Engine(model), Engine(model, int8=True)
+    stack = first.stack
+    batch = dict(model.processor.encode(items()))
+    expected = first(batch).embedding
+    second(batch)
+    assert torch.equal(first(batch).embedding, expected)
+    assert first.stack is stack
+    assert first.stack.layers[0].qkv.weight.data_ptr() == second.stack.layers[0].qkv.weight.data_ptr()
 
 
 def test_a_row_stops_when_its_states_agree(model, captured):

@@ -1,0 +1,281 @@
+"""Run the bench: gate, then every case in turns, then what follows from the times."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from plume.model import PlumeModel
+from plume.threads import num_physical_cores
+from plume.tower import Grid
+from plume_eval.speed.cases import make_items, make_model
+from plume_eval.speed.clock import Timing, num_launches, timed
+from plume_eval.speed.config import ConfigError, LatencyConfig
+from plume_eval.speed.floors import Device, Work, measure_device
+from plume_eval.speed.ways import Batch, Compiled, Way, way
+
+#: Least cosine to transformers' layers that a way must reach before it is timed. int8 is reported, not gated.
+LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
+
+Mode = Literal["preparing", "vision", "latent", "explicit"]
+
+
+class GateError(Exception):
+    """A way that gives other vectors; nothing is timed then."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is timed. count: K, or tokens written."""
+
+    way: str
+    input: str
+    batch_size: int
+    mode: Mode
+    count: int = 0
+
+
+def run_bench(config: LatencyConfig, *, show_progress: bool = True) -> dict[str, Any]:
+    """Measure all that a configuration names.
+
+    Returns:
+        Plain data for JSON: `cases`, `stages`, `comparisons`, `device`, `cosines`, `left_out`.
+
+    Raises:
+        ConfigError: a way that this device cannot run.
+        GateError: a way that gives other vectors than transformers' layers.
+    """
+    begin = time.perf_counter()
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        torch.set_num_threads(config.num_threads or num_physical_cores())
+    try:
+        model = make_model(config, name)
+        ways = {one: way(one, model, config) for one in config.ways}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    device = measure_device(model.device, model.dtype)
+    bench = _Bench(config, model, ways, device)
+    cosines = bench.gate()
+    left_out: list[str] = []
+    groups = [(size, one) for size in config.batch_sizes for one in config.inputs]
+    total = sum(len(list(bench.cases(*group))) for group in groups)
+    with tqdm(total=total, desc="Latency", unit="case", disable=not show_progress) as bar:
+        for size, one in groups:
+            cases = list(bench.cases(size, one))
+            if config.time_limit_s is not None and time.perf_counter() - begin > config.time_limit_s:
+                left_out.append(f"{one} at batch size {size}")
+            else:
+                bar.set_postfix_str(f"{one}, batch size {size}")
+                bench.measure(size, one, cases)
+            bar.update(len(cases))
+    return {
+        "device": asdict(device),
+        "cosines": cosines,
+        "cases": bench.rows(),
+        "stages": bench.stages(),
+        "comparisons": bench.comparisons(),
+        "left_out": left_out,
+    }
+
+
+class _Bench:
+    def __init__(self, config: LatencyConfig, model: PlumeModel, ways: dict[str, Way], device: Device):
+        self.config, self.model, self.ways, self.device = config, model, ways, device
+        self.work = Work.of(model)
+        self.timings: dict[Case, Timing] = {}
+        self.launches: dict[tuple[str, str, int], float] = {}
+        self.sizes: dict[str, tuple[int, tuple[int, ...]]] = {}  # tokens, lengths of media in patches, of one input
+        self.written: dict[Case, int] = {}
+
+    def gate(self) -> dict[str, float]:
+        """Lowest cosine of each way to transformers' layers."""
+        model, config = self.model, self.config
+        assert model.processor is not None
+        baseline = way("transformers", model, config)
+        lowest: dict[str, float] = {}
+        for size in config.inputs.values():
+            items = make_items(model.processor, size, 2)
+            for steps in (0, config.main_steps):
+                expected = baseline.embed(baseline.prepare(items), steps)
+                for name, one in self.ways.items():
+                    found = one.embed(one.prepare(items), steps)
+                    cosine = cosine_similarity(found, expected).min().item()
+                    lowest[name] = min(lowest.get(name, 1.0), cosine) if cosine == cosine else -1.0
+        for name, cosine in lowest.items():
+            if name != "int8" and cosine < LEAST_COSINE[config.dtype]:
+                raise GateError(
+                    f"{name} has cosine {cosine:.5f} to transformers' layers, expected {LEAST_COSINE[config.dtype]} in "
+                    f"{config.dtype}; nothing is timed"
+                )
+        return lowest
+
+    def cases(self, batch_size: int, name: str) -> Iterator[Case]:
+        """What is timed of one input at one batch size."""
+        config = self.config
+        steps = {0, config.main_steps} | (set(config.num_latent_steps) if batch_size == 1 else {1})
+        for one in self.ways:
+            yield Case(one, name, batch_size, "preparing")
+            if config.inputs[name].pixels is not None:
+                yield Case(one, name, batch_size, "vision")
+            for count in sorted(steps):
+                yield Case(one, name, batch_size, "latent", count)
+            wanted = config.written_inputs is None or name in config.written_inputs
+            if batch_size in config.written_batch_sizes and wanted and one != "int8":
+                yield Case(one, name, batch_size, "explicit", config.num_written_tokens)
+
+    def measure(self, batch_size: int, name: str, cases: Sequence[Case]) -> None:
+        """Warm up, count launches, then time all cases in turns, so that a noisy machine disturbs them alike."""
+        config, device = self.config, self.model.device
+        assert self.model.processor is not None
+        items = make_items(self.model.processor, config.inputs[name], batch_size)
+        batches = {one: self.ways[one].prepare(items) for one in self.ways}
+        self.sizes[name] = _sizes(batches[next(iter(batches))][0])
+
+        def run(case: Case, *, briefly: bool = False) -> None:
+            own, mine = self.ways[case.way], batches[case.way]
+            if case.mode == "preparing":
+                own.prepare(items)
+            elif case.mode == "vision":
+                own.see(mine)
+            elif case.mode == "latent":
+                own.embed(mine, case.count)
+            else:
+                keeps_graphs = isinstance(own, Compiled) or case.way == "graph"
+                most = min(4, case.count) if briefly and not keeps_graphs else case.count
+                self.written[case] = own.write(mine, most, stops=config.stops)[1]
+
+        for case in cases:
+            for _ in range(config.num_warm_up if case.mode != "explicit" else 1):
+                run(case, briefly=True)
+        for one, own in self.ways.items():
+            counts = [num_launches(lambda k=k, own=own, one=one: own.embed(batches[one], k), device) for k in (1, 2)]
+            self.launches[one, name, batch_size] = (counts[1] - counts[0]) / len(batches[one])
+        open_cases = list(cases)
+        for case in cases:
+            self.timings[case] = Timing()
+        for _ in range(config.num_runs):
+            for case in list(open_cases):
+                timing = self.timings[case]
+                timed(lambda case=case: run(case), device, timing)
+                if sum(timing.times_ms) > 1000 * config.max_seconds_per_case:
+                    open_cases.remove(case)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per case, with its floor."""
+        rows = []
+        for case, timing in self.timings.items():
+            tokens, lengths = self.sizes[case.input]
+            floor = self._floor(case)
+            median = timing.median_ms
+            energy = None if timing.joules is None else timing.joules / len(timing.times_ms) / case.batch_size
+            rows.append(
+                {
+                    **asdict(case),
+                    "num_tokens": tokens,
+                    "num_patches": sum(lengths),
+                    "num_written": self.written.get(case),
+                    "num_runs": len(timing.times_ms),
+                    "median_ms": median,
+                    "p20_ms": timing.percentile(0.2),
+                    "p80_ms": timing.percentile(0.8),
+                    "items_per_second": 1000 * case.batch_size / median,
+                    "peak_memory_bytes": timing.peak_memory_bytes,
+                    "joules_per_item": energy,
+                    "floor_ms": floor,
+                    "times_floor": None if floor is None else median / floor,
+                }
+            )
+        return rows
+
+    def _floor(self, case: Case) -> float | None:
+        tokens, lengths = self.sizes[case.input]
+        num_rows, suffix = case.batch_size, len(self.model.config.suffix_ids or ())
+        if case.mode == "preparing":
+            return None
+        vision = self.work.vision_ms(self.device, lengths * num_rows) if lengths else 0.0
+        if case.mode == "vision":
+            return vision
+        if case.mode == "explicit":
+            count = self.written.get(case, case.count)
+            prefill = self.work.prefill_ms(self.device, num_rows, tokens)
+            return vision + prefill + self.work.writing_ms(self.device, num_rows, tokens, count)
+        single = case.count == 0
+        prefill = self.work.prefill_ms(self.device, num_rows, tokens + suffix * single)
+        return vision + prefill + self.work.rollout_ms(self.device, num_rows, tokens, case.count, suffix)
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Where the time of each way goes.
+
+        Vision and preparing are timed by themselves. The rest follows from whole runs: a step is the slope of latency
+        over K, between K = 1 and the largest; the suffix is what K = 1 costs beyond the single pass and that step; the
+        prefill is the single pass without vision.
+        """
+        found = []
+        for one, name, size in dict.fromkeys((case.way, case.input, case.batch_size) for case in self.timings):
+
+            def median(mode: Mode, count: int = 0, key: tuple[str, str, int] = (one, name, size)) -> float:
+                timing = self.timings.get(Case(*key, mode, count))
+                return timing.median_ms if timing else 0.0
+
+            most = max(case.count for case in self.timings if case.mode == "latent" and case.batch_size == size)
+            step = (median("latent", most) - median("latent", 1)) / (most - 1) if most > 1 else math.nan
+            tokens = self.sizes[name][0]
+            floor = self.work.pass_ms(self.device, size, tokens, adapter=True, head=False)
+            found.append(
+                {
+                    "way": one,
+                    "input": name,
+                    "batch_size": size,
+                    "preparing_ms": median("preparing"),
+                    "vision_ms": median("vision"),
+                    "prefill_ms": median("latent", 0) - median("vision"),
+                    "step_ms": step,
+                    "suffix_ms": median("latent", 1) - median("latent", 0) - step,
+                    "step_floor_ms": floor,
+                    "launches_per_step": self.launches[one, name, size],
+                }
+            )
+        return found
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Ratios that people ask for, both sides named; the best way is the fastest that gives exact vectors."""
+        found = []
+        for name, size in dict.fromkeys((case.input, case.batch_size) for case in self.timings):
+
+            def medians(mode: Mode, count: int, key: tuple[str, int] = (name, size)) -> dict[str, float]:
+                cases = {one: Case(one, *key, mode, count) for one in self.ways if one != "int8"}
+                return {one: self.timings[case].median_ms for one, case in cases.items() if case in self.timings}
+
+            latent, single = medians("latent", self.config.main_steps), medians("latent", 0)
+            written = medians("explicit", self.config.num_written_tokens)
+            best = min(latent, key=lambda one: latent[one])
+            row: dict[str, Any] = {
+                "input": name,
+                "batch_size": size,
+                "best_latent": best,
+                "latent_ms": latent[best],
+                "latent_to_single_pass": latent[best] / single[best],
+                "reference_latent_to_best": latent["reference"] / latent[best] if "reference" in latent else None,
+            }
+            if written:
+                fastest = min(written, key=lambda one: written[one])
+                row |= {"best_explicit": fastest, "best_explicit_to_latent": written[fastest] / latent[best]}
+                if "reference" in written:
+                    row |= {"reference_explicit_to_latent": written["reference"] / latent[best]}
+            found.append(row)
+        return found
+
+
+def _sizes(batch: Batch) -> tuple[int, tuple[int, ...]]:
+    """Tokens of the first input, and the lengths of its media in patches."""
+    tokens = int(batch["attention_mask"][0].sum())
+    grids = [batch[name][:1] for name in ("image_grid_thw", "video_grid_thw") if name in batch]
+    return tokens, Grid([tuple(one) for grid in grids for one in grid.tolist()]).lengths  # type: ignore[misc]

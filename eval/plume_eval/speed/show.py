@@ -1,0 +1,216 @@
+"""Tables and a picture of what the bench measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from plume_eval.report import header, markdown_header, markdown_table
+from plume_eval.speed.config import LatencyConfig
+
+_STAGES = ("preparing", "vision", "prefill", "steps or tokens", "suffix")
+_COLOURS = ("#adb5bd", "#74c0fc", "#1c7ed6", "#f76707", "#ffd43b")
+
+
+def tables(result: dict[str, Any], config: LatencyConfig) -> str:
+    """All tables, as Markdown."""
+    steps = config.main_steps
+    lines: dict[tuple[str, int, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in result["cases"]:
+        key = row["input"], row["batch_size"], row["way"]
+        lines.setdefault(key, {})[row["mode"], row["count"]] = row
+    whole = []
+    for (name, size, way), row in lines.items():
+        single, latent = row["latent", 0], row["latent", steps]
+        written = row.get(("explicit", config.num_written_tokens))
+        memory, energy = latent["peak_memory_bytes"], latent["joules_per_item"]
+        whole.append(
+            [
+                f"{name}, {latent['num_tokens']} tokens",
+                size,
+                way,
+                _ms(single),
+                _ms(latent),
+                f"{latent['floor_ms']:.2f} ({latent['times_floor']:.1f}x)",
+                f"{latent['median_ms'] / single['median_ms']:.2f}",
+                f"{latent['items_per_second']:.1f}",
+                f"{_ms(written)}, {written['num_written']} tokens, {written['num_runs']} runs" if written else "",
+                f"{memory / 2**30:.2f}" if memory else "",
+                f"{energy:.2f}" if energy else "",
+            ]
+        )
+    stages = [
+        [
+            one["input"],
+            one["batch_size"],
+            one["way"],
+            *(f"{one[f'{stage}_ms']:.2f}" for stage in ("preparing", "vision", "prefill", "step")),
+            f"{one['step_floor_ms']:.3f} ({one['step_ms'] / one['step_floor_ms']:.1f}x)",
+            f"{one['suffix_ms']:.2f}",
+            f"{one['launches_per_step']:.0f}",
+        ]
+        for one in result["stages"]
+    ]
+    ratios = [
+        [
+            one["input"],
+            one["batch_size"],
+            one["best_latent"],
+            f"{one['latent_to_single_pass']:.2f}",
+            _ratio(one.get("reference_latent_to_best")),
+            _ratio(one.get("best_explicit_to_latent"), one.get("best_explicit")),
+            _ratio(one.get("reference_explicit_to_latent")),
+        ]
+        for one in result["comparisons"]
+    ]
+    bandwidth, rate = (result["device"][name] for name in ("bytes_per_s", "operations_per_s"))
+    parts = [
+        f"Measured: copy {bandwidth / 1e9:.1f} GB/s (read and written), product {rate / 1e12:.3f} TFLOP/s in "
+        f"{config.dtype}. Lowest cosine to transformers' layers: "
+        + ", ".join(f"{name} {value:.6f}" for name, value in result["cosines"].items())
+        + ".",
+        "## Whole calls\n\nFrom tensors on the host to vectors on the host; median [20th, 80th percentile] in ms of a "
+        f"batch. Latent is K = {steps}. Floor: see eval/README.md.",
+        markdown_table(
+            [
+                "input",
+                "batch",
+                "way",
+                "single pass",
+                "latent",
+                "latent's floor",
+                "latent / single pass",
+                "items/s",
+                "explicit",
+                "GiB",
+                "J/item",
+            ],
+            whole,
+        ),
+        "## Ratios\n\nLatent is the fastest way that gives exact vectors, named; explicit ways are named too.",
+        markdown_table(
+            [
+                "input",
+                "batch",
+                "latent by",
+                "latent / single pass",
+                "reference latent / latent",
+                "best explicit / latent",
+                "reference explicit / latent",
+            ],
+            ratios,
+        ),
+        "## Where the time goes\n\nIn ms of a batch. Launches are kernels on a GPU, operations on a CPU.",
+        markdown_table(
+            [
+                "input",
+                "batch",
+                "way",
+                "preparing",
+                "vision",
+                "prefill",
+                "per step",
+                "step's floor",
+                "suffix",
+                "launches per step",
+            ],
+            stages,
+        ),
+    ]
+    if result["left_out"]:
+        parts.append("Not measured, for lack of time: " + "; ".join(result["left_out"]) + ".")
+    return "\n\n".join(parts)
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return f"{row['median_ms']:.2f} [{row['p20_ms']:.2f}, {row['p80_ms']:.2f}]"
+
+
+def _ratio(value: float | None, by: str | None = None) -> str:
+    return "" if value is None else f"{value:.1f}x" + (f" ({by})" if by else "")
+
+
+def write_results(result: dict[str, Any], config: LatencyConfig, command: str, out: Path) -> Path:
+    """Write `latency_<model>_<device>_<yyyymm>.{md,json,png}`; returns the path without suffix."""
+    head = header(command)
+    device = "cuda" if result["cases"] and result["cases"][0]["peak_memory_bytes"] else "cpu"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"latency_{config.label}_{device}_{head['date'][:4]}{head['date'][5:7]}"
+    model = config.model or f"shapes of {config.shapes}, random weights"
+    fields = head | {"model": f"{model}, {config.dtype}"}
+    text = f"# Latency: {model}\n\n{markdown_header(fields)}\n\n{tables(result, config)}\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps({**fields, **result}, indent=1) + "\n", encoding="utf-8")
+    draw(result, config, path.with_suffix(".png"))
+    return path
+
+
+def draw(result: dict[str, Any], config: LatencyConfig, path: Path) -> None:
+    """For each input at the smallest batch: where the time goes, and latency against K; logarithmic.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise ImportError("drawing needs matplotlib; pip install 'plume-embed[plot]'") from None
+    size = min(config.batch_sizes)
+    names = list(dict.fromkeys(row["input"] for row in result["cases"] if row["batch_size"] == size))
+    figure = Figure(figsize=(12, 0.6 + 3.2 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), 2, squeeze=False)
+    for row, name in enumerate(names):
+        _draw_stages(panels[row, 0], result, config, name, size)
+        _draw_steps(panels[row, 1], result, name, size)
+    handles = [Patch(color=colour) for colour in _COLOURS]
+    figure.legend(handles, _STAGES, loc="outside lower left", ncols=len(_STAGES), fontsize=8)
+    lines = panels[0, 1].get_lines()
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend(lines, labels, loc="outside lower right", ncols=len(lines), fontsize=8)
+    figure.suptitle(f"{config.label}, {config.dtype}, batch size {size}: ms per batch")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_stages(axes: Any, result: dict[str, Any], config: LatencyConfig, name: str, size: int) -> None:
+    bars: list[tuple[str, list[float]]] = []
+    here = [one for one in result["stages"] if (one["input"], one["batch_size"]) == (name, size)]
+    for one in here:
+        before = [one["preparing_ms"], one["vision_ms"], one["prefill_ms"]]
+        bars.append((f"{one['way']}, single pass", [*before, 0, 0]))
+        bars.append(
+            (f"{one['way']}, K = {config.main_steps}", [*before, config.main_steps * one["step_ms"], one["suffix_ms"]])
+        )
+        for row in result["cases"]:
+            if (row["input"], row["batch_size"], row["way"], row["mode"]) == (name, size, one["way"], "explicit"):
+                rest = row["median_ms"] - one["vision_ms"] - one["prefill_ms"]
+                bars.append((f"{one['way']}, {row['num_written']} tokens", [*before, rest, 0]))
+    for place, (_, parts) in enumerate(bars):
+        left = 0.0
+        for part, colour in zip(parts, _COLOURS, strict=True):
+            if part > 0:
+                axes.barh(place, part, left=left, color=colour)
+                left += part
+        axes.text(left, place, f" {left:.1f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xscale="log", title=f"{name}: where the time goes")
+    axes.margins(x=0.15)
+
+
+def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None:
+    chosen = [
+        row for row in result["cases"] if (row["input"], row["batch_size"], row["mode"]) == (name, size, "latent")
+    ]
+    for way in dict.fromkeys(row["way"] for row in chosen):
+        own = sorted((row for row in chosen if row["way"] == way), key=lambda row: row["count"])
+        (line,) = axes.plot(
+            [row["count"] for row in own], [row["median_ms"] for row in own], marker="o", ms=3, label=way
+        )
+        low, high = [row["p20_ms"] for row in own], [row["p80_ms"] for row in own]
+        axes.fill_between([row["count"] for row in own], low, high, alpha=0.2, color=line.get_color())
+    own = sorted({row["count"]: row["floor_ms"] for row in chosen}.items())
+    axes.plot([count for count, _ in own], [floor for _, floor in own], "k--", lw=1, label="floor")
+    axes.set(yscale="log", xlabel="K", xticks=[count for count, _ in own])
+    axes.set_title(f"{name}: latency against K (20th to 80th percentile)")

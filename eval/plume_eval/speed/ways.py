@@ -1,0 +1,240 @@
+"""The implementations that are compared, behind one interface: the same model, inputs and vectors.
+
+reference      published style: one input at a time, see `plume_eval.speed.reference`
+transformers   `PlumeModel.forward`: batched, transformers' layers, launched one by one
+compiled       the same over transformers' static cache, the language model in torch.compile
+eager          plume's engine, launched one by one
+graph          plume's engine, replayed as CUDA graphs
+int8           plume's engine with products in int8 (CPU)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from plume import backbone as seam
+from plume import positions, tokens
+from plume.arguments import last_column
+from plume.backbone import Segment
+from plume.engine import Engine
+from plume.inputs import Item
+from plume.model import PlumeModel
+from plume.output import unit
+from plume.plan import plan
+from plume.rollout import rollout
+from plume_eval.baselines import embed_batch
+from plume_eval.speed.config import LatencyConfig, WayName
+from plume_eval.speed.reference import embed_one, write_one
+from plume_eval.speed.writing import Writer
+
+Batch = dict[str, Tensor]
+
+
+class Way:
+    """One way of running a model."""
+
+    #: Whether explicit writing exists in this way.
+    writes = True
+
+    def __init__(self, model: PlumeModel):
+        self.model = model
+
+    def prepare(self, items: Sequence[Item]) -> list[Batch]:
+        """Tensors of some inputs, on the CPU, in the batches in which they are run."""
+        assert self.model.processor is not None
+        return [dict(self.model.processor.encode(items))]
+
+    def embed(self, batches: list[Batch], num_latent_steps: int) -> Tensor:
+        """Embeddings on the CPU, `[B, D]`."""
+        return torch.cat([self._embed(batch, num_latent_steps).cpu() for batch in batches])
+
+    def write(self, batches: list[Batch], num_tokens: int, *, stops: bool) -> tuple[Tensor, int]:
+        """Embeddings after a written rationale, on the CPU, `[B, D]`; and the most tokens that a row has."""
+        parts = [self._write(batch, num_tokens, stops) for batch in batches]
+        return torch.cat([embedding.cpu() for embedding, _ in parts]), max(count for _, count in parts)
+
+    @torch.inference_mode()
+    def see(self, batches: list[Batch]) -> None:
+        """Run the vision tower alone."""
+        for batch in batches:
+            there = self._there(batch)
+            names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+            seam.see(self.model.backbone, *(there.get(name) for name in names))
+
+    def _there(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+    def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
+        raise NotImplementedError
+
+    def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+
+class Reference(Way):
+    """See `plume_eval.speed.reference`."""
+
+    def prepare(self, items: Sequence[Item]) -> list[Batch]:
+        return [one for item in items for one in super(Reference, self).prepare([item])]
+
+    def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
+        return embed_one(self.model, self._there(batch), num_latent_steps)
+
+    def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
+        return write_one(self.model, self._there(batch), num_tokens, stops)
+
+
+class Transformers(Way):
+    """`PlumeModel.forward`."""
+
+    def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
+        mode = "latent" if num_latent_steps else "single_pass"
+        return embed_batch(self.model, self._there(batch), mode, num_latent_steps=num_latent_steps or None).embedding
+
+    def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
+        found = embed_batch(self.model, self._there(batch), "explicit", max_new_tokens=num_tokens, stops=stops)
+        return found.embedding, int(found.num_reasoning_steps.max())
+
+
+class InEngine(Way):
+    """plume's engine."""
+
+    def __init__(self, model: PlumeModel, **settings: Any):
+        super().__init__(model)
+        self.engine = Engine(model, **settings)
+        self.writer = Writer(self.engine)
+
+    def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
+        found = self.engine(batch, num_latent_steps).embedding
+        assert found is not None
+        return found
+
+    def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
+        embedding, count = self.writer(batch, num_tokens, stops=stops)
+        return embedding, int(count.max())
+
+    @torch.inference_mode()
+    def see(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            self.engine.see(plan(self.model, batch, 0))
+
+
+class _StaticDecoder:
+    """transformers' text model over its static cache; what follows the prefix goes through `run`."""
+
+    def __init__(self, text_model: Any, run: Any, cache: StaticCache, num_slots: int):
+        self.text_model, self.run, self.cache, self.num_slots = text_model, run, cache, num_slots
+        self.mask: Tensor | None = None
+
+    def feed(self, segment: Segment, *, with_layers: bool = False) -> Tensor:
+        run = self.run
+        if self.mask is None:  # slots that are not filled yet lie in the future, which the causal mask hides
+            free = segment.mask.new_ones(len(segment.mask), self.num_slots - len(segment))
+            self.mask = torch.cat([segment.mask, free], dim=1).long()
+            run = self.text_model
+        return run(
+            inputs_embeds=segment.embeds,
+            attention_mask=self.mask,
+            position_ids=segment.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+class Compiled(Way):
+    """transformers' layers over its static cache, compiled; the prefix and the vision tower are not."""
+
+    def __init__(self, model: PlumeModel, backend: str):
+        super().__init__(model)
+        text_model = model.backbone.language_model
+        mode = "reduce-overhead" if backend == "inductor" and model.device.type == "cuda" else None
+        self._run = torch.compile(text_model, backend=backend, dynamic=False, mode=mode)
+        self._caches: dict[tuple[int, int], StaticCache] = {}
+
+    def _decoder(self, num_rows: int, num_slots: int) -> _StaticDecoder:
+        num_slots = -(-num_slots // 128) * 128
+        text_model = self.model.backbone.language_model
+        key = num_rows, num_slots
+        if key not in self._caches:
+            self._caches[key] = StaticCache(config=text_model.config, max_cache_len=num_slots)
+        self._caches[key].reset()
+        return _StaticDecoder(text_model, self._run, self._caches[key], num_slots)
+
+    @torch.inference_mode()
+    def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
+        there, config = self._there(batch), self.model.config
+        prefix, mask = self._prefix(there)
+        suffix = torch.tensor(config.suffix_ids, device=mask.device).expand(len(mask), -1)
+        result = rollout(
+            self._decoder(len(mask), len(prefix) + num_latent_steps + suffix.shape[1]),
+            self.model.transition,
+            prefix,
+            seam.embed_tokens(self.model.backbone, suffix),
+            torch.ones_like(suffix).bool(),
+            num_latent_steps=torch.full((len(mask),), num_latent_steps, device=mask.device),
+            max_latent_steps=num_latent_steps,
+            anchor_column=last_column(there["input_ids"], mask, config.anchor_token_id, tokens.ANCHOR),
+            start=positions.latent_start(prefix.positions, mask, config.latent_positions),
+            router_context=config.router_context,
+        )
+        read_out = last_column(suffix, torch.ones_like(suffix).bool(), config.read_out_token_id, tokens.READ_OUT)
+        return unit(result.suffix[torch.arange(len(mask), device=mask.device), read_out])
+
+    @torch.inference_mode()
+    def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
+        model = self.model
+        prefix, mask = self._prefix(self._there(batch))
+        start = positions.latent_start(prefix.positions, mask, model.config.latent_positions)
+        decoder = self._decoder(len(mask), len(prefix) + num_tokens + 1)
+        decoder.feed(prefix)
+        token = torch.full((len(mask),), model.config.latent_end_token_id or 0, device=mask.device)
+        is_writing = torch.ones_like(mask[:, 0])
+        every = is_writing[:, None]
+        embedding, count = None, torch.zeros_like(token)
+        for written in range(num_tokens + 1):
+            place = (start + written).expand(3, 1, -1).mT
+            hidden = decoder.feed(Segment(seam.embed_tokens(model.backbone, token[:, None]), every, place))[
+                :, 0
+            ].clone()
+            embedding = hidden if embedding is None else torch.where(is_writing[:, None], hidden, embedding)
+            if written:
+                is_writing = is_writing & ~((token == model.config.read_out_token_id) & stops)
+                count += is_writing
+                if stops and not is_writing.any():
+                    break
+            token = seam.logits(model.backbone, model.lm_head, hidden).argmax(dim=-1)
+        assert embedding is not None
+        return unit(embedding), int(count.max())
+
+    def _prefix(self, there: Batch) -> tuple[Segment, Tensor]:
+        media = {name: there.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        pixels = there.get("pixel_values"), there.get("pixel_values_videos")
+        vision = seam.see(self.model.backbone, pixels[0], media["image_grid_thw"], pixels[1], media["video_grid_thw"])
+        mask = there["attention_mask"].bool()
+        timing = there.get("second_per_grid_ts")
+        prefix = seam.embed_prefix(
+            self.model.backbone, there["input_ids"], mask, vision, **media, second_per_grid_ts=timing
+        )
+        return prefix, mask
+
+
+def way(name: WayName, model: PlumeModel, config: LatencyConfig) -> Way:
+    """An implementation by its name.
+
+    Raises:
+        ValueError: the device cannot run it.
+    """
+    if name == "graph" and model.device.type != "cuda":
+        raise ValueError("graph needs a CUDA device")
+    if name == "reference":
+        return Reference(model)
+    if name == "transformers":
+        return Transformers(model)
+    if name == "compiled":
+        return Compiled(model, config.compile_backend)
+    return InEngine(model, int8=True) if name == "int8" else InEngine(model, backend=name)
