@@ -48,7 +48,7 @@ def steps_of(
     steps = torch.full_like(input_ids[:, 0], high) if steps is None else steps
     high = max(high, least or 0)
     config.check_num_latent_steps(high)
-    return steps, high
+    return steps, int(high)
 
 
 def last_column(ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
-from plume import card, checkpoint
+from plume import card, checkpoint, content
+from plume.ahead import Ahead, Loaded, one_ahead
 from plume.batches import join_batches, plan_batches
 from plume.config import PlumeConfig
-from plume.documents import Page
-from plume.images import InputError
-from plume.inputs import Budget, Item, check_text, is_messages
+from plume.engine import Backend, Engine
+from plume.inputs import Item, check_text
 from plume.model import PlumeModel
+from plume.parts import UnsupportedModelError
+from plume.plan import plan
 from plume.processor import PlumeProcessor
+from plume.requests import budget_of, converted, image_settings, is_single, windows_of
 from plume.trace import Trace
-from plume.video import Video
+from plume.vectors import Vectors
 
 # Inputs are loaded and embedded in windows of this many batches, so that a folder of photos need not fit into
 # memory, while inputs of like length still meet in a batch.
@@ -38,49 +37,6 @@ LatentSteps = int | Mapping[Literal["query", "document"], int]
 """K, or the K of queries and that of documents."""
 
 
-class _Ahead:
-    """Prepares the tensors of the next batch in a thread, while the model runs on this one.
-
-    Worth it for media: tokenising text holds Python's lock, so that a thread would only be in the way.
-    """
-
-    def __init__(
-        self, thread: ThreadPoolExecutor, prepare: Callable[[Sequence[Item]], Any], batches: Sequence[Sequence[Item]]
-    ):
-        self._thread, self._prepare = thread, prepare
-        self._batches = iter(batches)
-        self._start()
-
-    def take(self, items: Sequence[Item]) -> Any:
-        """Tensors of a batch: those that are prepared, if it is the one whose turn it is."""
-        expected = self._batch
-        if (
-            expected is None
-            or len(items) != len(expected)
-            or any(a is not b for a, b in zip(items, expected, strict=True))
-        ):
-            return self._prepare(items)
-        tensors = self._next.result()
-        self._start()
-        return tensors
-
-    def _start(self) -> None:
-        self._batch = next(self._batches, None)
-        if self._batch is not None:
-            self._next = self._thread.submit(self._prepare, self._batch)
-
-
-class _Loaded(NamedTuple):
-    """An input that is checked and loaded.
-
-    rank: sentence-transformers runs the highest first. ahead: has the tensors of its batch, if anybody prepares them.
-    """
-
-    item: Item
-    rank: int
-    ahead: _Ahead | None = None
-
-
 class Plume(SentenceTransformer):
     """Embeds text, images, video, pages and mixtures of them into one space of unit vectors.
 
@@ -88,6 +44,7 @@ class Plume(SentenceTransformer):
     several devices, saving, `push_to_hub`.
 
     Example:
+        >>> from PIL import Image
         >>> plume = Plume(getfixture("plume_folder"), device="cpu")
         >>> plume.encode(["a red kite", {"text": "what is this?", "image": Image.new("RGB", (56, 56))}]).shape
         (2, 64)
@@ -95,23 +52,61 @@ class Plume(SentenceTransformer):
         (64,)
     """
 
-    def __init__(self, model_name_or_path: str | Path, *, num_latent_steps: LatentSteps | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model_name_or_path: str | Path,
+        *,
+        num_latent_steps: LatentSteps | None = None,
+        backend: Backend | Literal["torch"] = "auto",
+        int8: bool = False,
+        exit_tolerance: float | None = None,
+        vector_cache_bytes: int = 0,
+        vision_cache_bytes: int = 0,
+        prefix_cache_bytes: int = 0,
+        **kwargs: Any,
+    ):
         """Open a checkpoint.
+
+        On a CPU weights are float32, whatever the checkpoint's, unless `model_kwargs` says otherwise.
 
         Args:
             model_name_or_path: a folder or a Hub name.
             num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
                 "query" and "document" gives `encode_query` and `encode_document` a K each. Not saved with the model.
+            backend: how the model runs: the engine's "auto", "graph" or "eager" (see `plume.engine.Engine`), or
+                "torch" for transformers' own layers. Vectors differ by rounding.
+            int8: products in int8, on a CPU; faster, and not the same vectors.
+            exit_tolerance: an input stops reasoning at the first step that changes its state by at most this share.
+            vector_cache_bytes: embeddings of inputs that come again are kept in so much memory, by content,
+                instruction, K and weights.
+            vision_cache_bytes: features of images that come again, likewise.
+            prefix_cache_bytes: what is before the text of an input with images, likewise.
             kwargs: as for `SentenceTransformer`, for example `device`, `model_kwargs`, `truncate_dim`.
 
         Raises:
-            ValueError: the checkpoint is not plume's, or cannot run this K.
+            ValueError: the checkpoint is not plume's, or cannot run this K, or a setting that cannot be honoured.
         """
+        settings = {
+            "int8": int8,
+            "exit_tolerance": exit_tolerance,
+            "vision_cache_bytes": vision_cache_bytes,
+            "prefix_cache_bytes": prefix_cache_bytes,
+        }
+        if backend == "torch" and (unused := [name for name, value in settings.items() if value not in (0, None)]):
+            raise ValueError(f'{unused[0]} is of the engine, which backend="torch" does not use')
         hub = {k: kwargs[k] for k in ("revision", "token", "local_files_only") if k in kwargs}
         if (cache := kwargs.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")) is not None:
             hub["cache_dir"] = cache
         checkpoint.check_is_plume(model_name_or_path, **hub)
         super().__init__(str(model_name_or_path), **kwargs)
+        if self.device.type == "cpu" and not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
+            self.plume_model.float()
+        self._engine: Engine | None = None
+        self._engine_settings: dict[str, Any] | None = None
+        if backend != "torch":
+            self._engine_settings = {"backend": backend, **settings}
+            _ = self.engine  # what cannot be honoured is said now
+        self._vectors = Vectors(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
         self._check_steps(num_latent_steps)
         self.num_latent_steps = num_latent_steps
         folder = Path(model_name_or_path)
@@ -128,6 +123,36 @@ class Plume(SentenceTransformer):
     def plume_config(self) -> PlumeConfig:
         """The configuration of the loaded checkpoint."""
         return self.plume_model.config
+
+    @property
+    def engine(self) -> Engine | None:
+        """What runs the model; None where transformers' own layers do."""
+        if self._engine_settings is None:
+            return None
+        try:
+            if self._engine is None:
+                self._engine = Engine(self.plume_model, **self._engine_settings)
+            elif not self.training:
+                self._engine.refresh()
+        except UnsupportedModelError as error:
+            warnings.warn(f"plume: transformers' own layers run, since the engine cannot: {error}", stacklevel=2)
+            self._engine = self._engine_settings = None
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs and joined weights belong to one process; another makes its own.
+        return {**self.__dict__, "_engine": None, "_vectors": None}
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embeddings of a batch that `preprocess` has made, by the engine unless gradients are wanted."""
+        engine = None if torch.is_grad_enabled() or self.training else self.engine
+        if engine is None:
+            return super().forward(input, **kwargs)
+        laid_out = input.get("plan")
+        if laid_out is None:
+            tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
+            laid_out = plan(self.plume_model, tensors, kwargs.get("num_latent_steps"))
+        return {**input, "sentence_embedding": engine.run(laid_out).embedding}
 
     def encode(  # type: ignore[override]
         self,
@@ -177,7 +202,7 @@ class Plume(SentenceTransformer):
             InputError: an input that cannot be embedded, named by its place in the list.
             ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
         """
-        if isinstance(inputs, list) and inputs and isinstance(inputs[0], _Loaded):
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], Loaded):
             # A worker process of sentence-transformers before 6.2, which hands a chunk to `encode` once more.
             steps = {} if num_latent_steps is None else {"num_latent_steps": num_latent_steps}
             return super().encode(
@@ -204,8 +229,10 @@ class Plume(SentenceTransformer):
         if task is not None and instruction is not None:
             prompt_name = None  # encode_query and encode_document name one of their own accord
         instruction = self._instruction(instruction, prompt, prompt_name)
-        single = _is_single(inputs)
+        single = is_single(inputs)
         raws: Sequence[Any] = [inputs] if single else list(inputs)
+        self.eval()
+        _ = self.engine
         show = len(raws) > batch_size if show_progress_bar is None else show_progress_bar
 
         kept: list[int] = []
@@ -218,14 +245,25 @@ class Plume(SentenceTransformer):
             workers = len(kwargs["pool"]["processes"]) if kwargs.get("pool") else 0
             share = _BATCHES_PER_WINDOW * max(workers, 1)
             limit = share * batch_size, share * max_tokens_per_batch
-            thread = stack.enter_context(ThreadPoolExecutor(1))
+            threads = stack.enter_context(ThreadPoolExecutor(2))
             bar = stack.enter_context(tqdm(total=len(raws), desc="Encoding", unit="input", disable=not show))
-            budget = self._budget(kwargs)
-            for window in self._windows(raws, instruction, budget, limit, None if on_error == "raise" else skipped):
+            budget = budget_of(self._processor, kwargs)
+            left_out = None if on_error == "raise" else skipped
+            windows = windows_of(self._processor, raws, instruction, budget, limit, left_out)
+            if self.device.type != "cpu":  # on a CPU the model itself would have to wait
+                windows = one_ahead(threads, windows)
+            for window in windows:
+                if self._vectors is not None:
+                    known, window = self._vectors.recall(window, kwargs)
+                    rows += [vector[None] for _, vector in known]
+                    kept += [place for place, _ in known]
+                    bar.update(len(known))
                 lengths = [length for *_, length in window]
                 for num_rows, run in join_batches(plan_batches(lengths, batch_size, max_tokens_per_batch)):
                     kwargs["chunk_size"] = num_rows  # of worker processes, if there are any
-                    vectors = self._embed([window[i][1] for i in run], num_rows, None if workers else thread, kwargs)
+                    vectors = self._embed([window[i][1] for i in run], num_rows, None if workers else threads, kwargs)
+                    if self._vectors is not None:
+                        self._vectors.remember([window[i][1] for i in run], vectors, kwargs)
                     rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
                     kept += [window[i][0] for i in run]
                     bar.update(len(run))
@@ -236,7 +274,7 @@ class Plume(SentenceTransformer):
         whole = torch.cat(rows) if rows else torch.empty(0, dim)
         ordered = whole.new_full((len(raws), whole.shape[1]), torch.nan)
         ordered[kept] = whole
-        return _convert(ordered, single, precision, convert_to_tensor, convert_to_numpy)
+        return converted(ordered, single, precision, convert_to_tensor, convert_to_numpy)
 
     def _embed(
         self, items: Sequence[Item], num_rows: int, thread: ThreadPoolExecutor | None, kwargs: dict[str, Any]
@@ -245,9 +283,9 @@ class Plume(SentenceTransformer):
         ahead = None
         if thread is not None and any(item.images or item.videos for item in items):
             batches = [items[i : i + num_rows] for i in range(0, len(items), num_rows)]
-            ahead = _Ahead(thread, partial(self._processor.encode, images_kwargs=_image_settings(kwargs)), batches)
+            ahead = Ahead(thread, partial(self._prepare, settings=kwargs), batches)
         return super().encode(
-            [_Loaded(item, -place, ahead) for place, item in enumerate(items)],  # type: ignore[arg-type]
+            [Loaded(item, -place, ahead) for place, item in enumerate(items)],  # type: ignore[arg-type]
             prompt="",  # each item holds its instruction
             batch_size=num_rows,
             show_progress_bar=False,
@@ -257,15 +295,26 @@ class Plume(SentenceTransformer):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Tensors of a batch; items that are loaded already skip the parsing of sentence-transformers."""
-        if inputs and all(isinstance(one, _Loaded) for one in inputs):
+        if inputs and all(isinstance(one, Loaded) for one in inputs):
             items, ahead = [one.item for one in inputs], inputs[0].ahead
-            return self._processor.encode(items, _image_settings(kwargs)) if ahead is None else ahead.take(items)
+            return self._prepare(items, kwargs) if ahead is None else ahead.take(items)
         return super().preprocess(inputs, prompt, **kwargs)
+
+    def _prepare(self, items: Sequence[Item], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch as `forward` takes it: laid out for the engine, or as tensors."""
+        budget = image_settings(settings)
+        batch = dict(self._processor.encode(items, budget))
+        if (engine := self._engine) is None:
+            return batch
+        complete = [self._processor.complete(item) for item in items]
+        keys = content.media_keys(complete, (budget or {}).get("size")) if engine.keeps_media else None
+        laid_out = plan(self.plume_model, batch, settings.get("num_latent_steps"), media_keys=keys)
+        return {"plan": laid_out.pinned() if self.device.type == "cuda" else laid_out}
 
     @staticmethod
     def _input_length(sample: Any) -> int:
         # By which sentence-transformers sorts before it cuts batches.
-        return sample.rank if isinstance(sample, _Loaded) else SentenceTransformer._input_length(sample)
+        return sample.rank if isinstance(sample, Loaded) else SentenceTransformer._input_length(sample)
 
     @property
     def _processor(self) -> PlumeProcessor:
@@ -283,7 +332,7 @@ class Plume(SentenceTransformer):
             candidates: inputs to compare every state with.
             num_words: nearest vocabulary tokens per state.
         """
-        singles = [inputs] if _is_single(inputs) else list(inputs)
+        singles = [inputs] if is_single(inputs) else list(inputs)
         num_latent_steps = self._steps(num_latent_steps, "query")
         return self.plume_model.trace(
             singles, num_latent_steps=num_latent_steps, candidates=candidates, num_words=num_words
@@ -327,71 +376,3 @@ class Plume(SentenceTransformer):
         if chosen:
             check_text(chosen, "the instruction")
         return chosen or ""
-
-    def _budget(self, kwargs: dict[str, Any]) -> Budget:
-        """What media may cost in this call."""
-        budget = self._processor.budget
-        settings = kwargs.get("processing_kwargs") or {}
-        if set(settings) - {"image"} or set(settings.get("image") or {}) - {"size"}:
-            raise ValueError(
-                f'processing_kwargs={settings!r}: only {{"image": {{"size": ...}}}} can be set for a call; texts are '
-                "never truncated, and frames are set in the configuration or in the input"
-            )
-        size = (_image_settings(kwargs) or {}).get("size")
-        return replace(budget, pixels=(size["shortest_edge"], size["longest_edge"])) if size else budget
-
-    def _windows(
-        self, raws: Sequence[Any], instruction: str, budget: Budget, limit: tuple[int, int], skipped: list[str] | None
-    ) -> Iterator[list[tuple[int, Item, int]]]:
-        """Place, item and number of tokens of the inputs, in portions of at most so many inputs or tokens.
-
-        Bad inputs are raised, or described in `skipped`.
-        """
-        processor = self._processor
-        window: list[tuple[int, Item, int]] = []
-        tokens = 0
-        for index, raw in enumerate(raws):
-            try:
-                item = Item.parse(raw, f"input {index}", budget).instructed(instruction)
-                length = processor.num_tokens(item, f"input {index}")
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.append(str(error))
-                continue
-            if window and (len(window) == limit[0] or tokens + length > limit[1]):
-                yield window
-                window, tokens = [], 0
-            window.append((index, item, length))
-            tokens += length
-        if window:
-            yield window
-
-
-def _image_settings(kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """What a call says of images, as sentence-transformers passes it."""
-    return (kwargs.get("processing_kwargs") or {}).get("image")
-
-
-def _is_single(inputs: Any) -> bool:
-    """Whether this is one input rather than several."""
-    one = (str, Mapping, Path, Image.Image, Item, Page, Video)
-    return (
-        isinstance(inputs, one)
-        or is_messages(inputs)
-        or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim in (3, 4))
-    )
-
-
-def _convert(
-    whole: Any, single: bool, precision: Any, as_tensor: bool, as_numpy: bool
-) -> torch.Tensor | np.ndarray | list[torch.Tensor]:
-    if precision != "float32" and len(whole):
-        whole = quantize_embeddings(whole, precision=precision)
-    if as_tensor:
-        whole = torch.as_tensor(whole)
-    elif as_numpy:
-        whole = whole.numpy() if isinstance(whole, torch.Tensor) else whole
-    else:
-        whole = list(torch.as_tensor(whole))
-    return whole[0] if single else whole

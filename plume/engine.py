@@ -18,7 +18,7 @@ Letters: B batch, L prefix length, D hidden size, K latent steps, S suffix lengt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,15 +28,17 @@ from plume import backbone as seam
 from plume import graphs, tokens
 from plume.arguments import last_column
 from plume.backbone import Segment
-from plume.graphs import Kept
+from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
 from plume.parts import UnsupportedModelError, text_parts, tower_parts
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
+from plume.rooms import Pixels, Prefix, Room
+from plume.sharing import SharedPrefixes
 from plume.stack import StaticDecoder, TextStack
-from plume.tower import Tower
+from plume.tower import Grid, Tower
 
 Backend = Literal["auto", "eager", "graph"]
 
@@ -58,77 +60,6 @@ def bucket(length: int) -> int:
 def power_of_two(size: int) -> int:
     """The next power of two."""
     return 1 << (size - 1).bit_length()
-
-
-class Room:
-    """Where a batch is reasoned about: a cache, and the tensors that go in.
-
-    read `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `Plan`.
-    prefixes: graphs that read into it. work: what else is captured over it, by name. is_kept: whether it comes
-    again, so that graphs are worth while.
-    """
-
-    def __init__(self, stack: TextStack, num_rows: int, num_slots: int, *, is_kept: bool = False, max_graphs: int = 1):
-        weight = stack.norm
-        self.is_kept = is_kept
-        self.cache = stack.new_cache(num_rows, num_slots)
-        self.read = weight.new_zeros(num_rows, 2, len(weight))
-        self.start = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
-        self.num_latent_steps = torch.zeros_like(self.start)
-        self.prefixes: Kept[Prefix] = Kept(max_graphs)
-        self.work: Kept[Any] = Kept(max_graphs)
-
-    def empty(self) -> None:
-        """Leave nothing that could lead beyond the cache, or beyond the steps of another K."""
-        for one in (self.cache.lengths, self.start, self.num_latent_steps):
-            one.zero_()
-
-    def furnish(self, laid_out: Plan, read: Tensor) -> None:
-        """Put a batch in, whose prefix is in the cache; rows beyond it are empty."""
-        size = len(read)
-        self.read[:size] = read[:, :2]
-        for mine, given in (
-            (self.cache.lengths, laid_out.lengths),
-            (self.start, laid_out.start),
-            (self.num_latent_steps, laid_out.num_latent_steps),
-        ):
-            mine[:size].copy_(given, non_blocking=True)
-            mine[size:] = 0
-
-
-class Pixels:
-    """Inputs of a vision tower for media of one size, and its graph, from the second time on."""
-
-    def __init__(self, *inputs: Tensor):
-        self.inputs = [one.clone() for one in inputs]
-        self.launch: Callable[[], Tensor] | None = None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Features of visual tokens, `[M, D]`."""
-        assert self.launch is not None
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        return self.launch()
-
-
-class Prefix:
-    """Inputs of a prefix graph, `[B, L]` of one shape, and the graph."""
-
-    def __init__(self, stack: TextStack, num_rows: int, length: int, num_columns: int):
-        weight = stack.norm
-        self.embeds = weight.new_zeros(num_rows, length, len(weight))
-        self.positions = torch.zeros(3, num_rows, length, dtype=torch.long, device=weight.device)
-        self.columns = torch.zeros(num_rows, num_columns, dtype=torch.long, device=weight.device)
-        self.launch: Callable[[], Tensor] = lambda: self.embeds
-
-    def __call__(self, embeds: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
-        """Hidden states at the columns, `[B, m, D]`."""
-        size, length = embeds.shape[:2]
-        self.embeds.zero_()
-        self.embeds[:size, :length] = embeds
-        self.positions[:, :size, :length] = positions
-        self.columns[:size] = columns
-        return self.launch()[:size]
 
 
 class Engine:
@@ -154,6 +85,8 @@ class Engine:
         max_captured_tokens: int = 8192,
         max_graphs: int = 256,
         max_cache_bytes: int = 8 << 30,
+        vision_cache_bytes: int = 0,
+        prefix_cache_bytes: int = 0,
     ):
         """Prepare a model; its weights are shared, not copied.
 
@@ -169,6 +102,9 @@ class Engine:
             max_captured_tokens: prefixes of more tokens in all are launched directly.
             max_graphs: kept of each kind; the least recently used ones go.
             max_cache_bytes: of keys and values that graphs hold.
+            vision_cache_bytes: features of images that were seen before are kept in so much memory. Images are then
+                seen one by one, so that what is kept is to the bit what is seen anew.
+            prefix_cache_bytes: likewise what the prefixes hold up to their last image; see `plume.sharing`.
 
         Raises:
             ValueError: an argument that cannot be honoured.
@@ -185,17 +121,25 @@ class Engine:
             max_graphs,
             max_cache_bytes,
         )
+        self._vision_cache_bytes, self._prefix_cache_bytes = vision_cache_bytes, prefix_cache_bytes
         #: Graphs captured so far; it stands still once the shapes of the work have been seen.
         self.num_captures = 0
         self._load()
 
     @torch.inference_mode()
-    def __call__(self, batch: dict[str, Any], num_latent_steps: int | Tensor | None = None) -> PlumeOutput:
+    def __call__(
+        self,
+        batch: dict[str, Any],
+        num_latent_steps: int | Tensor | None = None,
+        media_keys: Sequence[tuple[Sequence[str], Sequence[str]]] | None = None,
+    ) -> PlumeOutput:
         """Embed a batch.
 
         Args:
             batch: tensors from the processor; on the CPU they spare the device a question.
             num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+            media_keys: of the images and of the videos of each row, for the caches, as `plume.content.media_keys`
+                makes them; without them nothing is kept.
 
         Returns:
             `embedding`, `anchor_embedding`, `states`, `gates` and `num_latent_steps` as from `PlumeModel.forward`.
@@ -203,9 +147,20 @@ class Engine:
         Raises:
             ValueError: as `PlumeModel.forward`.
         """
+        return self.run(plan(self.model, batch, num_latent_steps, media_keys=media_keys))
+
+    @property
+    def keeps_media(self) -> bool:
+        """Whether a cache asks for the keys of media."""
+        return bool(self._vision_cache_bytes or self._prefix_cache_bytes)
+
+    @torch.inference_mode()
+    def run(self, laid_out: Plan) -> PlumeOutput:
+        """Embed a batch that is laid out."""
         self.refresh()
-        laid_out = plan(self.model, batch, num_latent_steps)
-        return self.reason(laid_out, self.see(laid_out))
+        shares = self.shared is not None and any(laid_out.prefix_keys)
+        known = shares and self.shared.has_all(laid_out)  # type: ignore[union-attr]
+        return self.reason(laid_out, None if known else self.see(laid_out))
 
     def refresh(self) -> None:
         """Take the model's weights anew if they have been moved or replaced; graphs are then captured again."""
@@ -239,23 +194,32 @@ class Engine:
         self._rooms: Kept[Room] = Kept(self._max_graphs, self._max_cache_bytes, lambda room: room.cache.num_bytes)
         self._single_passes: Kept[Prefix] = Kept(self._max_graphs)
         self._towers: Kept[Pixels] = Kept(self._max_graphs)
+        self._features: Kept[Tensor] = Kept(most_bytes=self._vision_cache_bytes, num_bytes=lambda one: one.nbytes)
+        self.shared = SharedPrefixes(self.stack, self._prefix_cache_bytes) if self._prefix_cache_bytes else None
 
     def see(self, laid_out: Plan) -> Tensor | None:
         """Features of the visual tokens of a batch, `[M, D]`; None without media."""
         if laid_out.patches is None or laid_out.grid is None:
             return None
-        patches = laid_out.patches.to(self.device, non_blocking=True)
+        if not (self._vision_cache_bytes and laid_out.media_keys):
+            return self._see(laid_out.patches, laid_out.grid)
+        media = zip(laid_out.media_keys, laid_out.grid.split(laid_out.patches), strict=True)
+        return torch.cat([self._features.get(key, lambda one=one: self._see(*one).clone()) for key, one in media])
+
+    def _see(self, patches: Tensor, grid: Grid) -> Tensor:
+        patches = patches.to(self.device, non_blocking=True)
         if self.tower is None:
-            sizes = torch.tensor(laid_out.grid.sizes, device=self.device)
-            return seam.see(self.model.backbone, patches, sizes).images
-        tower, lengths = self.tower, laid_out.grid.lengths
-        rotation = tower.rotation(laid_out.grid)
+            features = seam.see(self.model.backbone, patches, torch.tensor(grid.sizes, device=self.device)).images
+            assert features is not None
+            return features
+        tower, lengths = self.tower, grid.lengths
+        rotation = tower.rotation(grid)
         if self.backend == "eager" or len(patches) > 4 * self._max_captured_tokens:
             return tower(patches, rotation, lengths)
-        if lengths not in self._towers:  # sizes of images vary, and most do not come again
-            self._towers.get(lengths, lambda: Pixels(patches, *rotation))
+        pixels = self._towers.find(lengths)
+        if pixels is None:  # sizes of images vary, and most do not come again
+            self._towers.put(lengths, Pixels(patches, *rotation))
             return tower(patches, rotation, lengths)
-        pixels = self._towers.get(lengths, lambda: Pixels(patches, *rotation))
         if pixels.launch is None:
             own, *turn = pixels.inputs
             pixels.launch = self.capture(lambda: tower(own, (turn[0], turn[1]), lengths))
@@ -275,6 +239,9 @@ class Engine:
         columns = laid_out.columns.to(self.device, non_blocking=True)
         positions = laid_out.positions.to(self.device, non_blocking=True)
         size, length = embeds.shape[:2]
+        if self.shared is not None and any(laid_out.prefix_keys):
+            room = room or Room(self.stack, size, length + 1)
+            return self.shared.read(laid_out, embeds, room.cache.first(size))
         rows = power_of_two(size) if room is None else len(room.start)
         shape = rows, bucket(length), columns.shape[1]
         is_kept = self.backend == "graph" and rows <= _MOST_ROWS if room is None else room.is_kept

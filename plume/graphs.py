@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,39 +46,3 @@ def capture(work: Callable[[], T], pool: Any) -> Callable[[], T]:
         return output
 
     return replay
-
-
-class Kept(Generic[T]):
-    """Things made for one shape each; the most recently used ones are kept, within a bound."""
-
-    def __init__(self, most: int, most_bytes: float = float("inf"), num_bytes: Callable[[T], int] = lambda _: 0):
-        """Start empty.
-
-        Args:
-            most: how many are kept.
-            most_bytes: and how much memory of theirs; the newest one is kept in any case.
-            num_bytes: memory of one.
-        """
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
-        self._most, self._most_bytes, self._num_bytes = most, most_bytes, num_bytes
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._kept.values())
-
-    def __contains__(self, shape: Hashable) -> bool:
-        return shape in self._kept
-
-    def get(self, shape: Hashable, make: Callable[[], T]) -> T:
-        """The one for this shape, made if it is not there."""
-        if shape not in self._kept:
-            self._kept[shape] = make()
-        self._kept.move_to_end(shape)
-        while len(self._kept) > 1 and (len(self._kept) > self._most or self._total() > self._most_bytes):
-            self._kept.popitem(last=False)
-        return self._kept[shape]
-
-    def _total(self) -> int:
-        return sum(self._num_bytes(one) for one in self._kept.values())

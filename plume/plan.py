@@ -5,7 +5,8 @@ Letters: B batch, L prefix length, S suffix length, M visual tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class Plan:
     num_latent_steps `[B]`: K of each row; max_latent_steps: the largest.
     patches: of all images, then all videos, and grid: their sizes; None without media.
     places `[M]`: where their visual tokens go, in the flattened ids.
+    media_keys: of the images, then of the videos; empty where no cache asks for them.
+    num_shared `[B]`: tokens of each row up to its last visual one, and prefix_keys: of what they hold; None for rows
+    without media.
     """
 
     ids: Tensor
@@ -42,6 +46,13 @@ class Plan:
     patches: Tensor | None
     grid: Grid | None
     places: Tensor
+    media_keys: tuple[str, ...]
+    num_shared: Tensor
+    prefix_keys: tuple[Hashable, ...]
+
+    def pinned(self) -> Plan:
+        """With patches in memory from which a GPU copies while it works."""
+        return self if self.patches is None else replace(self, patches=self.patches.pin_memory())
 
 
 def plan(
@@ -49,6 +60,7 @@ def plan(
     batch: dict[str, Any],
     num_latent_steps: int | Tensor | None = None,
     suffix_ids: Tensor | None = None,
+    media_keys: Sequence[tuple[Sequence[str], Sequence[str]]] | None = None,
 ) -> Plan:
     """Lay out a batch.
 
@@ -58,6 +70,7 @@ def plan(
         num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
         suffix_ids: `[S]`, where no latent step comes before; None: the configuration's. Of others than the
             configuration's the last hidden state is wanted.
+        media_keys: of the images and of the videos of each row; see `plume.content`.
 
     Raises:
         ValueError: as `PlumeModel.forward`.
@@ -104,6 +117,17 @@ def plan(
         for kind, name, is_kind in (("", "image", is_image), ("_videos", "video", is_video))
         if f"pixel_values{kind}" in batch
     ]
+    visual = is_image | is_video
+    num_shared = torch.where(visual, torch.arange(length) + 1, 0).amax(dim=1)
+    keys = media_keys or [((), ())] * len(ids)
+    prefix_keys = (
+        [
+            (tuple(row[:count]), *map(tuple, key)) if any(key) else None
+            for row, count, key in zip(ids.tolist(), num_shared.tolist(), keys, strict=True)
+        ]
+        if media_keys
+        else []
+    )
     return Plan(
         ids=ids,
         lengths=lengths,
@@ -114,6 +138,9 @@ def plan(
         max_latent_steps=max_steps,
         patches=torch.cat([patches for patches, _, _ in media]) if media else None,
         grid=Grid([tuple(size) for _, grid, _ in media for size in grid.tolist()]) if media else None,  # type: ignore[misc]
+        media_keys=tuple(one for kind in (0, 1) for key in keys for one in key[kind]),
+        num_shared=num_shared,
+        prefix_keys=tuple(prefix_keys),
         places=torch.cat([is_kind.flatten().nonzero()[:, 0] for *_, is_kind in media])
         if media
         else torch.empty(0).long(),

@@ -32,14 +32,15 @@ class Projection:
                 raise UnsupportedModelError(
                     f"a {type(layer).__name__} stands where nn.Linear is expected; merge adapters first"
                 )
-        self._own: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
-        self.weight = _joined([layer.weight for layer in self._own])
-        biases = [layer.bias for layer in self._own if layer.bias is not None]
+        #: What was joined.
+        self.layers: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
+        self.weight = _joined([layer.weight for layer in self.layers])
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
         self.bias = _joined(biases) if biases else None
 
     def is_current(self) -> bool:
         """Whether the layers' parameters are still views; moving or replacing them ends it."""
-        first = self._own[0].weight
+        first = self.layers[0].weight
         return first.data_ptr() == self.weight.data_ptr() and first.dtype == self.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ class Int8Projection(Projection):
         # Without VNNI two products are added in 16 bits, which half of the range cannot overflow.
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._quantised, self._scales = _quantised(self.weight.float(), self._levels)
-        self._version = self._own[0].weight._version
+        self._version = self.layers[0].weight._version
 
     def is_current(self) -> bool:
-        return super().is_current() and self._own[0].weight._version == self._version
+        return super().is_current() and self.layers[0].weight._version == self._version
 
     def __call__(self, x: Tensor) -> Tensor:
         flat, scales = _quantised(x.flatten(end_dim=-2), self._levels)

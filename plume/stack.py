@@ -14,6 +14,8 @@ G key/value heads, C channels per head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
@@ -28,15 +30,25 @@ from plume.static_cache import StaticCache
 class Layer:
     """One layer: attention and gated MLP, each behind an RMSNorm and around a residual."""
 
-    def __init__(self, parts: TextParts, index: int, projection: type[Projection]):
-        own = parts.layers[index]
-        attention, mlp = own.self_attn, own.mlp
+    def __init__(self, own: Any, projection: type[Projection]):
+        self.own = own
         self.norm, self.mlp_norm = own.input_layernorm.weight.data, own.post_attention_layernorm.weight.data
-        self.qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = projection([attention.o_proj])
-        self.gate_up = projection([mlp.gate_proj, mlp.up_proj])
-        self.down = projection([mlp.down_proj])
-        self.projections = (self.qkv, self.out, self.gate_up, self.down)
+        self.qkv, self.out, self.gate_up, self.down = (projection(layers) for layers in self._linear())
+
+    def _linear(self) -> list[list[Any]]:
+        attention, mlp = self.own.self_attn, self.own.mlp
+        return [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ]
+
+    def is_current(self) -> bool:
+        """Whether the layer consists of what it consisted of, and still shares its weights with this."""
+        built = (self.qkv, self.out, self.gate_up, self.down)
+        now = self._linear()
+        return all(one.layers == layers and one.is_current() for one, layers in zip(built, now, strict=True))
 
 
 class TextStack:
@@ -53,7 +65,7 @@ class TextStack:
             UnsupportedModelError: a layer is not what it is in a plain Qwen2-VL.
         """
         self.parts = parts
-        self.layers = [Layer(parts, index, projection) for index in range(len(parts.layers))]
+        self.layers = [Layer(own, projection) for own in parts.layers]
         self.norm = parts.norm.weight.data
         self.axis = torch.repeat_interleave(torch.tensor(parts.rotary_sections)).to(
             self.norm.device
@@ -61,9 +73,8 @@ class TextStack:
 
     def is_current(self) -> bool:
         """Whether the text model still shares its weights with this."""
-        return self.parts.norm.weight.data_ptr() == self.norm.data_ptr() and all(
-            projection.is_current() for layer in self.layers for projection in layer.projections
-        )
+        same_norm = self.parts.norm.weight.data_ptr() == self.norm.data_ptr()
+        return same_norm and all(layer.is_current() for layer in self.layers)
 
     def new_cache(self, num_rows: int, num_slots: int) -> StaticCache:
         """A cache of this model's shape."""

@@ -8,7 +8,7 @@ Letters: N patches of all images, M visual tokens (N / 4), C channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +34,11 @@ class Grid:
         #: Patches that see each other, one length per image or temporal patch of a video.
         self.lengths = tuple(height * width for time, height, width in self.sizes for _ in range(time))
 
+    def split(self, patches: Tensor) -> Iterator[tuple[Tensor, Grid]]:
+        """Each medium by itself: its patches and its size."""
+        counts = [time * height * width for time, height, width in self.sizes]
+        return ((part, Grid([size])) for part, size in zip(patches.split(counts), self.sizes, strict=True))
+
     def places(self, merge: int) -> Tensor:
         """Row and column of each patch, `[N, 2]`; patches of one visual token follow each other."""
         parts = []
@@ -48,10 +53,17 @@ class Block:
     """One layer: attention and MLP, each behind a LayerNorm and around a residual."""
 
     def __init__(self, own: Any, projection: type[Projection]):
+        self.own = own
         self.norm, self.mlp_norm, self.act = own.norm1, own.norm2, own.mlp.act
-        self.qkv, self.out = projection([own.attn.qkv]), projection([own.attn.proj])
-        self.up, self.down = projection([own.mlp.fc1]), projection([own.mlp.fc2])
-        self.projections = (self.qkv, self.out, self.up, self.down)
+        self.qkv, self.out, self.up, self.down = (projection([layer]) for layer in self._linear())
+
+    def _linear(self) -> list[Any]:
+        return [self.own.attn.qkv, self.own.attn.proj, self.own.mlp.fc1, self.own.mlp.fc2]
+
+    def is_current(self) -> bool:
+        """Whether the layer consists of what it consisted of, and still shares its weights with this."""
+        built = (self.qkv, self.out, self.up, self.down)
+        return all(one.layers == [own] and one.is_current() for one, own in zip(built, self._linear(), strict=True))
 
 
 class Tower:
@@ -68,7 +80,7 @@ class Tower:
 
     def is_current(self) -> bool:
         """Whether the tower still shares its weights with this."""
-        return all(one.is_current() for block in self.blocks for one in block.projections)
+        return all(block.is_current() for block in self.blocks)
 
     def rotation(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each patch's angles, float32, `[N, 1, C]`; the first half of the sines is negated."""

@@ -32,7 +32,7 @@ batch = model.processor.encode([Item.parse("a red kite")])
 vectors = [
     model(**batch).embedding[0],
     AutoModel.from_pretrained(name).eval()(**batch).embedding[0],
-    Plume(name, device="cpu").encode("a red kite", convert_to_tensor=True),
+    Plume(name, device="cpu", backend="torch").encode("a red kite", convert_to_tensor=True),
     SentenceTransformer(name, device="cpu").encode("a red kite", convert_to_tensor=True),
 ]
 assert all(torch.equal(vectors[0], other) for other in vectors)

@@ -267,7 +267,7 @@ def test_a_converted_checkpoint_is_the_same_model(tmp_path):
     direct = PlumeModel.from_pretrained(folder).eval()
     direct.save_pretrained(tmp_path / "converted")
     expected = direct(**direct.processor.encode([direct.processor.parse("a red kite")])).embedding
-    plume = Plume(tmp_path / "converted", device="cpu")
+    plume = Plume(tmp_path / "converted", device="cpu", backend="torch")
     assert torch.equal(plume.encode(["a red kite"], convert_to_tensor=True), expected)
     assert plume.plume_config.latent_positions == "kv_length"
 

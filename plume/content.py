@@ -1,0 +1,54 @@
+"""What an input says and shows, as digests: the keys of the caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from plume.inputs import Item
+from plume.video import Video
+
+Budget = Mapping[str, int] | None
+"""The image sizes of a call, where they are not the checkpoint's own."""
+
+
+def medium_key(medium: Image.Image | Video, budget: Budget = None) -> str:
+    """Digest of an image or of sampled frames, and of the pixels that they are reduced to."""
+    digest = hashlib.blake2b(repr(sorted((budget or {}).items())).encode(), digest_size=20)
+    if isinstance(medium, Video):
+        digest.update(f"video {tuple(medium.frames.shape)} {medium.seconds_per_frame}".encode())
+        digest.update(medium.frames.numpy().tobytes())
+    else:
+        digest.update(f"image {medium.size} {medium.mode}".encode())
+        digest.update(medium.tobytes())
+    return digest.hexdigest()
+
+
+def item_key(item: Item, budget: Budget = None) -> str:
+    """Digest of an input: its text and media in their order, and its instruction.
+
+    Example:
+        >>> item_key(Item(("a", "b"))) == item_key(Item(("ab",)))
+        False
+    """
+    digest = hashlib.blake2b(repr(item.instruction).encode(), digest_size=20)
+    for part in item.content:
+        digest.update((repr(part) if isinstance(part, str) else medium_key(part, budget)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def media_keys(items: Sequence[Item], budget: Budget = None) -> list[tuple[list[str], list[str]]]:
+    """Digests of the images and of the videos of each input."""
+    return [
+        ([medium_key(one, budget) for one in item.images], [medium_key(one, budget) for one in item.videos])
+        for item in items
+    ]
+
+
+def revision(model: Any) -> tuple:
+    """Changes whenever the weights do, within one process."""
+    parameters = list(model.parameters())
+    return model.dtype, str(model.device), sum(one._version for one in parameters)

@@ -1,0 +1,219 @@
+"""`Plume` over the engine: backends, caches, precision, and what goes to other processes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plume import Plume, PlumeModel
+from plume.content import item_key, media_keys, medium_key
+from plume.inputs import Item
+from plume.kept import Kept
+from plume.threads import num_physical_cores
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (112, 84, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+@pytest.fixture
+def asked(shown) -> list:
+    """Two images under several instructions, and text alone."""
+    questions = ["which kite is red?", "what is blue?", "table"]
+    return [*({"image": image, "text": text} for image in shown[:2] for text in questions), "red kite", shown[2]]
+
+
+@pytest.fixture(scope="module")
+def plain(plume_folder) -> Plume:
+    return Plume(plume_folder, device="cpu")
+
+
+def test_backends_differ_by_rounding_alone(plume_folder, plain, asked):
+    torch_layers = Plume(plume_folder, device="cpu", backend="torch")
+    assert torch_layers.engine is None
+    assert plain.engine is not None
+    for steps in (0, 3):
+        expected = torch_layers.encode(asked, num_latent_steps=steps)
+        assert np.abs(plain.encode(asked, num_latent_steps=steps) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_vectors_are_the_same_to_the_bit_with_and_without_a_vector_cache(plume_folder, plain, asked, steps):
+    cached = Plume(plume_folder, device="cpu", vector_cache_bytes=1 << 20)
+    expected = plain.encode(asked, num_latent_steps=steps)
+    ran = []
+    run = cached.engine.run
+    cached.engine.run = lambda laid_out: ran.append(len(laid_out.ids)) or run(laid_out)
+    for _ in range(3):
+        assert np.array_equal(cached.encode(asked, num_latent_steps=steps), expected)
+    assert sum(ran) == len(asked)
+    mixed = cached.encode(["blue", *reversed(asked), "kite"], num_latent_steps=steps)
+    assert np.array_equal(mixed[1:-1], expected[::-1])
+    assert np.abs(mixed[[0, -1]] - plain.encode(["blue", "kite"], num_latent_steps=steps)).max() < 1e-6
+    assert sum(ran) == len(asked) + 2
+
+
+def test_a_vector_is_known_by_all_that_decides_it(plume_folder, asked):
+    cached = Plume(plume_folder, device="cpu", vector_cache_bytes=1 << 20)
+    plain = Plume(plume_folder, device="cpu")
+    one = asked[0]
+    ways = [
+        {},
+        {"num_latent_steps": 1},
+        {"instruction": "Find:"},
+        {"truncate_dim": 16},
+        {"processing_kwargs": {"image": {"size": {"shortest_edge": 784, "longest_edge": 3136}}}},
+    ]
+    for _ in range(2):
+        for way in ways:
+            assert np.array_equal(cached.encode([one], **way), plain.encode([one], **way))
+    with torch.no_grad():
+        for plume in (cached, plain):
+            plume.plume_model.backbone.language_model.layers[0].mlp.down_proj.weight.mul_(2)
+    assert np.array_equal(cached.encode([one]), plain.encode([one]))
+
+
+def test_features_of_images_that_are_kept_are_to_the_bit_those_seen_anew(plume_folder, plain, asked, monkeypatch):
+    cached = Plume(plume_folder, device="cpu", vision_cache_bytes=1 << 24)
+    seen = []
+    tower = cached.engine.tower
+    monkeypatch.setattr(type(tower), "__call__", _spied(type(tower).__call__, seen))
+    first = cached.encode(asked)
+    assert len(seen) == 3
+    assert np.abs(first - plain.encode(asked)).max() < 1e-6  # where images are packed: rounding
+    seen.clear()
+    for _ in range(2):
+        assert np.array_equal(cached.encode(asked), first)
+    assert len(seen) == 0
+    forgets = Plume(plume_folder, device="cpu", vision_cache_bytes=1)
+    for _ in range(2):
+        assert np.array_equal(forgets.encode(asked), first)
+    other = {"processing_kwargs": {"image": {"size": {"shortest_edge": 784, "longest_edge": 3136}}}}
+    assert np.abs(cached.encode(asked, **other) - plain.encode(asked, **other)).max() < 1e-6
+
+
+def _spied(call, seen):
+    def spy(self, patches, rotation, lengths):
+        seen.append(lengths)
+        return call(self, patches, rotation, lengths)
+
+    return spy
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_prefix_is_read_once_for_all_instructions(plume_folder, plain, asked, steps):
+    cached = Plume(plume_folder, device="cpu", prefix_cache_bytes=1 << 24)
+    first = cached.encode(asked, num_latent_steps=steps)
+    begun = len(cached.engine.shared.kept)
+    assert begun == 3
+    assert np.array_equal(cached.encode(asked, num_latent_steps=steps), first)
+    assert len(cached.engine.shared.kept) == begun
+    assert np.abs(first - plain.encode(asked, num_latent_steps=steps)).max() < 1e-5
+    small = Plume(plume_folder, device="cpu", prefix_cache_bytes=1)
+    assert np.array_equal(small.encode(asked, num_latent_steps=steps), first)
+    assert len(small.engine.shared.kept) == 0
+
+
+def test_all_caches_together_and_bounded(plume_folder, plain, shown):
+    size = plain.plume_model.config.hidden_size * 4
+    cached = Plume(
+        plume_folder,
+        device="cpu",
+        vector_cache_bytes=10 * size,
+        vision_cache_bytes=30_000,
+        prefix_cache_bytes=30_000,
+    )
+    inputs = [{"image": shown[number % 3], "text": f"kite {number}"} for number in range(30)]
+    assert np.abs(cached.encode(inputs, batch_size=4) - plain.encode(inputs, batch_size=4)).max() < 1e-5
+    assert len(cached._vectors) == 10
+    assert 0 < cached.engine.shared.kept.num_bytes <= 30_000
+    assert 0 < cached.engine._features.num_bytes <= 30_000
+
+
+def test_an_input_may_stop_early(plume_folder):
+    stops = Plume(plume_folder, device="cpu", exit_tolerance=1e9)
+    assert np.abs(stops.encode(["red"]) - stops.encode(["red"], num_latent_steps=1)).max() < 1e-6
+
+
+def test_int8_is_close(plume_folder, plain, asked):
+    found = Plume(plume_folder, device="cpu", int8=True).encode(asked)
+    assert 0.98 < (found * plain.encode(asked)).sum(axis=1).min() < 0.9999999
+
+
+def test_weights_are_float32_on_a_cpu_unless_asked_otherwise(plume_folder, tmp_path):
+    PlumeModel.from_pretrained(plume_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert Plume(tmp_path, device="cpu").plume_model.dtype == torch.float32
+    asked = Plume(tmp_path, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    assert asked.plume_model.dtype == torch.bfloat16
+    assert abs(np.linalg.norm(asked.encode("red")) - 1) < 1e-3
+
+
+def test_settings_without_effect_are_errors(plume_folder):
+    with pytest.raises(ValueError, match='int8 is of the engine, which backend="torch" does not use'):
+        Plume(plume_folder, device="cpu", backend="torch", int8=True)
+    with pytest.raises(ValueError, match="backend must be"):
+        Plume(plume_folder, device="cpu", backend="onnx")  # type: ignore[arg-type]
+
+
+def test_a_model_that_the_engine_cannot_run_runs_as_before_with_a_warning(plume_folder):
+    peft = pytest.importorskip("peft")
+    plume = Plume(plume_folder, device="cpu")
+    expected = plume.encode("red")
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), plume.plume_model.backbone
+    )
+    with pytest.warns(UserWarning, match="transformers' own layers run.*merge adapters first"):
+        changed = plume.encode("red")
+    assert np.abs(changed - expected).max() > 1e-4
+    assert np.array_equal(changed, plume.encode("red"))
+
+
+def test_gradients_go_through_the_model_itself(plain):
+    batch = dict(plain.plume_model.processor.encode([Item.parse("red")]))
+    with torch.enable_grad():
+        assert plain.forward(batch)["sentence_embedding"].requires_grad
+    with torch.no_grad():
+        assert not plain.forward(batch)["sentence_embedding"].requires_grad
+
+
+def test_an_embedder_can_be_copied_and_sent_to_another_process(plume_folder, asked):
+    plume = Plume(plume_folder, device="cpu", vector_cache_bytes=1 << 20, vision_cache_bytes=1 << 20)
+    expected = plume.encode(asked)
+    for again in (copy.deepcopy(plume), pickle.loads(pickle.dumps(plume))):
+        assert np.array_equal(again.encode(asked), expected)
+
+
+def test_keys_tell_contents_apart(shown):
+    image, other = shown[:2]
+    assert medium_key(image) == medium_key(image.copy()) != medium_key(other)
+    assert medium_key(image) != medium_key(image, {"longest_edge": 784})
+    contents = [("ab",), ("a", "b"), (image, "ab"), ("ab", image), (other, "ab")]
+    assert len({item_key(Item(one)) for one in contents} | {item_key(Item(("ab",), "Find:"))}) == 6
+    assert media_keys([Item((image, "a", other))]) == [([medium_key(image), medium_key(other)], [])]
+
+
+def test_what_is_kept_stays_within_its_bounds():
+    kept: Kept[bytes] = Kept(most=3, most_bytes=10, num_bytes=len)
+    for number in range(5):
+        kept.put(number, b"aa")
+    assert [kept.find(number) is None for number in range(5)] == [True, True, False, False, False]
+    kept.find(2)
+    kept.put(5, b"aaaaaaaa")  # 2, used last, is all that fits beside it
+    assert kept.num_bytes == 10
+    assert kept.find(2) == b"aa"
+    kept.put(6, b"a" * 11)
+    assert kept.find(6) is None
+    assert kept.find(5) is not None
+    kept.put(5, b"a")
+    assert kept.num_bytes == 3
+
+
+def test_threads_are_no_more_than_the_cores_that_this_process_may_use():
+    assert 1 <= num_physical_cores() <= (torch.get_num_threads() or 1) * 64
