@@ -39,5 +39,5 @@ format: $(STAMP)
 # All that needs a CUDA device; results go to $(OUT). Uses the interpreter that has a CUDA build of torch.
 gpu:
 	PYTHONPATH=.:kernels:train:eval $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=.:kernels:train:eval $(PYTHON) eval/gpu.py --out $(OUT)
+	PYTHONPATH=.:kernels:train:eval $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)
 	PYTHONPATH=.:kernels:train:eval $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from plume import Item, Plume, PlumeModel
+from plume import Item, Plume, PlumeModel, graphs
 from plume.checkpoint import fingerprint
+from plume.engine import Engine
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_train.config import PlumeTrainingArguments
 from plume_train.rows import Record, Side
 from plume_train.run import train
@@ -77,3 +81,71 @@ def test_gradcache_and_checkpointing_need_less_memory(plume_folder):
     latent = {one["way"]: one["peak_memory_gib"] for one in found if one["num_latent_steps"] == 4}
     assert latent["batch, checkpointing"] < latent["batch"]
     assert latent["GradCache, passes of 4"] < latent["batch"]
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def family_model(request, tmp_path_factory) -> PlumeModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_backbone(folder, ["red", "kite"], family=request.param, hidden_size=128, num_layers=4, vision_layers=2)
+    return PlumeModel.from_backbone(str(folder), num_latent_steps=4, **SHORT_STRINGS).to("cuda").eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 8])
+def test_graphs_give_what_direct_launches_give_to_the_bit(family_model, picture, monkeypatch, steps, dtype):
+    model = copy.deepcopy(family_model).to(dtype)
+    batch = dict(model.processor.encode(items(picture)))
+    replaying = Engine(model, backend="graph")
+    found = [replaying(batch, steps) for _ in range(4)]  # towers are captured the second time
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "capture", lambda work, pool: work)
+        launching = Engine(model, backend="graph")
+        expected = [launching(batch, steps) for _ in range(4)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.embedding, other.embedding)
+        assert torch.equal(one.states, other.states)
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_the_engine_gives_what_the_model_gives_and_errs_little_in_bfloat16(family_model, picture, backend):
+    batch = family_model.processor.encode(items(picture))
+    with torch.no_grad():
+        expected = family_model(**batch.to("cuda")).embedding
+        exact = copy.deepcopy(family_model).double()(**batch.to("cuda")).embedding
+        half = copy.deepcopy(family_model).bfloat16()
+        own = (half(**batch.to("cuda")).embedding - exact).norm()
+    engine, rounded = Engine(family_model, backend=backend), Engine(half, backend=backend)
+    for _ in range(3):
+        assert (engine(dict(batch)).embedding - expected).abs().max() < 1e-5
+        assert (rounded(dict(batch)).embedding - exact).norm() <= 2 * own
+
+
+@torch.inference_mode()
+def test_graphs_keep_no_trace_of_earlier_inputs(family_model, picture):
+    engine = Engine(family_model, backend="graph")
+    first = dict(family_model.processor.encode(items(picture)[:2]))
+    for _ in range(2):
+        expected = engine(first).embedding.clone()
+    for item in items(picture):
+        engine(dict(family_model.processor.encode([item])))
+        for room in engine._rooms:
+            room.cache.kv.fill_(torch.nan)
+            room.read.fill_(torch.nan)
+        assert torch.equal(engine(first).embedding, expected)
+
+
+def test_ten_thousand_calls_of_random_lengths_leak_no_memory(family_model):
+    engine = Engine(family_model, backend="graph", max_graphs=24)
+    generator = torch.Generator().manual_seed(0)
+    prepared = [
+        dict(family_model.processor.encode([Item.parse("red " * length)] * count))
+        for length in range(1, 500, 7)
+        for count in (1, 3)
+    ]
+    taken = []
+    for call in range(10_000):
+        engine(prepared[int(torch.randint(len(prepared), (), generator=generator))], call % 3)
+        if call in (5_000, 9_999):
+            torch.cuda.synchronize()
+            taken.append(torch.cuda.memory_allocated())
+    assert taken[1] <= taken[0] * 1.05

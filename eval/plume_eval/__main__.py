@@ -1,6 +1,5 @@
 """`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead`."""
 
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,6 +65,45 @@ def run(
     typer.echo(json.dumps({"model": model, "data": str(data), **result}))
 
 
+@hops.command("settings")
+def settings(
+    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+) -> None:
+    """Measure recall@1 under the engine's settings that change vectors; the last line is one JSON object."""
+    import json
+
+    from plume import PlumeModel
+    from plume_eval.hops.run import HopsTask
+    from plume_eval.hops.settings import compare_settings
+    from plume_eval.report import markdown_table, write_report
+
+    try:
+        found = compare_settings(PlumeModel.from_pretrained(model).eval(), HopsTask(data), show_progress=True)
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    rows = [
+        [
+            one["setting"],
+            *(f"{one['recall_at_1'][form]['mean']:.3f}" for form in ("name", "picture")),
+            f"{one['reasoning_steps']:.2f}",
+            f"{one['lowest_cosine']:.4f}",
+            f"{one['mean_cosine']:.4f}",
+        ]
+        for one in found
+    ]
+    columns = ["setting", "recall@1, names", "recall@1, pictures", "mean steps", "lowest cosine", "mean cosine"]
+    table = markdown_table(columns, rows)
+    typer.echo(table)
+    if out is not None:
+        command = f"plume-eval hops settings --model {model} --data {data}"
+        text = f"{found[0]['num_queries']} queries, {found[0]['num_candidates']} candidates; cosine of queries to "
+        text += f"those of transformers' layers.\n\n{table}"
+        write_report(out, "engine_settings", "What the engine's settings cost in quality", command, text, found)
+    typer.echo(json.dumps(found))
+
+
 @app.command()
 def overhead(
     model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
@@ -81,7 +119,7 @@ def overhead(
     from plume import Plume
     from plume_eval.hops.run import HopsTask
     from plume_eval.overhead import encode_overhead
-    from plume_eval.report import header, markdown_header, markdown_table
+    from plume_eval.report import markdown_table, write_report
 
     try:
         plume, count = Plume(model), batch_size * num_batches
@@ -98,8 +136,6 @@ def overhead(
     results = {
         kind: encode_overhead(plume, raws, batch_size=batch_size, num_runs=num_runs) for kind, raws in inputs.items()
     }
-    command = f"plume-eval overhead --model {model} --data {data} --batch-size {batch_size} --num-batches {num_batches}"
-    head = header(command)
     rows = [
         [kind, *(f"{one[name]:.1f}" for name in ("forward_ms", "prepare_ms", "encode_ms")), f"{one['overhead']:.1%}"]
         for kind, one in results.items()
@@ -107,12 +143,11 @@ def overhead(
     table = markdown_table(["input", "forward alone, ms", "preparing alone, ms", "encode, ms", "overhead"], rows)
     typer.echo(table)
     if out is not None:
-        name = f"encode_overhead_{plume.device.type}_{date.today():%Y%m}"
-        text = f"# What `Plume.encode` costs over the forward pass\n\n{markdown_header(head)}\n\n"
-        text += f"Medians per batch of {batch_size}; {num_batches} batches per call; media decoded before.\n\n{table}\n"
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.md").write_text(text, encoding="utf-8")
-        (out / f"{name}.json").write_text(json.dumps({**head, "results": results}, indent=2) + "\n", encoding="utf-8")
+        command = f"plume-eval overhead --model {model} --data {data} --batch-size {batch_size}"
+        command += f" --num-batches {num_batches}"
+        text = f"Medians per batch of {batch_size}; {num_batches} batches per call; media decoded before.\n\n{table}"
+        title = "What `Plume.encode` costs over the forward pass"
+        write_report(out, "encode_overhead", title, command, text, results)
     typer.echo(json.dumps(results))
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from plume import backbone as seam
 from plume import positions
+from plume.engine import Engine
 from plume.inputs import Item
 from plume.model import PlumeModel
 
@@ -55,6 +56,7 @@ def embed_batch(
     num_latent_steps: int | None = None,
     max_new_tokens: int = 512,
     stops: bool = True,
+    engine: Engine | None = None,
 ) -> Embedded:
     """Embed one batch.
 
@@ -66,14 +68,17 @@ def embed_batch(
             to take before the rest is written.
         max_new_tokens: limit of the mode "explicit".
         stops: whether writing ends at `<gen_emb>`; otherwise exactly `max_new_tokens` are written.
+        engine: runs the model instead of transformers' layers; not in the mode "explicit".
     """
     if mode == "explicit":
         return _explicit(model, batch, num_latent_steps or 0, max_new_tokens, stops)
     steps = 0 if mode == "single_pass" else num_latent_steps
     steps = model.config.num_latent_steps if steps is None else steps
-    output = model(**batch, num_latent_steps=steps)
-    size = len(batch["input_ids"])
-    return Embedded(output.embedding, torch.full((size,), steps), torch.ones(size, dtype=torch.bool))
+    output = model(**batch, num_latent_steps=steps) if engine is None else engine(batch, steps)
+    assert output.embedding is not None
+    assert output.num_latent_steps is not None
+    is_complete = torch.ones(len(output.embedding), dtype=torch.bool)
+    return Embedded(output.embedding, output.num_latent_steps.cpu(), is_complete)
 
 
 def embed(
@@ -85,15 +90,15 @@ def embed(
     max_new_tokens: int = 512,
     batch_size: int = 64,
     show_progress: bool = False,
+    engine: Engine | None = None,
 ) -> Embedded:
     """Embed inputs in batches; arguments as in `embed_batch`."""
     assert model.processor is not None
     parts = []
     for start in tqdm(range(0, len(items), batch_size), desc=f"Encoding, {mode}", disable=not show_progress):
         batch = model.processor.encode(items[start : start + batch_size]).to(model.device)
-        parts.append(
-            embed_batch(model, dict(batch), mode, num_latent_steps=num_latent_steps, max_new_tokens=max_new_tokens)
-        )
+        settings = {"num_latent_steps": num_latent_steps, "max_new_tokens": max_new_tokens, "engine": engine}
+        parts.append(embed_batch(model, dict(batch), mode, **settings))
     return Embedded.joined(parts)
 
 

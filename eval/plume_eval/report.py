@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -30,6 +31,26 @@ def header(command: str) -> dict:
         "device": _device(),
         "threads": torch.get_num_threads(),
     }
+
+
+def write_report(out: Path, name: str, title: str, command: str, text: str, results: object) -> Path:
+    """Write `<name>_<device>_<yyyymm>.{md,json}`; returns the path without suffix.
+
+    Args:
+        out: folder, made if missing.
+        name: what was measured.
+        title: heading of the page.
+        command: what was typed.
+        text: the page below its header, Markdown.
+        results: plain data for JSON.
+    """
+    head = header(command)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = out / f"{name}_{device}_{head['date'][:4]}{head['date'][5:7]}"
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(f"# {title}\n\n{markdown_header(head)}\n\n{text}\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps({**head, "results": results}, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

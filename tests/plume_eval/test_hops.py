@@ -17,6 +17,7 @@ from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task
 from plume_eval.hops.page import draw_page, make_page, question, rationale
 from plume_eval.hops.run import HopsTask, evaluate
+from plume_eval.hops.settings import TOLERANCES, compare_settings
 from plume_eval.hops.symbols import BACKGROUND, TILE, alphabet, draw_symbol
 from plume_train.records import Records
 
@@ -130,3 +131,14 @@ def test_the_commands_make_and_run_a_task(tmp_path, plume_folder):
     wrong = runner.invoke(app, ["hops", "run", "--model", str(plume_folder), "--data", str(tmp_path)])
     assert wrong.exit_code == 1
     assert "holds no task.json; make a data set with" in wrong.output
+
+
+def test_settings_that_change_vectors_are_compared_on_the_task(model, hops_folder):
+    found = {one["setting"]: one for one in compare_settings(model, HopsTask(hops_folder))}
+    assert found["transformers"]["lowest_cosine"] == pytest.approx(1)
+    assert found["engine"]["lowest_cosine"] > 0.99999
+    assert found["engine"]["recall_at_1"] == found["transformers"]["recall_at_1"]
+    assert 0.9 < found["engine, int8"]["lowest_cosine"] < 0.999999
+    steps = [found[f"engine, exit_tolerance = {tolerance}"]["reasoning_steps"] for tolerance in TOLERANCES]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < found["engine"]["reasoning_steps"]

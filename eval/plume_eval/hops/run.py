@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plume.engine import Engine
 from plume.inputs import Item
 from plume.model import PlumeModel
 from plume_eval.baselines import Mode, embed
@@ -65,6 +66,7 @@ def evaluate(
     forms: tuple[TargetForm, ...] = ("name", "picture"),
     batch_size: int = 64,
     show_progress: bool = False,
+    engine: Engine | None = None,
 ) -> dict:
     """Recall@1 and MRR with 95 % bootstrap intervals, over all candidates, for each form of the target.
 
@@ -78,6 +80,7 @@ def evaluate(
         forms: how candidates are given.
         batch_size: inputs per pass.
         show_progress: whether to draw progress bars.
+        engine: runs the model instead of transformers' layers.
 
     Returns:
         Plain numbers: `recall_at_1` and `mrr` by form, `num_queries`, `reasoning_steps` (mean per query) and
@@ -87,6 +90,7 @@ def evaluate(
         "num_latent_steps": num_latent_steps,
         "batch_size": batch_size,
         "show_progress": show_progress,
+        "engine": engine,
     }
     queries = embed(model, task.queries(), mode, **settings)
     labels = task.paths[:, -1]

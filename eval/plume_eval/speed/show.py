@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from plume_eval.report import header, markdown_header, markdown_table
+from plume_eval.report import markdown_table, write_report
 from plume_eval.speed.config import LatencyConfig
 
 _STAGES = ("preparing", "vision", "prefill", "steps or tokens", "suffix")
@@ -133,15 +132,8 @@ def _ratio(value: float | None, by: str | None = None) -> str:
 
 def write_results(result: dict[str, Any], config: LatencyConfig, command: str, out: Path) -> Path:
     """Write `latency_<model>_<device>_<yyyymm>.{md,json,png}`; returns the path without suffix."""
-    head = header(command)
-    device = "cuda" if result["cases"] and result["cases"][0]["peak_memory_bytes"] else "cpu"
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"latency_{config.label}_{device}_{head['date'][:4]}{head['date'][5:7]}"
-    model = config.model or f"shapes of {config.shapes}, random weights"
-    fields = head | {"model": f"{model}, {config.dtype}"}
-    text = f"# Latency: {model}\n\n{markdown_header(fields)}\n\n{tables(result, config)}\n"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps({**fields, **result}, indent=1) + "\n", encoding="utf-8")
+    model = f"{config.model or f'shapes of {config.shapes}, random weights'}, {config.dtype}"
+    path = write_report(out, f"latency_{config.label}", f"Latency: {model}", command, tables(result, config), result)
     draw(result, config, path.with_suffix(".png"))
     return path
 
