@@ -28,6 +28,7 @@ from plume import backbone as seam
 from plume import graphs, tokens
 from plume.arguments import last_column
 from plume.backbone import Segment
+from plume.experts import together
 from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
@@ -166,8 +167,9 @@ class Engine:
         """Take the model's weights anew if they have been moved or replaced; graphs are then captured again."""
         if self.model.training:
             raise ValueError("the engine runs models in eval mode; call model.eval() first")
-        tower = self.tower is None or self.tower.is_current()
-        if not (tower and self.stack.is_current() and self.model.device == self.device):
+        model = self.model
+        same = self._made_of == (model.backbone, model.transition) and model.device == self.device
+        if not same or not all(one.is_current() for one in self._fused):
             self._load()
 
     def _load(self) -> None:
@@ -181,11 +183,16 @@ class Engine:
         #: What runs: "eager" or "graph".
         self.backend = "eager" if self._asked == "eager" or reason else "graph"
         projection = Int8Projection if self._int8 else Projection
+        self.transition = together(model.transition)
         self.stack = TextStack(text_parts(backbone), projection)
         try:
             self.tower = Tower(tower_parts(backbone), projection)
         except UnsupportedModelError:  # another family's; transformers' own runs
             self.tower = None
+        self._made_of = (backbone, model.transition)
+        self._fused: list[Any] = [
+            one for one in (self.stack, self.tower, self.transition) if hasattr(one, "is_current")
+        ]
         suffix = torch.tensor([model.config.suffix_ids])
         is_real = torch.ones_like(suffix).bool()
         self._read_out = int(last_column(suffix, is_real, model.config.read_out_token_id, tokens.READ_OUT))
@@ -294,7 +301,7 @@ class Engine:
             every = torch.ones(suffix.shape[:2], dtype=torch.bool, device=self.device)
             return rollout(
                 StaticDecoder(self.stack, room.cache, room.read),
-                self.model.transition,
+                self.transition,
                 Segment(room.read, every[:, :2], room.start.expand(3, 2, -1).mT),
                 suffix,
                 every,

@@ -25,7 +25,7 @@ from torch import Tensor
 from plume import positions
 from plume.backbone import Segment
 from plume.config import RouterContext
-from plume.transition import TransitionAdapter
+from plume.transition import Adapter
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Decoder(Protocol):
 
 def rollout(
     decoder: Decoder,
-    adapter: TransitionAdapter,
+    adapter: Adapter,
     prefix: Segment,
     suffix_embeds: Tensor,
     suffix_mask: Tensor,

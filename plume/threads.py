@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import psutil
+import torch
 
 
 def num_physical_cores() -> int:
@@ -14,3 +15,9 @@ def num_physical_cores() -> int:
     if not physical or not logical:
         return allowed
     return max(1, min(allowed, round(allowed * physical / logical)))
+
+
+def use_physical_cores() -> None:
+    """As many threads as physical cores, for a whole program; `OMP_NUM_THREADS` has its way where it is set."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_physical_cores())

@@ -14,11 +14,16 @@ Letters: B batch, D hidden size, E routed experts, T kept experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plume.config import PlumeConfig
+
+Adapter = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor | None]]
+"""What maps a state to the next input: a `TransitionAdapter`, or the engine's form of it."""
 
 
 class TransitionAdapter(nn.Module):
@@ -114,10 +119,14 @@ class MixtureOfExperts(TransitionAdapter):
             logits = F.linear(features.to(exact), self.router.weight.to(exact), self.router.bias.to(exact))
             return logits.softmax(dim=-1)
 
+    def weigh(self, gates: Tensor) -> Tensor:
+        """Weights of the experts `[B, E]`: the gates of the top T as they are, zero elsewhere."""
+        kept, chosen = gates.topk(self.top_k, dim=-1)  # [B, T]
+        return torch.zeros_like(gates).scatter(-1, chosen, kept)
+
     def forward(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         gates = self.route(state, step, context)  # [B, E]
-        kept, chosen = gates.topk(self.top_k, dim=-1)  # [B, T]
-        weights = torch.zeros_like(gates).scatter(-1, chosen, kept).to(state.dtype)
+        weights = self.weigh(gates).to(state.dtype)
 
         normed = self.ln(state)
         next_input = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from typing import Any, cast
 
@@ -49,12 +50,24 @@ def make_items(processor: PlumeProcessor, size: InputSize, count: int) -> list[I
         frames = torch.randint(0, 256, (max(size.num_frames, 1), *(size.pixels or ()), 3), generator=generator)
         frames = frames.to(torch.uint8).numpy()
         media.append({"video": frames} if size.num_frames else {"image": Image.fromarray(frames[0])})
-    bare = _item(0, 1, media)
-    missing = size.tokens - processor.encode([bare])["input_ids"].shape[1]
-    return [_item(index, 1 + max(missing, 0), media) for index in range(count)]
+    words = _words(processor)
+
+    def item(index: int, num_words: int) -> Item:
+        # Which words stand where differs from item to item, how many tokens they have does not.
+        text = " ".join(words[(index >> (place % 8)) & 1] for place in range(num_words))
+        return Item.parse({**media[index], "text": text} if media else text)
+
+    missing = size.tokens - processor.encode([item(0, 1)])["input_ids"].shape[1]
+    return [item(index, 1 + max(missing, 0)) for index in range(count)]
 
 
-def _item(index: int, num_words: int, media: list[dict]) -> Item:
-    # Which words stand where differs from item to item, how many tokens they have does not.
-    text = " ".join(_WORDS[(index >> (place % 8)) & 1] for place in range(num_words))
-    return Item.parse({**media[index], "text": text} if media else text)
+def _words(processor: PlumeProcessor) -> list[str]:
+    """Two words of one token each."""
+    tokenizer: Any = processor.tokenizer
+    known = sorted(word for word in tokenizer.get_vocab() if re.fullmatch(r"[a-z][a-z-]+", word))
+
+    def is_one_token(word: str) -> bool:
+        once, thrice = (len(tokenizer(" ".join([word] * count))["input_ids"]) for count in (1, 3))
+        return thrice - once == 2
+
+    return [word for word in (*_WORDS, *known) if is_one_token(word)][:2]
