@@ -39,7 +39,7 @@ from plume.rollout import Rollout, rollout
 from plume.rooms import Pixels, Prefix, Room
 from plume.sharing import SharedPrefixes
 from plume.stack import StaticDecoder, TextStack
-from plume.tower import Grid, Tower
+from plume.tower import Grid, Tower, segment_attention
 
 Backend = Literal["auto", "eager", "graph"]
 
@@ -220,16 +220,16 @@ class Engine:
             assert features is not None
             return features
         tower, lengths = self.tower, grid.lengths
-        rotation = tower.rotation(grid)
+        rotation, attend = tower.rotation(grid), segment_attention(lengths, self.stack.norm.dtype, self.device)
         if self.backend == "eager" or len(patches) > 4 * self._max_captured_tokens:
-            return tower(patches, rotation, lengths)
+            return tower(patches, rotation, attend)
         pixels = self._towers.find(lengths)
         if pixels is None:  # sizes of images vary, and most do not come again
             self._towers.put(lengths, Pixels(patches, *rotation))
-            return tower(patches, rotation, lengths)
+            return tower(patches, rotation, attend)
         if pixels.launch is None:
             own, *turn = pixels.inputs
-            pixels.launch = self.capture(lambda: tower(own, (turn[0], turn[1]), lengths))
+            pixels.launch = self.capture(lambda: tower(own, (turn[0], turn[1]), attend))
         return pixels(patches, *rotation)
 
     def embed(self, laid_out: Plan, features: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ Letters: N patches of all images, M visual tokens (N / 4), C channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +24,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
     varlen_attn = None
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of queries, keys and values."""
 
 
 class Grid:
@@ -89,18 +93,17 @@ class Tower:
         cosine, sine = angles.cos(), angles.sin()
         return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
-    def __call__(self, patches: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
+    def __call__(self, patches: Tensor, rotation: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """Features of visual tokens, `[M, D]`.
 
         Args:
             patches: of all images, one after the other, `[N, 3 * temporal * patch * patch]`.
             rotation: from `rotation`.
-            lengths: how many consecutive patches see each other, of each image.
+            attend: from `segment_attention`, for the lengths of the grid.
         """
         # A convolution whose patches never overlap is a product.
         weight = self.parts.embed.weight
         x = F.linear(patches.to(weight.dtype), weight.flatten(start_dim=1))
-        attend = _attention(lengths, x)
         for block in self.blocks:
             heads = rearrange(block.qkv(block.norm(x)), "n (qkv h c) -> n qkv h c", qkv=3, h=self.parts.num_heads)
             attended = attend(_rotated(heads[:, 0], rotation), _rotated(heads[:, 1], rotation), heads[:, 2])
@@ -116,19 +119,18 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(exact * cosine, exact.roll(x.shape[-1] // 2, dims=-1), sine.to(exact.dtype)).to(x.dtype)
 
 
-def _attention(lengths: tuple[int, ...], like: Tensor):
-    """Attention within segments of these lengths, `[N, H, C]` each for queries, keys, values and result."""
-    ends = torch.tensor((0, *lengths)).cumsum(0).tolist()
-    if (
-        varlen_attn is not None
-        and like.is_cuda
-        and like.dtype in (torch.bfloat16, torch.float16)
-        and len(set(lengths)) > 1
-    ):
-        bounds = torch.tensor(ends, dtype=torch.int32).to(like.device, non_blocking=True)
+def segment_attention(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Attention:
+    """Attention within segments of these lengths: queries, keys, values and result `[N, H, C]`.
+
+    Made before a graph is captured, since the bounds of unlike segments go to the device.
+    """
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if varlen_attn is not None and device.type == "cuda" and is_half and len(set(lengths)) > 1:
+        bounds = torch.tensor((0, *lengths), device=device).cumsum(0).int()
+        longest = max(lengths)
 
         def packed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return varlen_attn(queries, keys, values, bounds, bounds, max(lengths), max(lengths))  # type: ignore[misc]
+            return varlen_attn(queries, keys, values, bounds, bounds, longest, longest)  # type: ignore[misc]
 
         return packed
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from plume import PlumeConfig
+from plume_eval.speed.config import LatencyConfig, read_config
 from plume_train.config import arguments_from, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
+EVAL = sorted((CONFIGS / "eval").glob("*.yaml"))
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
@@ -35,6 +38,15 @@ def test_a_training_configuration_states_only_what_differs(file):
         base = read_yaml(file.parent / own.pop("extends"))
         repeated = [key for key, value in own.items() if key in base and base[key] == value]
         assert not repeated
+
+
+@pytest.mark.parametrize("file", EVAL, ids=lambda file: file.stem)
+def test_a_latency_configuration_loads_and_states_only_what_differs(file):
+    config = read_config(file)
+    defaults = {one.name: one.default for one in fields(LatencyConfig)}
+    own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert not [name for name in own if getattr(config, name) == defaults[name]]
+    assert config.main_steps in (0, *config.num_latent_steps)
 
 
 def test_the_papers_recipe_is_the_papers():

@@ -135,7 +135,7 @@ def test_graphs_keep_no_trace_of_earlier_inputs(family_model, picture):
 
 
 def test_ten_thousand_calls_of_random_lengths_leak_no_memory(family_model):
-    engine = Engine(family_model, backend="graph", max_graphs=24)
+    engine = Engine(family_model, backend="graph")
     generator = torch.Generator().manual_seed(0)
     prepared = [
         dict(family_model.processor.encode([Item.parse("red " * length)] * count))

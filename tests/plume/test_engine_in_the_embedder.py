@@ -100,9 +100,9 @@ def test_features_of_images_that_are_kept_are_to_the_bit_those_seen_anew(plume_f
 
 
 def _spied(call, seen):
-    def spy(self, patches, rotation, lengths):
-        seen.append(lengths)
-        return call(self, patches, rotation, lengths)
+    def spy(self, patches, *others):
+        seen.append(len(patches))
+        return call(self, patches, *others)
 
     return spy
 

@@ -16,10 +16,10 @@ from plume_eval.__main__ import app
 from plume_eval.speed import run as bench
 from plume_eval.speed.cases import make_items, make_model
 from plume_eval.speed.clock import Timing, num_launches
-from plume_eval.speed.config import ConfigError, InputSize, LatencyConfig, read_config
+from plume_eval.speed.config import ConfigError, InputSize, LatencyConfig, Limit, read_config
 from plume_eval.speed.floors import Device, Work
 from plume_eval.speed.reference import embed_one
-from plume_eval.speed.ways import Way, way
+from plume_eval.speed.ways import Compiled, InEngine, Way, way
 from plume_eval.speed.writing import Writer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -187,10 +187,37 @@ def test_a_way_with_other_vectors_is_not_timed(config, monkeypatch):
         bench.run_bench(config, show_progress=False)
 
 
+def test_a_way_of_others_that_fails_is_left_out_and_named_and_our_own_is_an_error(config, monkeypatch):
+    def fails(self, batch, steps):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(Compiled, "_embed", fails)
+    few = replace(config, inputs={"text": InputSize(tokens=20)}, batch_sizes=(1,), ways=("compiled", "eager"))
+    found = bench.run_bench(few, show_progress=False)
+    assert found["left_out"] == ["compiled: RuntimeError: no compiler"]
+    assert {one["way"] for one in found["cases"]} == {"eager"}
+    monkeypatch.setattr(InEngine, "_embed", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        bench.run_bench(few, show_progress=False)
+
+
+def test_a_way_is_measured_for_what_its_limit_allows(config):
+    limited = replace(
+        config,
+        inputs={name: config.inputs[name] for name in ("text", "image")},
+        ways=("transformers", "eager"),
+        limits={"transformers": Limit(inputs=("text",), batch_sizes=(4,))},
+    )
+    found = bench.run_bench(limited, show_progress=False)
+    measured = {(one["way"], one["input"], one["batch_size"]) for one in found["cases"]}
+    assert {one[1:] for one in measured if one[0] == "transformers"} == {("text", 4)}
+    assert len({one[1:] for one in measured if one[0] == "eager"}) == 4
+
+
 def test_what_time_does_not_allow_is_named(config):
     found = bench.run_bench(replace(config, time_limit_s=0.0), show_progress=False)
     assert found["cases"] == []
-    assert "video at batch size 4" in found["left_out"]
+    assert "video at batch size 4: time is up" in found["left_out"]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +230,7 @@ def test_what_time_does_not_allow_is_named(config):
         ("shapes: tiny\nwritten_inputs: [page]", "written_inputs holds 'page'; inputs are text"),
         ("shapes: tiny\nbatch_sizes: []", "at least one input and batch sizes from 1"),
         ("shapes: tiny\ninputs: {text: {length: 3}}", "length"),
+        ("shapes: tiny\nlimits: {graph: {inputs: [text]}}", "limits holds 'graph'; ways are reference"),
         ("shapes: [", "is not YAML"),
     ],
 )

@@ -32,6 +32,19 @@ class InputSize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What a way is measured for; None: everything."""
+
+    inputs: tuple[str, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None
+
+    def allows(self, name: str, batch_size: int) -> bool:
+        """Whether an input is measured at a batch size."""
+        has_input = self.inputs is None or name in self.inputs
+        return has_input and (self.batch_sizes is None or batch_size in self.batch_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
     """One run of the bench."""
 
@@ -43,6 +56,8 @@ class LatencyConfig:
     """Of the weights."""
     ways: tuple[WayName, ...] = ("reference", "transformers", "eager")
     """Implementations; see eval/README.md."""
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    """Ways that are not measured for everything: slow ones, or those that compile for each shape."""
     inputs: Mapping[str, InputSize] = field(default_factory=lambda: {"text": InputSize(tokens=60)})
     """What is embedded."""
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -82,6 +97,9 @@ class LatencyConfig:
         for way in self.ways:
             if way not in WAYS:
                 raise ConfigError(f"ways holds {way!r}; expected some of {', '.join(WAYS)}")
+        for name in self.limits:
+            if name not in self.ways:
+                raise ConfigError(f"limits holds {name!r}; ways are {', '.join(self.ways)}")
         for name in self.written_inputs or ():
             if name not in self.inputs:
                 raise ConfigError(f"written_inputs holds {name!r}; inputs are {', '.join(self.inputs)}")
@@ -90,6 +108,10 @@ class LatencyConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not self.inputs or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError("expected at least one input and batch sizes from 1")
+
+    def allows(self, way: str, name: str, batch_size: int) -> bool:
+        """Whether a way is measured for an input at a batch size."""
+        return self.limits.get(way, Limit()).allows(name, batch_size)
 
     @property
     def label(self) -> str:
@@ -120,6 +142,8 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> Latency
     try:
         if "inputs" in given:
             given["inputs"] = {name: InputSize(**_tuples(size)) for name, size in given["inputs"].items()}
+        if "limits" in given:
+            given["limits"] = {name: Limit(**_tuples(limit)) for name, limit in given["limits"].items()}
         return LatencyConfig(**_tuples(given))
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -118,7 +118,7 @@ def tables(result: dict[str, Any], config: LatencyConfig) -> str:
         ),
     ]
     if result["left_out"]:
-        parts.append("Not measured, for lack of time: " + "; ".join(result["left_out"]) + ".")
+        parts.append("Not measured: " + "; ".join(result["left_out"]) + ".")
     return "\n\n".join(parts)
 
 

@@ -137,27 +137,37 @@ class _StaticDecoder:
             free = segment.mask.new_ones(len(segment.mask), self.num_slots - len(segment))
             self.mask = torch.cat([segment.mask, free], dim=1).long()
             run = self.text_model
-        return run(
+        hidden = run(
             inputs_embeds=segment.embeds,
             attention_mask=self.mask,
             position_ids=segment.positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+        return hidden.clone()  # the next run of a compiled graph writes to the same memory
 
 
 class Compiled(Way):
     """transformers' layers over its static cache, compiled; the prefix and the vision tower are not."""
 
-    def __init__(self, model: PlumeModel, backend: str):
+    def __init__(self, model: PlumeModel, backend: str, num_new: int):
+        """Prepare.
+
+        Args:
+            model: the model.
+            backend: of torch.compile.
+            num_new: tokens behind a prefix at most. All calls take a cache with that much room, so that each batch size
+                and prefix length is compiled for twice: one new token, and the suffix.
+        """
         super().__init__(model)
+        self._num_new = num_new
         text_model = model.backbone.language_model
         mode = "reduce-overhead" if backend == "inductor" and model.device.type == "cuda" else None
         self._run = torch.compile(text_model, backend=backend, dynamic=False, mode=mode)
         self._caches: dict[tuple[int, int], StaticCache] = {}
 
-    def _decoder(self, num_rows: int, num_slots: int) -> _StaticDecoder:
-        num_slots = -(-num_slots // 128) * 128
+    def _decoder(self, num_rows: int, length: int) -> _StaticDecoder:
+        num_slots = -(-(length + self._num_new) // 128) * 128
         text_model = self.model.backbone.language_model
         key = num_rows, num_slots
         if key not in self._caches:
@@ -171,7 +181,7 @@ class Compiled(Way):
         prefix, mask = self._prefix(there)
         suffix = torch.tensor(config.suffix_ids, device=mask.device).expand(len(mask), -1)
         result = rollout(
-            self._decoder(len(mask), len(prefix) + num_latent_steps + suffix.shape[1]),
+            self._decoder(len(mask), len(prefix)),
             self.model.transition,
             prefix,
             seam.embed_tokens(self.model.backbone, suffix),
@@ -190,7 +200,7 @@ class Compiled(Way):
         model = self.model
         prefix, mask = self._prefix(self._there(batch))
         start = positions.latent_start(prefix.positions, mask, model.config.latent_positions)
-        decoder = self._decoder(len(mask), len(prefix) + num_tokens + 1)
+        decoder = self._decoder(len(mask), len(prefix))
         decoder.feed(prefix)
         token = torch.full((len(mask),), model.config.latent_end_token_id or 0, device=mask.device)
         is_writing = torch.ones_like(mask[:, 0])
@@ -198,9 +208,7 @@ class Compiled(Way):
         embedding, count = None, torch.zeros_like(token)
         for written in range(num_tokens + 1):
             place = (start + written).expand(3, 1, -1).mT
-            hidden = decoder.feed(Segment(seam.embed_tokens(model.backbone, token[:, None]), every, place))[
-                :, 0
-            ].clone()
+            hidden = decoder.feed(Segment(seam.embed_tokens(model.backbone, token[:, None]), every, place))[:, 0]
             embedding = hidden if embedding is None else torch.where(is_writing[:, None], hidden, embedding)
             if written:
                 is_writing = is_writing & ~((token == model.config.read_out_token_id) & stops)
@@ -236,5 +244,7 @@ def way(name: WayName, model: PlumeModel, config: LatencyConfig) -> Way:
     if name == "transformers":
         return Transformers(model)
     if name == "compiled":
-        return Compiled(model, config.compile_backend)
+        suffix = len(model.config.suffix_ids or ())
+        most = max(config.num_written_tokens + 1, max(*config.num_latent_steps, config.main_steps) + suffix)
+        return Compiled(model, config.compile_backend, most)
     return InEngine(model, int8=True) if name == "int8" else InEngine(model, backend=name)
