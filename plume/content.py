@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -48,7 +48,9 @@ def media_keys(items: Sequence[Item], budget: Budget = None) -> list[tuple[list[
     ]
 
 
-def revision(model: Any) -> tuple:
-    """Changes whenever the weights do, within one process."""
-    parameters = list(model.parameters())
-    return model.dtype, str(model.device), sum(one._version for one in parameters)
+def revision(model: Any) -> Hashable:
+    """Changes when weights are moved, replaced or written to, within one process.
+
+    What is written through `.data` goes unnoticed.
+    """
+    return model.dtype, str(model.device), hash(tuple((one.data_ptr(), one._version) for one in model.parameters()))

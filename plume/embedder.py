@@ -102,11 +102,12 @@ class Plume(SentenceTransformer):
         if self.device.type == "cpu" and not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
             self.plume_model.float()
         self._engine: Engine | None = None
+        self._refused = ""  # why the engine could not run the model, when it could not
         self._engine_settings: dict[str, Any] | None = None
         if backend != "torch":
             self._engine_settings = {"backend": backend, **settings}
             _ = self.engine  # what cannot be honoured is said now
-        self._vectors = Vectors(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
+        self._vectors = Vectors(vector_cache_bytes) if vector_cache_bytes else None
         self._check_steps(num_latent_steps)
         self.num_latent_steps = num_latent_steps
         folder = Path(model_name_or_path)
@@ -135,8 +136,10 @@ class Plume(SentenceTransformer):
             elif not self.training:
                 self._engine.refresh()
         except UnsupportedModelError as error:
-            warnings.warn(f"plume: transformers' own layers run, since the engine cannot: {error}", stacklevel=2)
-            self._engine = self._engine_settings = None
+            self._engine = None
+            if str(error) != self._refused:
+                warnings.warn(f"plume: transformers' own layers run, since the engine cannot: {error}", stacklevel=2)
+            self._refused = str(error)
         return self._engine
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,14 +148,14 @@ class Plume(SentenceTransformer):
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embeddings of a batch that `preprocess` has made, by the engine unless gradients are wanted."""
+        if (laid_out := input.get("plan")) is not None:  # by `encode`, which has just looked after the engine
+            assert self._engine is not None
+            return {**input, "sentence_embedding": self._engine.run(laid_out).embedding}
         engine = None if torch.is_grad_enabled() or self.training else self.engine
         if engine is None:
             return super().forward(input, **kwargs)
-        laid_out = input.get("plan")
-        if laid_out is None:
-            tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
-            laid_out = plan(self.plume_model, tensors, kwargs.get("num_latent_steps"))
-        return {**input, "sentence_embedding": engine.run(laid_out).embedding}
+        tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
+        return {**input, "sentence_embedding": engine(tensors, kwargs.get("num_latent_steps")).embedding}
 
     def encode(  # type: ignore[override]
         self,
@@ -252,19 +255,23 @@ class Plume(SentenceTransformer):
             windows = windows_of(self._processor, raws, instruction, budget, limit, left_out)
             if self.device.type != "cpu":  # on a CPU the model itself would have to wait
                 windows = one_ahead(threads, windows)
+            memory = None
+            if self._vectors is not None:
+                memory = self._vectors.of_call(self.plume_model, kwargs, self.truncate_dim)
+            on_cpu = convert_to_numpy and not convert_to_tensor
             for window in windows:
-                if self._vectors is not None:
-                    known, window = self._vectors.recall(window, kwargs)
-                    rows += [vector[None] for _, vector in known]
+                if memory is not None:
+                    known, window = memory.recall(window)
+                    rows += [vector[None].to("cpu" if on_cpu else self.device) for _, vector in known]
                     kept += [place for place, _ in known]
                     bar.update(len(known))
                 lengths = [length for *_, length in window]
                 for num_rows, run in join_batches(plan_batches(lengths, batch_size, max_tokens_per_batch)):
                     kwargs["chunk_size"] = num_rows  # of worker processes, if there are any
                     vectors = self._embed([window[i][1] for i in run], num_rows, None if workers else threads, kwargs)
-                    if self._vectors is not None:
-                        self._vectors.remember([window[i][1] for i in run], vectors, kwargs)
-                    rows.append(vectors if convert_to_tensor or not convert_to_numpy else vectors.cpu())
+                    if memory is not None:
+                        memory.remember([window[i][0] for i in run], vectors)
+                    rows.append(vectors.cpu() if on_cpu else vectors)
                     kept += [window[i][0] for i in run]
                     bar.update(len(run))
             bar.update(len(skipped))

@@ -7,8 +7,8 @@
   * with layers in a third of the operations (`plume.stack`, `plume.tower`);
   * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch.
 
-A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave; a cache has
-512 slots or a power of two beyond. Lengths within that are data, so that a rollout has few graphs. Vision towers are
+A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave, caches
+likewise from 512 slots on. Lengths within that are data, so that a rollout has few graphs. Vision towers are
 captured for the sizes of images that come again. What is too large for launches to count, or for the memory that
 graphs may hold, is launched directly at its own shape, and so is everything without a GPU.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,7 @@ from plume.parts import UnsupportedModelError, text_parts, tower_parts
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
-from plume.rooms import Pixels, Prefix, Room
+from plume.rooms import MOST_INPUT_BYTES, Pixels, Prefix, Room
 from plume.sharing import SharedPrefixes
 from plume.stack import StaticDecoder, TextStack
 from plume.tower import Grid, Tower, segment_attention
@@ -101,7 +102,8 @@ class Engine:
                 norm; None never stops. `num_latent_steps` of the output says how many it took. Under graphs all
                 steps run nevertheless, so that it saves time only without.
             max_captured_tokens: prefixes of more tokens in all are launched directly.
-            max_graphs: kept of each kind; the least recently used ones go.
+            max_graphs: kept of each kind and, for prefixes and rollouts, each shape of cache; the least recently used
+                ones go.
             max_cache_bytes: of keys and values that graphs hold.
             vision_cache_bytes: features of images that were seen before are kept in so much memory. Images are then
                 seen one by one, so that what is kept is to the bit what is seen anew.
@@ -123,6 +125,7 @@ class Engine:
             max_cache_bytes,
         )
         self._vision_cache_bytes, self._prefix_cache_bytes = vision_cache_bytes, prefix_cache_bytes
+        self._warned: set[str] = set()
         #: Graphs captured so far; it stands still once the shapes of the work have been seen.
         self.num_captures = 0
         self._load()
@@ -148,6 +151,7 @@ class Engine:
         Raises:
             ValueError: as `PlumeModel.forward`.
         """
+        self.refresh()
         return self.run(plan(self.model, batch, num_latent_steps, media_keys=media_keys))
 
     @property
@@ -157,11 +161,11 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, laid_out: Plan) -> PlumeOutput:
-        """Embed a batch that is laid out."""
-        self.refresh()
+        """Embed a batch that is laid out, with the weights of the last `refresh`."""
         shares = self.shared is not None and any(laid_out.prefix_keys)
         known = shares and self.shared.has_all(laid_out)  # type: ignore[union-attr]
-        return self.reason(laid_out, None if known else self.see(laid_out))
+        with graphs.on(self.device):
+            return self.reason(laid_out, None if known else self.see(laid_out))
 
     def refresh(self) -> None:
         """Take the model's weights anew if they have been moved or replaced; graphs are then captured again."""
@@ -170,7 +174,13 @@ class Engine:
         model = self.model
         same = self._made_of == (model.backbone, model.transition) and model.device == self.device
         if not same or not all(one.is_current() for one in self._fused):
-            self._load()
+            with torch.inference_mode(False):  # else the model's own parameters could not be trained any more
+                self._load()
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"plume: {text}", stacklevel=4)
 
     def _load(self) -> None:
         model, backbone = self.model, self.model.backbone
@@ -179,7 +189,7 @@ class Engine:
             raise ValueError(f"int8 runs on a CPU only, and the model is on {self.device}; drop it or move the model")
         reason = graphs.why_not(self.device)
         if self._asked == "graph" and reason:
-            warnings.warn(f'plume: backend="graph" falls back to "eager": {reason}', stacklevel=3)
+            self._warn(f'backend="graph" falls back to "eager": {reason}')
         #: What runs: "eager" or "graph".
         self.backend = "eager" if self._asked == "eager" or reason else "graph"
         projection = Int8Projection if self._int8 else Projection
@@ -197,12 +207,16 @@ class Engine:
         is_real = torch.ones_like(suffix).bool()
         self._read_out = int(last_column(suffix, is_real, model.config.read_out_token_id, tokens.READ_OUT))
         self._suffix_ids = suffix[0].to(self.device)
-        self._pool = graphs.new_pool(self.device)
-        self._rooms: Kept[Room] = Kept(self._max_graphs, self._max_cache_bytes, lambda room: room.cache.num_bytes)
-        self._single_passes: Kept[Prefix] = Kept(self._max_graphs)
-        self._towers: Kept[Pixels] = Kept(self._max_graphs)
+        self._forget_graphs()
         self._features: Kept[Tensor] = Kept(most_bytes=self._vision_cache_bytes, num_bytes=lambda one: one.nbytes)
         self.shared = SharedPrefixes(self.stack, self._prefix_cache_bytes) if self._prefix_cache_bytes else None
+
+    def _forget_graphs(self) -> None:
+        self._pool = graphs.new_pool(self.device)
+        self._rooms: Kept[Room] = Kept(self._max_graphs, self._max_cache_bytes, lambda room: room.cache.num_bytes)
+        self._single_passes: Kept[Prefix] = Kept(self._max_graphs, MOST_INPUT_BYTES, attrgetter("num_bytes"))
+        self._towers: Kept[Pixels] = Kept(self._max_graphs, MOST_INPUT_BYTES, attrgetter("num_bytes"))
+        self._seen_sizes: Kept[bool] = Kept(16 * self._max_graphs)
 
     def see(self, laid_out: Plan) -> Tensor | None:
         """Features of the visual tokens of a batch, `[M, D]`; None without media."""
@@ -220,17 +234,22 @@ class Engine:
             assert features is not None
             return features
         tower, lengths = self.tower, grid.lengths
-        rotation, attend = tower.rotation(grid), segment_attention(lengths, self.stack.norm.dtype, self.device)
-        if self.backend == "eager" or len(patches) > 4 * self._max_captured_tokens:
-            return tower(patches, rotation, attend)
+        rotation = tower.rotation(grid)
         pixels = self._towers.find(lengths)
-        if pixels is None:  # sizes of images vary, and most do not come again
-            self._towers.put(lengths, Pixels(patches, *rotation))
-            return tower(patches, rotation, attend)
-        if pixels.launch is None:
-            own, *turn = pixels.inputs
-            pixels.launch = self.capture(lambda: tower(own, (turn[0], turn[1]), attend))
+        if pixels is None:
+            attend = segment_attention(lengths, self.stack.norm.dtype, self.device)
+            # Sizes of images vary, and most do not come again: captured is what does.
+            if not self._seen_sizes.find(lengths) or not self._captures(len(patches) // 4):
+                self._seen_sizes.put(lengths, True)
+                return tower(patches, rotation, attend)
+            pixels = Pixels(patches, *rotation)
+            own, cosine, sine = pixels.inputs
+            pixels.launch = self.capture(lambda: tower(own, (cosine, sine), attend))
+            self._towers.put(lengths, pixels)
         return pixels(patches, *rotation)
+
+    def _captures(self, num_tokens: int) -> bool:
+        return self.backend == "graph" and num_tokens <= self._max_captured_tokens
 
     def embed(self, laid_out: Plan, features: Tensor | None) -> Tensor:
         """Input embeddings of the prefixes with their vision features in place, `[B, L, D]`."""
@@ -251,8 +270,8 @@ class Engine:
             return self.shared.read(laid_out, embeds, room.cache.first(size))
         rows = power_of_two(size) if room is None else len(room.start)
         shape = rows, bucket(length), columns.shape[1]
-        is_kept = self.backend == "graph" and rows <= _MOST_ROWS if room is None else room.is_kept
-        if not is_kept or shape[0] * shape[1] > self._max_captured_tokens:
+        is_kept = rows <= _MOST_ROWS if room is None else room.is_kept
+        if not is_kept or not self._captures(shape[0] * shape[1]):
             cache = None if room is None else room.cache.first(size)
             return self.stack.read_prefix(embeds, positions, columns, cache)
         kept = self._single_passes if room is None else room.prefixes
@@ -261,7 +280,7 @@ class Engine:
 
     def room(self, num_rows: int, num_slots: int) -> Room:
         """Room for so many rows of so many tokens; under graphs one that is used again."""
-        rows, slots = power_of_two(num_rows), max(_LEAST_SLOTS, power_of_two(num_slots + 1))
+        rows, slots = power_of_two(num_rows), max(_LEAST_SLOTS, bucket(num_slots + 1))
         parts = self.stack.parts
         per_slot = 2 * len(parts.layers) * parts.num_key_value_heads * parts.channels * self.stack.norm.itemsize
         if self.backend == "eager" or rows > _MOST_ROWS or rows * slots * per_slot > self._max_cache_bytes:
@@ -311,6 +330,7 @@ class Engine:
                 start=room.start,
                 router_context=self.model.config.router_context,
                 exit_tolerance=self.exit_tolerance,
+                ends_early=not room.is_kept,
             )
 
         if not room.is_kept:
@@ -327,6 +347,15 @@ class Engine:
         return prefix
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture work in the memory that all graphs of this engine share; see `plume.graphs.capture`."""
+        """Capture work in the memory that all graphs of this engine share; see `plume.graphs.capture`.
+
+        Where that fails everything is launched from now on, and a warning says why, once.
+        """
         self.num_captures += 1
-        return graphs.capture(work, self._pool)
+        try:
+            return graphs.capture(work, self._pool)
+        except RuntimeError as error:
+            self._warn(f'backend="graph" falls back to "eager": {str(error).splitlines()[0]}')
+            self.backend = "eager"
+            self._forget_graphs()
+            return work

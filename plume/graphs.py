@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -18,6 +20,11 @@ def why_not(device: torch.device) -> str | None:
 def new_pool(device: torch.device) -> Any:
     """Memory for the intermediate results of graphs, no two of which run at once."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the one that streams and graphs belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def capture(work: Callable[[], T], pool: Any) -> Callable[[], T]:
@@ -38,11 +45,20 @@ def capture(work: Callable[[], T], pool: Any) -> Callable[[], T]:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Another thread may allocate pinned memory meanwhile, which the default mode takes for a mistake.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = work()
+    return Replay(graph, work, output)
 
-    def replay() -> T:
-        graph.replay()
-        return output
 
-    return replay
+@dataclass
+class Replay(Generic[T]):
+    """A graph, what it returns, and the work, whose tensors must live as long as it does."""
+
+    graph: Any
+    work: Callable[[], T]
+    output: T
+
+    def __call__(self) -> T:
+        self.graph.replay()
+        return self.output

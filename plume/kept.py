@@ -64,6 +64,10 @@ class Kept(Generic[T]):
         found = self.find(key)
         return self.put(key, make()) if found is None else found
 
+    def emptied(self) -> Kept[T]:
+        """The same bounds, with nothing in it."""
+        return Kept(self._most, self._most_bytes, self._size_of)
+
     def _drop(self, key: Hashable) -> None:
         if key in self._kept:
             self.num_bytes -= self._kept.pop(key)[1]

@@ -6,7 +6,7 @@ Letters: B batch, L prefix length, S suffix length, M visual tokens.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ class Plan:
     prefix_keys: tuple[Hashable, ...]
 
     def pinned(self) -> Plan:
-        """With patches in memory from which a GPU copies while it works."""
-        return self if self.patches is None else replace(self, patches=self.patches.pin_memory())
+        """In memory from which a GPU copies while it works."""
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: one.pin_memory() for name, one in tensors.items() if isinstance(one, Tensor)})
 
 
 def plan(
@@ -119,10 +120,11 @@ def plan(
     ]
     visual = is_image | is_video
     num_shared = torch.where(visual, torch.arange(length) + 1, 0).amax(dim=1)
+    num_shared = torch.where(num_shared <= columns[:, 0], num_shared, 0)  # what is read must stand behind
     keys = media_keys or [((), ())] * len(ids)
     prefix_keys = (
         [
-            (tuple(row[:count]), *map(tuple, key)) if any(key) else None
+            (tuple(row[:count]), *map(tuple, key)) if any(key) and count else None
             for row, count, key in zip(ids.tolist(), num_shared.tolist(), keys, strict=True)
         ]
         if media_keys
@@ -136,7 +138,7 @@ def plan(
         start=start,
         num_latent_steps=steps,
         max_latent_steps=max_steps,
-        patches=torch.cat([patches for patches, _, _ in media]) if media else None,
+        patches=_joined([patches for patches, _, _ in media]),
         grid=Grid([tuple(size) for _, grid, _ in media for size in grid.tolist()]) if media else None,  # type: ignore[misc]
         media_keys=tuple(one for kind in (0, 1) for key in keys for one in key[kind]),
         num_shared=num_shared,
@@ -145,3 +147,8 @@ def plan(
         if media
         else torch.empty(0).long(),
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    # Joining copies, gigabytes for many pages.
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from plume.video import Sampling, Video, load_video
 
 #: Pixels per image of the published evaluation: at least one visual token, at most 3,009.
 MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
+
+# A tokenizer keeps its padding between calls, so that two threads must not use it at once.
+_TOKENIZING = threading.Lock()
 
 
 class PlumeProcessor(ProcessorMixin):
@@ -157,7 +161,8 @@ class PlumeProcessor(ProcessorMixin):
             vision = self.see(flat, videos or (), **(images_kwargs or {}))
         for placeholder, grid in ((IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw")):
             texts = self._expand(texts, placeholder, vision.get(grid))
-        rows = self.tokenizer(texts, padding=True, truncation=False, return_token_type_ids=False)
+        with _TOKENIZING:
+            rows = self.tokenizer(texts, padding=True, truncation=False, return_token_type_ids=False)
         tokens = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
         self._check_length(tokens["attention_mask"].sum(dim=1).tolist())
         return BatchFeature({**tokens, **vision})
@@ -225,7 +230,9 @@ class PlumeProcessor(ProcessorMixin):
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if num_bytes + visual > limit:
             written = prompt.prefix(self._template, item)
-            if (length := len(self.tokenizer(written, verbose=False)["input_ids"]) + visual) > limit:
+            with _TOKENIZING:
+                length = len(self.tokenizer(written, verbose=False)["input_ids"]) + visual
+            if length > limit:
                 raise InputError(f"{name} has {_too_long(length, limit)}")
         return visual + 1 + num_bytes // 4
 

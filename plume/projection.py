@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,31 @@ from torch.nn import functional as F
 from plume.parts import UnsupportedModelError
 
 
+def made_of(modules: Sequence[nn.Module], *, with_values: bool = False) -> tuple:
+    """Tells whether modules, weights and biases are still the same ones in the same memory.
+
+    Args:
+        modules: with a weight, and perhaps a bias.
+        with_values: also whether they have been written to since (through their `.data` goes unnoticed).
+    """
+    parts: list[Any] = []
+    for module in modules:
+        parameters = module.weight, getattr(module, "bias", None)
+        for one in parameters:
+            if one is not None:
+                parts.append((id(module), one.data_ptr(), one._version if with_values else 0))  # type: ignore[union-attr]
+    return tuple(parts)
+
+
 class Projection:
     """`x W^T + b` in the model's dtype.
 
     The weights of several layers over the same input stand below each other in one tensor, of which the layers' own
     parameters become views: nothing is held twice, and what is learnt in place is seen here too.
     """
+
+    #: Whether it holds values of its own, which do not follow the layers'.
+    copies_values = False
 
     def __init__(self, layers: Sequence[nn.Module]):
         """Join some layers.
@@ -32,16 +52,10 @@ class Projection:
                 raise UnsupportedModelError(
                     f"a {type(layer).__name__} stands where nn.Linear is expected; merge adapters first"
                 )
-        #: What was joined.
-        self.layers: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
-        self.weight = _joined([layer.weight for layer in self.layers])
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        own: list[nn.Linear] = list(layers)  # type: ignore[arg-type]
+        self.weight = _joined([layer.weight for layer in own])
+        biases = [layer.bias for layer in own if layer.bias is not None]
         self.bias = _joined(biases) if biases else None
-
-    def is_current(self) -> bool:
-        """Whether the layers' parameters are still views; moving or replacing them ends it."""
-        first = self.layers[0].weight
-        return first.data_ptr() == self.weight.data_ptr() and first.dtype == self.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs of all layers beside each other, `[..., in] -> [..., out]`."""
@@ -60,15 +74,13 @@ class Int8Projection(Projection):
     A row's result depends on that row alone. Weights in the model's dtype are kept, so that they can be trained on.
     """
 
+    copies_values = True
+
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__(layers)
         # Without VNNI two products are added in 16 bits, which half of the range cannot overflow.
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._quantised, self._scales = _quantised(self.weight.float(), self._levels)
-        self._version = self.layers[0].weight._version
-
-    def is_current(self) -> bool:
-        return super().is_current() and self.layers[0].weight._version == self._version
 
     def __call__(self, x: Tensor) -> Tensor:
         flat, scales = _quantised(x.flatten(end_dim=-2), self._levels)

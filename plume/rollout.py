@@ -72,6 +72,7 @@ def rollout(
     router_context: RouterContext = "anchor",
     keep_layers: bool = False,
     exit_tolerance: float | None = None,
+    ends_early: bool = True,
 ) -> Rollout:
     """Run prefix, latent steps and suffix through the backbone.
 
@@ -91,6 +92,7 @@ def rollout(
         router_context: what the router sees beside the state.
         keep_layers: whether to return the suffix's states of all layers.
         exit_tolerance: a row stops at the first step that changes its state by at most this share of its norm.
+        ends_early: whether to ask the device then if all rows have stopped, and end; a CUDA graph cannot.
     """
     rows = torch.arange(len(start), device=start.device)
     pending, states, gates = prefix, [], []
@@ -105,7 +107,7 @@ def rollout(
         elif exit_tolerance is not None:
             is_settled = (states[-1] - states[-2]).norm(dim=-1) <= exit_tolerance * states[-1].norm(dim=-1)
             num_latent_steps = torch.where(is_settled, num_latent_steps.clamp(max=step), num_latent_steps)
-            if _all_have_stopped(step >= num_latent_steps):
+            if ends_early and (step >= num_latent_steps).all():
                 pending = pending.nothing()
                 break
         next_input, gate = adapter(states[-1], step, context)
@@ -136,11 +138,6 @@ def rollout(
         num_latent_steps=num_latent_steps,
         next_position=suffix_positions[0, :, -1] + 1,
     )
-
-
-def _all_have_stopped(has_stopped: Tensor) -> bool:
-    # A CUDA graph has a fixed number of steps; while one is captured, nothing can be asked of the device.
-    return not (has_stopped.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(has_stopped.all())
 
 
 def _stack_gates(gates: list[Tensor | None], is_own_step: Tensor) -> Tensor | None:

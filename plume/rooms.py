@@ -6,6 +6,7 @@ Letters: B batch, L prefix length, D hidden size, K latent steps, m hidden state
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from plume.kept import Kept
 from plume.plan import Plan
 from plume.stack import TextStack
+
+#: Inputs of prefix graphs that a room keeps, and of all vision towers.
+MOST_INPUT_BYTES = 1 << 30
 
 
 class Room:
@@ -31,7 +35,7 @@ class Room:
         self.read = weight.new_zeros(num_rows, 2, len(weight))
         self.start = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
         self.num_latent_steps = torch.zeros_like(self.start)
-        self.prefixes: Kept[Prefix] = Kept(max_graphs)
+        self.prefixes: Kept[Prefix] = Kept(max_graphs, MOST_INPUT_BYTES, attrgetter("num_bytes"))
         self.work: Kept[Any] = Kept(max_graphs)
 
     def empty(self) -> None:
@@ -53,15 +57,15 @@ class Room:
 
 
 class Pixels:
-    """Inputs of a vision tower for media of one size, and its graph, from the second time on."""
+    """Inputs of a vision tower for media of one size, and its graph."""
 
     def __init__(self, *inputs: Tensor):
         self.inputs = [one.clone() for one in inputs]
-        self.launch: Callable[[], Tensor] | None = None
+        self.num_bytes = sum(one.nbytes for one in inputs)
+        self.launch: Callable[[], Tensor] = lambda: self.inputs[0]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Features of visual tokens, `[M, D]`."""
-        assert self.launch is not None
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         return self.launch()
@@ -75,6 +79,7 @@ class Prefix:
         self.embeds = weight.new_zeros(num_rows, length, len(weight))
         self.positions = torch.zeros(3, num_rows, length, dtype=torch.long, device=weight.device)
         self.columns = torch.zeros(num_rows, num_columns, dtype=torch.long, device=weight.device)
+        self.num_bytes = self.embeds.nbytes
         self.launch: Callable[[], Tensor] = lambda: self.embeds
 
     def __call__(self, embeds: Tensor, positions: Tensor, columns: Tensor) -> Tensor:

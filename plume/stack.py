@@ -14,6 +14,7 @@ G key/value heads, C channels per head.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from plume.backbone import Segment
 from plume.parts import TextParts
-from plume.projection import Projection
+from plume.projection import Projection, made_of
 from plume.static_cache import StaticCache
 
 
@@ -32,8 +33,19 @@ class Layer:
 
     def __init__(self, own: Any, projection: type[Projection]):
         self.own = own
-        self.norm, self.mlp_norm = own.input_layernorm.weight.data, own.post_attention_layernorm.weight.data
         self.qkv, self.out, self.gate_up, self.down = (projection(layers) for layers in self._linear())
+        self._copies_values = projection.copies_values
+        self._made_of = self._parts()
+
+    @property
+    def norm(self) -> Tensor:
+        """Scale before attention, `[D]`."""
+        return self.own.input_layernorm.weight
+
+    @property
+    def mlp_norm(self) -> Tensor:
+        """Scale before the MLP, `[D]`."""
+        return self.own.post_attention_layernorm.weight
 
     def _linear(self) -> list[list[Any]]:
         attention, mlp = self.own.self_attn, self.own.mlp
@@ -44,11 +56,13 @@ class Layer:
             [mlp.down_proj],
         ]
 
+    def _parts(self) -> tuple:
+        norms = [self.own.input_layernorm, self.own.post_attention_layernorm]
+        return made_of([*chain(*self._linear()), *norms], with_values=self._copies_values)
+
     def is_current(self) -> bool:
-        """Whether the layer consists of what it consisted of, and still shares its weights with this."""
-        built = (self.qkv, self.out, self.gate_up, self.down)
-        now = self._linear()
-        return all(one.layers == layers and one.is_current() for one, layers in zip(built, now, strict=True))
+        """Whether the layer still consists of what this was made of."""
+        return self._parts() == self._made_of
 
 
 class TextStack:
@@ -66,15 +80,20 @@ class TextStack:
         """
         self.parts = parts
         self.layers = [Layer(own, projection) for own in parts.layers]
-        self.norm = parts.norm.weight.data
+        self._norm_made_of = made_of([parts.norm])
         self.axis = torch.repeat_interleave(torch.tensor(parts.rotary_sections)).to(
             self.norm.device
         )  # [C/2] of 0, 1, 2
 
     def is_current(self) -> bool:
         """Whether the text model still shares its weights with this."""
-        same_norm = self.parts.norm.weight.data_ptr() == self.norm.data_ptr()
+        same_norm = made_of([self.parts.norm]) == self._norm_made_of
         return same_norm and all(layer.is_current() for layer in self.layers)
+
+    @property
+    def norm(self) -> Tensor:
+        """Scale of the final norm, `[D]`."""
+        return self.parts.norm.weight
 
     def new_cache(self, num_rows: int, num_slots: int) -> StaticCache:
         """A cache of this model's shape."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume.parts import TowerParts
-from plume.projection import Projection
+from plume.projection import Projection, made_of
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -60,14 +60,18 @@ class Block:
         self.own = own
         self.norm, self.mlp_norm, self.act = own.norm1, own.norm2, own.mlp.act
         self.qkv, self.out, self.up, self.down = (projection([layer]) for layer in self._linear())
+        self._copies_values = projection.copies_values
+        self._made_of = self._parts()
 
     def _linear(self) -> list[Any]:
         return [self.own.attn.qkv, self.own.attn.proj, self.own.mlp.fc1, self.own.mlp.fc2]
 
+    def _parts(self) -> tuple:
+        return made_of([*self._linear(), self.own.norm1, self.own.norm2], with_values=self._copies_values)
+
     def is_current(self) -> bool:
-        """Whether the layer consists of what it consisted of, and still shares its weights with this."""
-        built = (self.qkv, self.out, self.up, self.down)
-        return all(one.layers == [own] and one.is_current() for one, own in zip(built, self._linear(), strict=True))
+        """Whether the layer still consists of what this was made of."""
+        return self._parts() == self._made_of
 
 
 class Tower:

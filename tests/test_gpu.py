@@ -149,3 +149,35 @@ def test_ten_thousand_calls_of_random_lengths_leak_no_memory(family_model):
             torch.cuda.synchronize()
             taken.append(torch.cuda.memory_allocated())
     assert taken[1] <= taken[0] * 1.05
+
+
+def test_towers_of_unlike_images_replay_whatever_was_allocated_since(family_model, picture):
+    model = copy.deepcopy(family_model).bfloat16()
+    batch = dict(model.processor.encode(items(picture)))
+    engine = Engine(model, backend="graph")
+    expected = [engine(batch).embedding.clone() for _ in range(2)][1]
+    for size in (8, 16, 64, 1024):
+        garbage = [torch.full((size,), 7, dtype=torch.int32, device="cuda") for _ in range(200)]
+        assert torch.equal(engine(batch).embedding, expected)
+        del garbage
+
+
+def test_caches_and_loading_ahead_give_the_same_on_a_cuda_device(plume_folder, picture):
+    inputs = [{"image": picture(56, 56, seed % 3), "text": f"kite {seed}"} for seed in range(40)] + ["red"] * 5
+    plain = Plume(plume_folder, device="cuda").encode(inputs, batch_size=4)
+    cached = Plume(
+        plume_folder, device="cuda", vector_cache_bytes=1 << 20, vision_cache_bytes=1 << 22, prefix_cache_bytes=1 << 22
+    )
+    for _ in range(3):
+        assert abs(cached.encode(inputs, batch_size=4) - plain).max() < 1e-4
+    assert cached.encode(inputs[:2], convert_to_tensor=True).is_cuda
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_the_second_device_is_captured_there(family_model, picture):
+    model = copy.deepcopy(family_model).to("cuda:1")
+    batch = dict(model.processor.encode(items(picture)))
+    expected = Engine(model, backend="eager")(batch).embedding
+    engine = Engine(model, backend="graph")
+    for _ in range(3):
+        assert (engine(batch).embedding - expected).abs().max() < 1e-5

@@ -159,6 +159,7 @@ def latency(
 ) -> None:
     """Measure what reasoning costs per query; the last line of the output is one JSON object."""
     import json
+    from functools import partial
 
     from plume_eval.speed.config import ConfigError, read_config
     from plume_eval.speed.run import GateError, run_bench
@@ -166,14 +167,17 @@ def latency(
 
     try:
         wanted = read_config(config, {"model": model, "shapes": None} if model else None)
-        result = run_bench(wanted)
+        command = f"plume-eval latency --config {config}" + (f" --model {model}" if model else "")
+        save = None if out is None else partial(write_results, config=wanted, command=command, out=out)
+        result = run_bench(wanted, after_group=save and partial(save, picture=False))
     except (ConfigError, GateError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
     typer.echo(tables(result, wanted))
-    if out is not None:
-        command = f"plume-eval latency --config {config}" + (f" --model {model}" if model else "")
-        typer.echo(f"written: {write_results(result, wanted, command, out)}.{{md,json,png}}")
+    if save is not None:
+        typer.echo(f"written: {save(result)}.{{md,json,png}}")
     typer.echo(json.dumps(result))
+    if result["failed"]:
+        raise typer.Exit(_fail(RuntimeError("some of it failed: " + "; ".join(result["left_out"]))))
 
 
 def _fail(error: Exception) -> int:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from plume import Item, PlumeModel, graphs
+from plume.content import media_keys
 from plume.engine import Engine, bucket
 from plume.parts import UnsupportedModelError
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
@@ -38,10 +39,23 @@ def captured(monkeypatch):
 
     def capture(work, pool):
         work()
-        work()
-        return work
+        output = work()
+
+        def replay():
+            # Into the same memory, as a graph does it, so that a view of an earlier result would change.
+            for mine, new in zip(tensors(output), tensors(work()), strict=True):
+                mine.copy_(new)
+            return output
+
+        return replay
 
     monkeypatch.setattr(graphs, "capture", capture)
+
+
+def tensors(output) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [] if output is None else [one for one in vars(output).values() if isinstance(one, torch.Tensor)]
 
 
 def frames(seed: int, *shape: int) -> np.ndarray:
@@ -165,6 +179,76 @@ def test_many_calls_of_random_lengths_keep_a_bounded_number_of_graphs_and_tensor
     assert all(len(room.prefixes) <= 4 and len(room.work) <= 4 for room in engine._rooms)
 
 
+def test_a_result_does_not_change_when_another_call_follows(model, captured):
+    engine = Engine(model, backend="graph")
+    batches = [dict(model.processor.encode([item])) for item in items()]
+    for steps in (0, 3):
+        found = [engine(batch, steps) for _ in range(3) for batch in batches]
+        for output, batch in zip(found, batches * 3, strict=True):
+            assert max(errors(output, engine(batch, steps)).values()) == 0
+
+
+def test_a_capture_that_fails_falls_back_with_one_warning(model, monkeypatch):
+    def fails(work, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+    monkeypatch.setattr(graphs, "new_pool", lambda device: None)
+    monkeypatch.setattr(graphs, "capture", fails)
+    engine = Engine(model, backend="graph")
+    batch = dict(model.processor.encode(items()))
+    with pytest.warns(
+        UserWarning, match='falls back to "eager": operation not permitted when stream is capturing$'
+    ) as w:
+        found = [engine(batch).embedding for _ in range(3)]
+    assert len(w) == 1
+    assert engine.backend == "eager"
+    expected = Engine(model, backend="eager")(batch).embedding
+    assert all((one - expected).abs().max() < 1e-6 for one in found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["k_proj.weight", "k_proj.bias", "up_proj.weight", "input_layernorm.weight", "attn.proj.weight", "1.fc1.weight"],
+)
+def test_weights_that_are_replaced_behind_the_models_back_are_noticed(model, captured, name):
+    model = copy.deepcopy(model)
+    batch = dict(model.processor.encode(items()))
+    engine = Engine(model, backend="graph")
+    before = engine(batch).embedding.clone()
+    for own, parameter in model.named_parameters():
+        if own.endswith(name):
+            parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model(**batch).embedding
+    assert (expected - before).abs().max() > 1e-3
+    assert (engine(batch).embedding - expected).abs().max() < 1e-5
+
+
+def test_a_model_can_be_trained_after_the_engine_took_its_weights_anew(model):
+    model = copy.deepcopy(model)
+    engine = Engine(model)
+    model.double()
+    batch = dict(model.processor.encode(items()[:1]))
+    engine(batch)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(**batch).embedding[0, 0].backward()
+
+
+def test_prefixes_are_not_shared_where_the_anchor_stands_before_the_image(tmp_path_factory):
+    template = SHORT_STRINGS["prompt_template"]
+    anchor = template.removeprefix("{content}").split("><")[0] + ">"
+    model = built(tmp_path_factory, prompt_template=anchor + template.replace(anchor, ""))
+    batch = dict(model.processor.encode(items()))
+    with torch.no_grad():
+        expected = model(**batch).embedding
+    engine = Engine(model, prefix_cache_bytes=1 << 20)
+    for _ in range(2):
+        found = engine(batch, media_keys=media_keys(items())).embedding
+        assert (found - expected).abs().max() < 1e-5
+    assert len(engine.shared.kept) == 0
+
+
 def test_what_is_too_large_for_graphs_is_launched(model, captured):
     batch = dict(model.processor.encode(items()))
     expected = Engine(model, backend="eager")(batch).embedding
@@ -263,6 +347,7 @@ def test_a_row_stops_when_its_states_agree(model, captured):
     for backend in ("eager", "graph"):
         found = Engine(model, backend=backend, exit_tolerance=tolerance)(batch, 6)
         assert found.num_latent_steps.tolist() == expected.tolist()
+        assert found.states.shape[1] == 7
         assert (found.embedding - stopped).abs().max() < 1e-5
     everywhere = Engine(model, backend="eager", exit_tolerance=1e9)(batch, 6)
     assert everywhere.num_latent_steps.tolist() == [1] * 5

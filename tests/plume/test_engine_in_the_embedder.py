@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from plume import Plume, PlumeModel
+from plume import InputError, Plume, PlumeModel
+from plume.ahead import one_ahead
 from plume.content import item_key, media_keys, medium_key
 from plume.inputs import Item
 from plume.kept import Kept
@@ -78,6 +81,17 @@ def test_a_vector_is_known_by_all_that_decides_it(plume_folder, asked):
         for plume in (cached, plain):
             plume.plume_model.backbone.language_model.layers[0].mlp.down_proj.weight.mul_(2)
     assert np.array_equal(cached.encode([one]), plain.encode([one]))
+
+
+def test_a_vector_is_known_by_the_length_that_the_embedder_cuts_it_to(plume_folder):
+    cached = Plume(plume_folder, device="cpu", vector_cache_bytes=1 << 20)
+    whole = cached.encode(["red", "kite"])
+    with cached.truncate_sentence_embeddings(16):
+        assert np.allclose(cached.encode(["red", "blue"])[0], whole[0, :16])
+    assert np.array_equal(cached.encode(["red", "kite"]), whole)
+    assert torch.equal(cached.encode(["red"], convert_to_tensor=True), torch.from_numpy(whole[:1]))
+    cached._vectors.clear()
+    assert len(cached._vectors) == 0
 
 
 def test_features_of_images_that_are_kept_are_to_the_bit_those_seen_anew(plume_folder, plain, asked, monkeypatch):
@@ -173,6 +187,14 @@ def test_a_model_that_the_engine_cannot_run_runs_as_before_with_a_warning(plume_
         changed = plume.encode("red")
     assert np.abs(changed - expected).max() > 1e-4
     assert np.array_equal(changed, plume.encode("red"))
+    assert plume.engine is None
+    for module in list(plume.plume_model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, peft.tuners.lora.Linear):
+                child.merge()
+                setattr(module, name, child.get_base_layer())
+    assert np.abs(plume.encode("red") - changed).max() < 1e-5
+    assert plume.engine is not None
 
 
 def test_gradients_go_through_the_model_itself(plain):
@@ -216,4 +238,40 @@ def test_what_is_kept_stays_within_its_bounds():
 
 
 def test_threads_are_no_more_than_the_cores_that_this_process_may_use():
-    assert 1 <= num_physical_cores() <= (torch.get_num_threads() or 1) * 64
+    assert 1 <= num_physical_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_inputs_are_loaded_one_portion_ahead_and_errors_come_through():
+    made = []
+
+    def numbers():
+        for number in range(4):
+            made.append(number)
+            yield number
+        raise ValueError("the fifth")
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = one_ahead(thread, numbers())
+        assert next(ahead) == 0
+        assert next(ahead) == 1
+        assert len(made) <= 3
+        with pytest.raises(ValueError, match="the fifth"):
+            list(ahead)
+
+
+def test_a_tokenizer_may_be_asked_by_two_threads(plume_folder):
+    processor = Plume(plume_folder, device="cpu").plume_model.processor
+    short, long = [Item(("red",)), Item(("red " * 60,))], Item(("kite " * 6000,))
+
+    def pads() -> None:
+        for _ in range(150):
+            processor.encode(short)
+
+    def counts() -> None:
+        for _ in range(60):
+            with pytest.raises(InputError):
+                processor.num_tokens(long)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(pads), threads.submit(counts)]:
+            done.result()

@@ -125,7 +125,8 @@ def test_floors_are_those_of_the_shapes_in_the_reference():
     """One latent step of Qwen2-VL-2B on an H200 (4.3 TB/s, 790 TFLOP/s): 0.625 ms at batch 1, 0.894 at 128."""
     work = Work(
         text=1_310_000_000, head=233_000_000, expert=9_440_000, num_experts=4, top_k=2, has_shared_expert=True,
-        vision=665_000_000, hidden_size=1536, num_layers=28, cached_per_token=14_336, vision_width=1280,
+        vision=631_000_000, merger=34_000_000, patches_per_token=4, hidden_size=1536, num_layers=28,
+        cached_per_token=14_336, vision_width=1280,
         vision_depth=32, bytes_per_number=2,
     )  # fmt: skip
     h200 = Device(4.3e12, 790e12)

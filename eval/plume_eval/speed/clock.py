@@ -15,7 +15,11 @@ Work = Callable[[], Any]
 
 @dataclass
 class Timing:
-    """What was measured of one case; times in milliseconds, in the order in which they were taken."""
+    """What was measured of one case; times in milliseconds, in the order in which they were taken.
+
+    peak_memory_bytes: what the call allocated beyond what was held before: weights, caches and graphs. joules: of all
+    runs, the whole device's.
+    """
 
     times_ms: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
@@ -34,17 +38,19 @@ class Timing:
 def timed(work: Work, device: torch.device, timing: Timing) -> None:
     """Run once and note what it took."""
     energy = _energy(device)
-    before = energy() if energy else 0.0
+    before, held = energy() if energy else 0.0, 0
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
     begin = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     timing.times_ms.append(1000 * (time.perf_counter() - begin))
     if device.type == "cuda":
-        timing.peak_memory_bytes = max(timing.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
+        own = torch.cuda.max_memory_allocated(device) - held
+        timing.peak_memory_bytes = max(timing.peak_memory_bytes or 0, own)
     if energy:
         timing.joules = (timing.joules or 0.0) + energy() - before
 

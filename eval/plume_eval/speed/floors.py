@@ -72,6 +72,8 @@ class Work:
     top_k: int
     has_shared_expert: bool
     vision: int
+    merger: int
+    patches_per_token: int
     hidden_size: int
     num_layers: int
     cached_per_token: int
@@ -95,7 +97,9 @@ class Work:
             num_experts=model.config.num_experts if routed else 0,
             top_k=model.config.top_k if routed else 0,
             has_shared_expert=not routed or adapter.shared_expert is not None,
-            vision=_count(backbone.visual),
+            vision=_count(backbone.visual) - _count(backbone.visual.merger),
+            merger=_count(backbone.visual.merger),
+            patches_per_token=backbone.visual.spatial_merge_size**2,
             hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             cached_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * channels,
@@ -107,7 +111,8 @@ class Work:
     def vision_ms(self, device: Device, lengths: tuple[int, ...]) -> float:
         """Tower over images of so many patches each."""
         attention = 4 * self.vision_width * self.vision_depth * sum(length**2 for length in lengths)
-        return device.ms(self.vision * self.bytes_per_number, 2 * self.vision * sum(lengths) + attention)
+        products = 2 * (self.vision + self.merger / self.patches_per_token) * sum(lengths)
+        return device.ms((self.vision + self.merger) * self.bytes_per_number, products + attention)
 
     def prefill_ms(self, device: Device, num_rows: int, num_tokens: int) -> float:
         """Prefix (and suffix) of B rows of so many tokens, causal."""

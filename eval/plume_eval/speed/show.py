@@ -130,11 +130,14 @@ def _ratio(value: float | None, by: str | None = None) -> str:
     return "" if value is None else f"{value:.1f}x" + (f" ({by})" if by else "")
 
 
-def write_results(result: dict[str, Any], config: LatencyConfig, command: str, out: Path) -> Path:
+def write_results(
+    result: dict[str, Any], config: LatencyConfig, command: str, out: Path, *, picture: bool = True
+) -> Path:
     """Write `latency_<model>_<device>_<yyyymm>.{md,json,png}`; returns the path without suffix."""
     model = f"{config.model or f'shapes of {config.shapes}, random weights'}, {config.dtype}"
     path = write_report(out, f"latency_{config.label}", f"Latency: {model}", command, tables(result, config), result)
-    draw(result, config, path.with_suffix(".png"))
+    if picture and result["cases"]:
+        draw(result, config, path.with_suffix(".png"))
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plume import backbone as seam
+from plume import graphs
 from plume.backbone import Segment
 from plume.engine import Engine, Room
 from plume.output import unit
@@ -74,6 +75,10 @@ class Writer:
         Returns:
             Embeddings `[B, D]`, and tokens written `[B]`.
         """
+        with graphs.on(self.engine.device):
+            return self._write(batch, num_tokens, stops)
+
+    def _write(self, batch: dict[str, Tensor], num_tokens: int, stops: bool) -> tuple[Tensor, Tensor]:
         engine = self.engine
         engine.refresh()
         end = torch.tensor([engine.model.config.latent_end_token_id or 0])
