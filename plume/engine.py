@@ -9,7 +9,9 @@
 
 A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave, caches
 likewise from 512 slots on. Lengths within that are data, so that a rollout has few graphs. Vision towers are
-captured for the sizes of images that come again. What is too large for launches to count, or for the memory that
+captured for the sizes of images that come again. Work runs twice before it is captured, so that the first call of a
+shape is slow; call the engine on a few batches like those to come. All graphs of an engine share one pool of memory for
+intermediate results, since no two run at once. What is too large for launches to count, or for the memory that
 graphs may hold, is launched directly at its own shape, and so is everything without a GPU.
 
 Letters: B batch, L prefix length, D hidden size, K latent steps, S suffix length, m hidden states that are read.

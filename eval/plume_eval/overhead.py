@@ -15,7 +15,9 @@ from plume import Plume
 def encode_overhead(
     plume: Plume, inputs: Sequence[Any], *, batch_size: int = 32, num_runs: int = 9, num_warm_up: int = 2
 ) -> dict[str, float]:
-    """Time of `encode`, of the forward passes alone on tensors prepared before, and of preparing them alone.
+    """Time of `encode`, of the model's passes alone on tensors prepared before, and of preparing them alone.
+
+    The passes are those that `encode` makes: by the engine, if the embedder has one.
 
     The three take turns, so that a noisy machine disturbs them alike.
 
@@ -36,11 +38,14 @@ def encode_overhead(
     items = [processor.parse(raw) for raw in inputs]
     cuts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     batches = [dict(processor.encode(cut).to(model.device)) for cut in cuts]
+    engine = plume.engine
 
     def forward() -> None:
         with torch.inference_mode():
             for batch in batches:
-                model(**batch).embedding.cpu()
+                output = model(**batch) if engine is None else engine(batch)
+                assert output.embedding is not None
+                output.embedding.cpu()
 
     def encode() -> None:
         plume.encode(inputs, batch_size=batch_size, show_progress_bar=False)

@@ -205,14 +205,17 @@ def test_a_way_of_others_that_fails_is_left_out_and_named_and_our_own_is_an_erro
 def test_a_way_is_measured_for_what_its_limit_allows(config):
     limited = replace(
         config,
-        inputs={name: config.inputs[name] for name in ("text", "image")},
+        inputs={"text": config.inputs["text"], "image": replace(config.inputs["image"], batch_sizes=(1,))},
         ways=("transformers", "eager"),
         limits={"transformers": Limit(inputs=("text",), batch_sizes=(4,))},
     )
     found = bench.run_bench(limited, show_progress=False)
     measured = {(one["way"], one["input"], one["batch_size"]) for one in found["cases"]}
     assert {one[1:] for one in measured if one[0] == "transformers"} == {("text", 4)}
-    assert len({one[1:] for one in measured if one[0] == "eager"}) == 4
+    assert {one[1:] for one in measured if one[0] == "eager"} == {("text", 1), ("text", 4), ("image", 1)}
+    preparing = [(one["way"], one["input"], one["batch_size"]) for one in found["cases"] if one["mode"] == "preparing"]
+    assert preparing == [("eager", "text", 1), ("transformers", "text", 4), ("eager", "image", 1)]  # shared where both
+    assert all(one["preparing_ms"] > 0 for one in found["stages"])
 
 
 def test_what_time_does_not_allow_is_named(config):

@@ -23,12 +23,13 @@ class InputSize:
     """How large an input is.
 
     tokens: of the prefix, visual ones included; text fills it up. pixels: height and width of an image or frame.
-    num_frames: of a video; 0 is no video.
+    num_frames: of a video; 0 is no video. batch_sizes: those of the run that it is measured at; None: all.
     """
 
     tokens: int
     pixels: tuple[int, int] | None = None
     num_frames: int = 0
+    batch_sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ class LatencyConfig:
 
     def allows(self, way: str, name: str, batch_size: int) -> bool:
         """Whether a way is measured for an input at a batch size."""
-        return self.limits.get(way, Limit()).allows(name, batch_size)
+        own = self.inputs[name].batch_sizes
+        return (own is None or batch_size in own) and self.limits.get(way, Limit()).allows(name, batch_size)
 
     @property
     def label(self) -> str:

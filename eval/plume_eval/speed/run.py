@@ -74,7 +74,7 @@ def run_bench(
     device = measure_device(model.device, model.dtype)
     bench = _Bench(config, model, ways, device)
     cosines = bench.gate()
-    groups = [(size, one) for one in config.inputs for size in config.batch_sizes]
+    groups = [(size, one) for one in config.inputs for size in config.batch_sizes if any(bench.cases(size, one))]
     total = sum(len(list(bench.cases(*group))) for group in groups)
     with tqdm(total=total, desc="Latency", unit="case", disable=not show_progress) as bar:
         for size, one in groups:
@@ -101,7 +101,7 @@ class _Bench:
         self.config, self.model, self.ways, self.device = config, model, ways, device
         self.work = Work.of(model)
         self.timings: dict[Case, Timing] = {}
-        self.launches: dict[tuple[str, str, int], float] = {}
+        self.launches: dict[tuple[str, str], float] = {}  # of the first batch size that is measured
         self.sizes: dict[str, tuple[int, tuple[int, ...]]] = {}  # tokens, lengths of media in patches, of one input
         self.written: dict[Case, int] = {}
         self.left_out: list[str] = []
@@ -171,7 +171,8 @@ class _Bench:
         for one in self.ways:
             if not config.allows(one, name, batch_size):
                 continue
-            yield Case(one, name, batch_size, "preparing")
+            if self._preparer(one, name, batch_size) == one:
+                yield Case(one, name, batch_size, "preparing")
             if config.inputs[name].pixels is not None:
                 yield Case(one, name, batch_size, "vision")
             for count in sorted(steps):
@@ -180,12 +181,20 @@ class _Bench:
             if batch_size in config.written_batch_sizes and wanted and one != "int8":
                 yield Case(one, name, batch_size, "explicit", config.num_written_tokens)
 
+    def _preparer(self, way: str, name: str, batch_size: int) -> str:
+        """The first way that prepares inputs as this one does; they share what it prepares."""
+        measured = [one for one in self.ways if self.config.allows(one, name, batch_size)]
+        return next(one for one in measured if type(self.ways[one]).prepare is type(self.ways[way]).prepare)
+
     def measure(self, batch_size: int, name: str, cases: Sequence[Case]) -> None:
         """Warm up, count launches, then time all cases in turns, so that a noisy machine disturbs them alike."""
         config, device = self.config, self.model.device
         assert self.model.processor is not None
         items = make_items(self.model.processor, config.inputs[name], batch_size)
-        batches = {one: self.ways[one].prepare(items) for one in dict.fromkeys(case.way for case in cases)}
+        batches: dict[str, list[Batch]] = {}
+        for one in dict.fromkeys(case.way for case in cases):
+            preparer = self._preparer(one, name, batch_size)
+            batches[one] = batches[preparer] if preparer in batches else self.ways[one].prepare(items)
         self.sizes[name] = _sizes(batches[next(iter(batches))][0])
 
         def run(case: Case, *, briefly: bool = False) -> None:
@@ -208,7 +217,8 @@ class _Bench:
                 if time.perf_counter() - begin > config.max_seconds_per_case:
                     break
         for one in batches:
-            self.launches[one, name, batch_size] = self._launches(self.ways[one], batches[one])
+            if (one, name) not in self.launches:
+                self.launches[one, name] = self._launches(self.ways[one], batches[one])
         open_cases = list(cases)
         for case in cases:
             self.timings[case] = Timing()
@@ -295,13 +305,13 @@ class _Bench:
                     "way": one,
                     "input": name,
                     "batch_size": size,
-                    "preparing_ms": median("preparing"),
+                    "preparing_ms": median("preparing", key=(self._preparer(one, name, size), name, size)),
                     "vision_ms": median("vision"),
                     "prefill_ms": median("latent", 0) - median("vision"),
                     "step_ms": step,
                     "suffix_ms": median("latent", 1) - median("latent", 0) - step,
                     "step_floor_ms": floor,
-                    "launches_per_step": self.launches[one, name, size],
+                    "launches_per_step": self.launches[one, name],
                 }
             )
         return found
