@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 OUT ?= eval/results
 RUN ?= runs/demo
 
-.PHONY: demo test check gpu gpu-more format
+.PHONY: demo test test-slow check gpu gpu-more format
 .DEFAULT_GOAL := test
 
 # torch comes first, so that no other package chooses a build of its own.
@@ -24,8 +24,12 @@ $(STAMP):
 demo: $(STAMP)
 	$(BIN)/python train/demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
 
+# Two processes of one thread each: most tests wait for Python, not for products.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -75,7 +75,7 @@ def test_a_python_block_runs_and_prints_what_it_says(somewhere, code):
 def test_a_command_names_files_and_targets_that_exist(code):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in code.splitlines():
-        for target in re.findall(r"\bmake ([a-z]+)", line):
+        for target in re.findall(r"\bmake ([a-z][a-z-]*)", line):
             assert f"\n{target}:" in makefile, line
         for file in re.findall(r"(?:configs|kernels|train|eval)/[\w./-]+\.(?:yaml|py)", line):
             assert (ROOT / file).exists(), line
@@ -98,4 +98,9 @@ def test_the_readme_links_to_files_that_exist():
     for name in FILES:
         text = (ROOT / name).read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-            assert ((ROOT / name).parent / link).exists(), f"{name}: {link}"
+            target, _, heading = link.partition("#")
+            file = (ROOT / name).parent / target
+            assert file.exists(), f"{name}: {link}"
+            if heading:
+                words = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                assert heading in [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in words], link

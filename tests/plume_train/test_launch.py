@@ -80,7 +80,7 @@ def launch(folder, name, **settings):
 TRACES = {"zero1": "global_step2", "zero2": "global_step2", "zero3": "global_step2", "fsdp2": "pytorch_model_fsdp.bin"}
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3", "fsdp2"])
 def test_a_launched_run_equals_one_process(folder, alone, name):
     # Micro-batches of one row: GradCache, text rows beside rows with pages, rows of other stages.
     done = launch(folder, name, micro_batch_size=1)
@@ -97,7 +97,7 @@ def test_a_launched_run_equals_one_process(folder, alone, name):
     assert "expert 3" in (folder / name / "README.md").read_text()  # the card reads weights that are shared out
 
 
-@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("name", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
 def test_a_launched_run_that_is_resumed_equals_one_that_was_not(folder, name):
     changes = {"optim": "adamw_torch", "output_dir": folder / f"{name}-resumed", "bf16": "false"}
     done = launch(folder, name, **changes)

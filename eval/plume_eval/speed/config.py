@@ -86,7 +86,7 @@ class LatencyConfig:
     compile_backend: str = "inductor"
     """Of torch.compile, for the way "compiled"."""
     num_threads: int | None = None
-    """On a CPU; None: the number of physical cores."""
+    """Of torch; None: `OMP_NUM_THREADS` if it is set, else the number of physical cores."""
     name: str | None = None
     """Of the results files; None: from the model."""
 

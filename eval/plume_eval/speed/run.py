@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
 from plume.model import PlumeModel
-from plume.threads import num_physical_cores
+from plume.threads import use_physical_cores
 from plume.tower import Grid
 from plume_eval.speed.cases import make_items, make_model
 from plume_eval.speed.clock import Timing, num_launches, timed
@@ -63,9 +63,21 @@ def run_bench(
         ConfigError: a way that this device cannot run.
         GateError: a way that gives other vectors than transformers' layers.
     """
+    threads = torch.get_num_threads()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    else:
+        use_physical_cores()
+    try:
+        return _run(config, show_progress, after_group)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    config: LatencyConfig, show_progress: bool, after_group: Callable[[dict[str, Any]], Any] | None
+) -> dict[str, Any]:
     name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        torch.set_num_threads(config.num_threads or num_physical_cores())
     try:
         model = make_model(config, name)
         ways = {one: way(one, model, config) for one in config.ways}
