@@ -192,6 +192,7 @@ def _draw_stages(axes: Any, result: dict[str, Any], config: LatencyConfig, name:
     axes.invert_yaxis()
     axes.set(xscale="log", title=f"{name}: where the time goes")
     axes.margins(x=0.15)
+    axes.set_xlim(left=0.5 * min(part for _, parts in bars for part in parts[:3] if part > 0))
 
 
 def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None:
