@@ -4,7 +4,7 @@
 
   * without asking the device anything on the way: lengths and places are known to the host before (`plume.plan`);
   * with rows packed without gaps in a cache of fixed size (`plume.static_cache`);
-  * with layers in a third of the operations (`plume.stack`, `plume.tower`);
+  * with layers in less than half of the operations (`plume.stack`, `plume.tower`);
   * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch.
 
 A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave, caches
@@ -164,6 +164,8 @@ class Engine:
     @torch.inference_mode()
     def run(self, laid_out: Plan) -> PlumeOutput:
         """Embed a batch that is laid out, with the weights of the last `refresh`."""
+        if self.model.device != self.device:  # moved since, as `encode(device=...)` does
+            self.refresh()
         shares = self.shared is not None and any(laid_out.prefix_keys)
         known = shares and self.shared.has_all(laid_out)  # type: ignore[union-attr]
         with graphs.on(self.device):

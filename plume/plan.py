@@ -74,7 +74,7 @@ def plan(
         media_keys: of the images and of the videos of each row; see `plume.content`.
 
     Raises:
-        ValueError: as `PlumeModel.forward`.
+        ValueError: as `PlumeModel.forward`; or there are not as many keys as media.
     """
     config, vision = model.config, model.backbone.config
     batch = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
@@ -118,6 +118,13 @@ def plan(
         for kind, name, is_kind in (("", "image", is_image), ("_videos", "video", is_video))
         if f"pixel_values{kind}" in batch
     ]
+    num_media = sum(len(grid) for _, grid, _ in media)
+    num_keys = sum(len(images) + len(videos) for images, videos in media_keys or ())
+    if media_keys is not None and (len(media_keys), num_keys) != (len(ids), num_media):
+        raise ValueError(
+            f"media_keys holds {num_keys} keys in {len(media_keys)} rows for {num_media} media in {len(ids)} rows; "
+            "give one key for each, as plume.content.media_keys makes them"
+        )
     visual = is_image | is_video
     num_shared = torch.where(visual, torch.arange(length) + 1, 0).amax(dim=1)
     num_shared = torch.where(num_shared <= columns[:, 0], num_shared, 0)  # what is read must stand behind

@@ -1,4 +1,4 @@
-"""The text model of Qwen2-VL as the engine runs it: the same formulas in a third of the operations.
+"""The text model of Qwen2-VL as the engine runs it: the same formulas in less than half of the operations.
 
 transformers' layers are the definition; `tests/invariants/test_engine.py` compares. What differs is how often memory is
 touched and kernels are launched: queries, keys and values come from one product, gate and up from another, residuals

@@ -252,6 +252,14 @@ def test_prefixes_are_not_shared_where_the_anchor_stands_before_the_image(tmp_pa
     assert len(engine.shared.kept) == 0
 
 
+@pytest.mark.parametrize("change", [lambda keys: keys[:-1], lambda keys: [keys[0], ([], []), *keys[2:]]])
+def test_keys_that_are_missing_are_an_error(model, change):
+    engine = Engine(model, prefix_cache_bytes=1 << 20)
+    batch = dict(model.processor.encode(items()))
+    with pytest.raises(ValueError, match=r"media_keys holds .* for 5 media in 5 rows; give one key for each"):
+        engine(batch, media_keys=change(media_keys(items())))
+
+
 def test_what_is_too_large_for_graphs_is_launched(model, captured):
     batch = dict(model.processor.encode(items()))
     expected = Engine(model, backend="eager")(batch).embedding

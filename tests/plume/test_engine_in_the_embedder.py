@@ -169,6 +169,21 @@ def test_weights_are_float32_on_a_cpu_unless_asked_otherwise(plume_folder, tmp_p
     assert abs(np.linalg.norm(asked.encode("red")) - 1) < 1e-3
 
 
+def test_a_model_that_a_call_moves_is_looked_at_again(plume_folder, asked):
+    plume = Plume(plume_folder, device="cpu")
+    expected = plume.encode(asked)
+    stack = plume.engine.stack
+    run = plume.engine.run
+
+    def moved(laid_out):  # as `encode(device=...)` leaves it: the engine's weights are elsewhere
+        plume._engine.device = torch.device("meta")
+        return run(laid_out)
+
+    plume._engine.run = moved
+    assert np.array_equal(plume.encode(asked), expected)
+    assert plume._engine.stack is not stack
+
+
 def test_settings_without_effect_are_errors(plume_folder):
     with pytest.raises(ValueError, match='int8 is of the engine, which backend="torch" does not use'):
         Plume(plume_folder, device="cpu", backend="torch", int8=True)

@@ -19,7 +19,7 @@ from plume_eval.speed.clock import Timing, num_launches
 from plume_eval.speed.config import ConfigError, InputSize, LatencyConfig, Limit, read_config
 from plume_eval.speed.floors import Device, Work
 from plume_eval.speed.reference import embed_one
-from plume_eval.speed.ways import Compiled, InEngine, Way, way
+from plume_eval.speed.ways import Compiled, InEngine, Way, WayError, way
 from plume_eval.speed.writing import Writer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -200,6 +200,15 @@ def test_a_way_of_others_that_fails_is_left_out_and_named_and_our_own_is_an_erro
     monkeypatch.setattr(InEngine, "_embed", fails)
     with pytest.raises(RuntimeError, match="no compiler"):
         bench.run_bench(few, show_progress=False)
+
+
+def test_an_engine_that_falls_back_is_not_timed_as_graphs(model, config):
+    one = way("eager", model, config)
+    batches = one.prepare(make_items(model.processor, InputSize(tokens=20), 1))
+    one._backend = "graph"  # as it was when it began
+    for run in (lambda: one.embed(batches, 1), lambda: one.write(batches, 1, stops=False)):
+        with pytest.raises(WayError, match="graph could not be run: the engine fell back to eager"):
+            run()
 
 
 def test_a_way_is_measured_for_what_its_limit_allows(config):

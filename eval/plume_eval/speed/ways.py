@@ -36,6 +36,10 @@ from plume_eval.speed.writing import Writer
 Batch = dict[str, Tensor]
 
 
+class WayError(RuntimeError):
+    """A way that cannot run as it is called."""
+
+
 class Way:
     """One way of running a model."""
 
@@ -108,16 +112,24 @@ class InEngine(Way):
     def __init__(self, model: PlumeModel, **settings: Any):
         super().__init__(model)
         self.engine = Engine(model, **settings)
+        self._backend = self.engine.backend
         self.writer = Writer(self.engine)
         self._laid_out: tuple[list[Batch], list[Plan]] | None = None
+
+    def _check_backend(self) -> None:
+        # An engine that fails to capture launches from then on, which must not be timed under the name of graphs.
+        if self.engine.backend != self._backend:
+            raise WayError(f"{self._backend} could not be run: the engine fell back to {self.engine.backend}")
 
     def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
         found = self.engine(batch, num_latent_steps).embedding
         assert found is not None
+        self._check_backend()
         return found
 
     def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:
         embedding, count = self.writer(batch, num_tokens, stops=stops)
+        self._check_backend()
         return embedding, int(count.max())
 
     @torch.inference_mode()
