@@ -10,12 +10,14 @@ RUN ?= runs/demo
 .PHONY: demo test test-slow check gpu gpu-more format
 .DEFAULT_GOAL := test
 
-# torch comes first, so that no other package chooses a build of its own.
+# torch comes first, so that no other package chooses a build of its own. Its CUDA builds bring their own triton; beside
+# others one is installed for the tests of the kernels, which interpret and compile them without a GPU.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet triton==3.9.0
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
@@ -24,9 +26,12 @@ $(STAMP):
 demo: $(STAMP)
 	$(BIN)/python train/demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
 
-# Two processes of one thread each: most tests wait for Python, not for products.
+# Two processes of one thread each: most tests wait for Python, not for products. Kernels are interpreted apart from them,
+# since Triton decides that once for a process.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTEST)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m interpreted tests/plume_kernels
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -5,7 +5,8 @@
   * without asking the device anything on the way: lengths and places are known to the host before (`plume.plan`);
   * with rows packed without gaps in a cache of fixed size (`plume.static_cache`);
   * with layers in less than half of the operations (`plume.stack`, `plume.tower`);
-  * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch.
+  * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch;
+  * of fused kernels, if they are asked for (`plume.fused`).
 
 A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave, caches
 likewise from 512 slots on. Lengths within that are data, so that a rollout has few graphs. Vision towers are
@@ -22,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,16 +36,16 @@ from plume.experts import together
 from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
-from plume.parts import UnsupportedModelError, text_parts, tower_parts
+from plume.parts import TextParts, UnsupportedModelError, text_parts, tower_parts
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
 from plume.rooms import MOST_INPUT_BYTES, Pixels, Prefix, Room
 from plume.sharing import SharedPrefixes
-from plume.stack import StaticDecoder, TextStack
+from plume.stack import TextStack
 from plume.tower import Grid, Tower, segment_attention
 
-Backend = Literal["auto", "eager", "graph"]
+Backend = Literal["auto", "eager", "graph", "triton"]
 
 _LEAST_SLOTS = 512
 _MOST_ROWS = 128
@@ -86,6 +87,7 @@ class Engine:
         backend: Backend = "auto",
         int8: bool = False,
         exit_tolerance: float | None = None,
+        dependent_launch: bool = False,
         max_captured_tokens: int = 8192,
         max_graphs: int = 256,
         max_cache_bytes: int = 8 << 30,
@@ -97,12 +99,14 @@ class Engine:
         Args:
             model: in eval mode, on one device. What is learnt in place afterwards counts.
             backend: "graph" replays CUDA graphs; "eager" launches every operation; "auto" takes graphs on a GPU.
-                Where graphs are impossible "graph" warns and launches.
+                "triton" is "graph" with fused kernels for the latent steps (`plume.fused`). Where something is
+                impossible it warns and takes the next simpler one.
             int8: products of backbone and vision tower in int8, on a CPU only: several times faster there, and not the
                 same vectors (see eval/README.md for what it costs).
             exit_tolerance: a row stops reasoning at the first step that changes its state by at most this share of its
                 norm; None never stops. `num_latent_steps` of the output says how many it took. Under graphs all
                 steps run nevertheless, so that it saves time only without.
+            dependent_launch: kernels of "triton" start while those before them end; needs compute capability 9.0.
             max_captured_tokens: prefixes of more tokens in all are launched directly.
             max_graphs: kept of each kind and, for prefixes and rollouts, each shape of cache; the least recently used
                 ones go.
@@ -115,12 +119,14 @@ class Engine:
             ValueError: an argument that cannot be honoured.
             UnsupportedModelError: a model that the engine has not been written for.
         """
-        if backend not in ("auto", "eager", "graph"):
-            raise ValueError(f'backend must be "auto", "eager" or "graph"; received {backend!r}')
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; received {backend!r}")
+        if dependent_launch and backend != "triton":
+            raise ValueError(f'dependent_launch belongs to backend="triton"; received backend={backend!r}')
         if exit_tolerance is not None and not exit_tolerance >= 0:
             raise ValueError(f"exit_tolerance must be at least 0; received {exit_tolerance}")
         self.model, self.exit_tolerance = model, exit_tolerance
-        self._asked, self._int8 = backend, int8
+        self._asked, self._int8, self._dependent_launch = backend, int8, dependent_launch
         self._max_captured_tokens, self._max_graphs, self._max_cache_bytes = (
             max_captured_tokens,
             max_graphs,
@@ -191,14 +197,9 @@ class Engine:
         self.device = model.device
         if self._int8 and self.device.type != "cpu":
             raise ValueError(f"int8 runs on a CPU only, and the model is on {self.device}; drop it or move the model")
-        reason = graphs.why_not(self.device)
-        if self._asked == "graph" and reason:
-            self._warn(f'backend="graph" falls back to "eager": {reason}')
-        #: What runs: "eager" or "graph".
-        self.backend = "eager" if self._asked == "eager" or reason else "graph"
         projection = Int8Projection if self._int8 else Projection
         self.transition = together(model.transition)
-        self.stack = TextStack(text_parts(backbone), projection)
+        self.stack = self._choose(text_parts(backbone), projection)
         try:
             self.tower = Tower(tower_parts(backbone), projection)
         except UnsupportedModelError:  # another family's; transformers' own runs
@@ -214,6 +215,28 @@ class Engine:
         self._forget_graphs()
         self._features: Kept[Tensor] = Kept(most_bytes=self._vision_cache_bytes, num_bytes=lambda one: one.nbytes)
         self.shared = SharedPrefixes(self.stack, self._prefix_cache_bytes) if self._prefix_cache_bytes else None
+
+    def _choose(self, parts: TextParts, projection: type[Projection]) -> TextStack:
+        """The text stack of the backend that was asked for, or of what it falls back to."""
+        reason = graphs.why_not(self.device)
+        simpler = "eager" if self._asked == "eager" or reason else "graph"
+        #: What runs: "eager", "graph" or "triton".
+        self.backend: Backend = "triton" if self._asked == "triton" else simpler
+        if self.backend == "triton":
+            from plume.fused import FusedStack
+
+            try:
+                return FusedStack(parts, dependent_launch=self._dependent_launch)
+            except UnsupportedModelError as error:
+                self.backend, reason = simpler, str(error)
+        if self._asked in ("graph", "triton") and self.backend != self._asked:
+            self._warn(f'backend="{self._asked}" falls back to "{self.backend}": {reason}')
+        return TextStack(parts, projection)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether work is captured."""
+        return self.backend != "eager" and graphs.why_not(self.device) is None
 
     def _forget_graphs(self) -> None:
         self._pool = graphs.new_pool(self.device)
@@ -253,7 +276,7 @@ class Engine:
         return pixels(patches, *rotation)
 
     def _captures(self, num_tokens: int) -> bool:
-        return self.backend == "graph" and num_tokens <= self._max_captured_tokens
+        return self.has_graphs and num_tokens <= self._max_captured_tokens
 
     def embed(self, laid_out: Plan, features: Tensor | None) -> Tensor:
         """Input embeddings of the prefixes with their vision features in place, `[B, L, D]`."""
@@ -287,7 +310,7 @@ class Engine:
         rows, slots = power_of_two(num_rows), max(_LEAST_SLOTS, bucket(num_slots + 1))
         parts = self.stack.parts
         per_slot = 2 * len(parts.layers) * parts.num_key_value_heads * parts.channels * self.stack.norm.itemsize
-        if self.backend == "eager" or rows > _MOST_ROWS or rows * slots * per_slot > self._max_cache_bytes:
+        if not self.has_graphs or rows > _MOST_ROWS or rows * slots * per_slot > self._max_cache_bytes:
             return Room(self.stack, num_rows, num_slots + 1)
         return self._rooms.get(
             (rows, slots), lambda: Room(self.stack, rows, slots, is_kept=True, max_graphs=self._max_graphs)
@@ -322,9 +345,12 @@ class Engine:
             size = len(room.start)
             suffix = seam.embed_tokens(self.model.backbone, self._suffix_ids.expand(size, -1))
             every = torch.ones(suffix.shape[:2], dtype=torch.bool, device=self.device)
+            decoder, adapter = self.stack.decoder(
+                room.cache, room.read, self.transition, looks_at_states=self.exit_tolerance is not None
+            )
             return rollout(
-                StaticDecoder(self.stack, room.cache, room.read),
-                self.transition,
+                decoder,
+                adapter,
                 Segment(room.read, every[:, :2], room.start.expand(3, 2, -1).mT),
                 suffix,
                 every,
@@ -359,7 +385,7 @@ class Engine:
         try:
             return graphs.capture(work, self._pool)
         except RuntimeError as error:
-            self._warn(f'backend="graph" falls back to "eager": {str(error).splitlines()[0]}')
+            self._warn(f'backend="{self.backend}" falls back to "eager": {str(error).splitlines()[0]}')
             self.backend = "eager"
             self._forget_graphs()
             return work

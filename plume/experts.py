@@ -14,7 +14,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume.projection import Projection, made_of
-from plume.transition import MixtureOfExperts, TransitionAdapter
+from plume.transition import MixtureOfExperts, TransitionAdapter, weigh
+
+
+def weights_of_all(weights: Tensor, has_shared: bool) -> Tensor:
+    """Weights `[B, M]` of all experts, from those of the routed ones."""
+    return F.pad(weights, (1, 0), value=1.0) if has_shared else weights
+
+
+def first_layers(normed: Tensor, weight: Tensor, bias: Tensor, num_experts: int) -> Tensor:
+    """First layers and GELU of all experts over `normed [B, D]`: `[M, B, I]`; weight `[M I, D]`, bias `[M I]`."""
+    return rearrange(F.gelu(F.linear(normed, weight, bias)), "b (m i) -> m b i", m=num_experts)
+
+
+def second_layers(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The state and what the experts add, `[B, D]`: inner `[M, B, I]`, weights `[B, M]`, weight `[M D, I]`, bias."""
+    num_experts = len(inner)
+    second = rearrange(weight, "(m d) i -> m i d", m=num_experts)
+    outputs = torch.baddbmm(rearrange(bias, "(m d) -> m 1 d", m=num_experts), inner, second)  # [M, B, D]
+    weights = weights.to(state.dtype)[:, None]
+    return torch.baddbmm(state[:, None], weights, rearrange(outputs, "m b d -> b m d"))[:, 0]
+
+
+def bias_of(projection: Projection) -> Tensor:
+    """The bias of layers that have one."""
+    assert projection.bias is not None
+    return projection.bias
 
 
 class ExpertsTogether:
@@ -40,21 +65,11 @@ class ExpertsTogether:
 
     def __call__(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `TransitionAdapter.forward`."""
-        own, num_experts = self.own, len(self._experts())
+        own = self.own
         gates = own.route(state, step, context)
-        weights = own.weigh(gates).to(state.dtype)  # [B, E]
-        if own.shared_expert is not None:
-            weights = F.pad(weights, (1, 0), value=1.0)  # [B, M]
-        inner = rearrange(F.gelu(self.first(own.ln(state))), "b (m i) -> m b i", m=num_experts)
-        second = rearrange(self.second.weight, "(m d) i -> m i d", m=num_experts)
-        bias = rearrange(self._bias, "(m d) -> m 1 d", m=num_experts)
-        outputs = torch.baddbmm(bias, inner, second)  # [M, B, D]
-        return torch.baddbmm(state[:, None], weights[:, None], rearrange(outputs, "m b d -> b m d"))[:, 0], gates
-
-    @property
-    def _bias(self) -> Tensor:
-        assert self.second.bias is not None
-        return self.second.bias
+        weights = weights_of_all(weigh(gates, own.top_k), own.shared_expert is not None)
+        inner = first_layers(own.ln(state), self.first.weight, bias_of(self.first), weights.shape[1])
+        return second_layers(state, inner, weights, self.second.weight, bias_of(self.second)), gates
 
 
 def together(adapter: TransitionAdapter) -> TransitionAdapter | ExpertsTogether:

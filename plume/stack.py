@@ -26,6 +26,18 @@ from plume.backbone import Segment
 from plume.parts import TextParts
 from plume.projection import Projection, made_of
 from plume.static_cache import StaticCache
+from plume.transition import Adapter
+
+
+def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of angles, `[..., C/2] -> [..., C]`; the first half of the sines is negated."""
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([cosine, cosine], dim=-1).to(dtype), torch.cat([-sine, sine], dim=-1).to(dtype)
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn channels j and j + C/2 of queries or keys, `[..., C]`, by their angle; see `rotation`."""
+    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
 
 
 class Layer:
@@ -107,6 +119,19 @@ class TextStack:
             device=self.norm.device,
         )
 
+    def decoder(
+        self, cache: StaticCache, read: Tensor, adapter: Adapter, *, looks_at_states: bool
+    ) -> tuple[StaticDecoder, Adapter]:
+        """Decoder and adapter of a rollout behind a prefix that has been read.
+
+        Args:
+            cache: holds the prefix.
+            read: hidden states at anchor and `<bot>`, `[B, 2, D]`.
+            adapter: as the engine has it.
+            looks_at_states: whether the rollout looks at a state before the adapter gets it.
+        """
+        return StaticDecoder(self, cache, read), adapter
+
     def read_prefix(self, embeds: Tensor, positions: Tensor, columns: Tensor, cache: StaticCache | None) -> Tensor:
         """Read right-padded prefixes from their beginning.
 
@@ -155,9 +180,7 @@ class TextStack:
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, `[B, n, 1, C]`; the first half of the sines is negated."""
         per_channel = rearrange(positions[self.axis], "c b n -> b n 1 c")  # each channel follows one axis
-        angles = per_channel * self.parts.inverse_frequencies  # [B, n, 1, C/2]
-        cosine, sine = angles.cos(), angles.sin()
-        return torch.cat([cosine, cosine], dim=-1).to(dtype), torch.cat([-sine, sine], dim=-1).to(dtype)
+        return rotation(per_channel * self.parts.inverse_frequencies, dtype)
 
     def _qkv(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries `[B, n, H, C]`, rotated; keys, rotated, and values `[B, n, 2, G, C]`."""
@@ -165,8 +188,7 @@ class TextStack:
         normed = F.rms_norm(x, x.shape[-1:], layer.norm, self.parts.eps)
         heads = rearrange(layer.qkv(normed), "b n (heads c) -> b n heads c", c=self.parts.channels)
         num_rotated = self.parts.num_heads + self.parts.num_key_value_heads
-        rotated = heads[:, :, :num_rotated]
-        rotated = torch.addcmul(rotated * cosine, rotated.roll(self.parts.channels // 2, dims=-1), sine)
+        rotated = rotate(heads[:, :, :num_rotated], cosine, sine)
         queries, keys = rotated[:, :, : self.parts.num_heads], rotated[:, :, self.parts.num_heads :]
         return queries, torch.stack([keys, heads[:, :, num_rotated:]], dim=2)
 

@@ -95,6 +95,22 @@ class ResidualMLP(TransitionAdapter):
         return state + self.expert(self.ln(state)), None
 
 
+def route(state: Tensor, context: Tensor | None, step_embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Gates of all experts `[B, E]`, summing to 1: equation 4, in float32 whatever the model's dtype."""
+    if context is not None:
+        state = state + context
+    features = torch.cat([state, step_embedding.expand_as(state)], dim=-1)  # [B, 2D]
+    exact = torch.promote_types(features.dtype, torch.float32)
+    with torch.autocast(state.device.type, enabled=False):
+        return F.linear(features.to(exact), weight.to(exact), bias.to(exact)).softmax(dim=-1)
+
+
+def weigh(gates: Tensor, top_k: int) -> Tensor:
+    """Weights of the experts `[B, E]`: the gates of the top T as they are, zero elsewhere."""
+    kept, chosen = gates.topk(top_k, dim=-1)  # [B, T]
+    return torch.zeros_like(gates).scatter(-1, chosen, kept)
+
+
 class MixtureOfExperts(TransitionAdapter):
     """PLUME's adapter. Parameter names and shapes are those of the published checkpoints."""
 
@@ -109,31 +125,17 @@ class MixtureOfExperts(TransitionAdapter):
         self.shared_expert = Expert(config) if config.shared_expert else None
 
     def route(self, state: Tensor, step: int, context: Tensor | None) -> Tensor:
-        """Gates of all experts `[B, E]`, summing to 1: equation 4, in float32 whatever the model's dtype."""
-        if context is not None:
-            state = state + context
-        step_embedding = self.step_embed.weight[step].expand_as(state)  # [B, D]
-        features = torch.cat([state, step_embedding], dim=-1)  # [B, 2D]
-        exact = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(state.device.type, enabled=False):
-            logits = F.linear(features.to(exact), self.router.weight.to(exact), self.router.bias.to(exact))
-            return logits.softmax(dim=-1)
-
-    def weigh(self, gates: Tensor) -> Tensor:
-        """Weights of the experts `[B, E]`: the gates of the top T as they are, zero elsewhere."""
-        kept, chosen = gates.topk(self.top_k, dim=-1)  # [B, T]
-        return torch.zeros_like(gates).scatter(-1, chosen, kept)
+        """Gates of all experts, `[B, E]`."""
+        return route(state, context, self.step_embed.weight[step], self.router.weight, self.router.bias)
 
     def forward(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         gates = self.route(state, step, context)  # [B, E]
-        weights = self.weigh(gates).to(state.dtype)
-
+        weights = weigh(gates, self.top_k).to(state.dtype)
         normed = self.ln(state)
         next_input = state
         if self.shared_expert is not None:
             next_input = next_input + self.shared_expert(normed)
-        # Every expert runs on every row: with a handful of experts that costs less than asking the device
-        # which rows chose which expert, and nothing waits for the host.
+        # Every expert runs on every row, which costs less than asking the device which rows chose which expert.
         for expert, weight in zip(self.experts, weights.unbind(dim=-1), strict=True):
             next_input = next_input + weight[:, None] * expert(normed)
         return next_input, gates

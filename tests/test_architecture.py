@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
+    "plume_kernels": ROOT / "kernels" / "plume_kernels",
     "plume": ROOT / "plume",
     "plume_train": ROOT / "train" / "plume_train",
     "plume_eval": ROOT / "eval" / "plume_eval",
 }
 MAY_IMPORT = {
-    "plume": {"plume"},
+    "plume_kernels": {"plume_kernels"},
+    "plume": {"plume", "plume_kernels"},
     "plume_train": {"plume", "plume_train"},
     "plume_eval": {"plume", "plume_eval"},
 }
@@ -40,6 +42,13 @@ def test_imports_point_one_way(package):
     for file in files:
         ours = {name.split(".")[0] for name in imports(file)} & set(PACKAGES)
         assert ours <= MAY_IMPORT[package], f"{file} imports {ours - MAY_IMPORT[package]}"
+
+
+def test_only_the_ops_know_the_kernels():
+    for file in PACKAGES["plume"].rglob("*.py"):
+        known = {name for name in imports(file) if name.startswith("plume_kernels")}
+        allowed = {"ops.py": {"plume_kernels"}, "definitions.py": {"plume_kernels"}}  # whose tiles import no Triton
+        assert known <= allowed.get(file.name, set()), file
 
 
 def test_only_the_seam_and_the_tiny_model_know_the_backbones_classes():

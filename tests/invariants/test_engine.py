@@ -291,7 +291,7 @@ def test_graphs_on_a_cpu_fall_back_with_one_warning(model):
 
 
 def test_arguments_that_cannot_be_honoured_are_errors(model):
-    with pytest.raises(ValueError, match='backend must be "auto", "eager" or "graph"; received \'fast\''):
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, graph, triton; received 'fast'"'):
         Engine(model, backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exit_tolerance must be at least 0; received -1"):
         Engine(model, exit_tolerance=-1)

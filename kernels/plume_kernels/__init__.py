@@ -1,0 +1,19 @@
+"""Triton kernels of one latent step.
+
+Five launches per layer and two per transition adapter:
+
+    qkv        sum of the residual stream, RMSNorm, queries, keys and values, rotation, write to the cache
+    attention  decode attention, split over the cache
+    out        sum of the splits, output projection, residual
+    gate_up    RMSNorm, gate and up projections, SwiGLU
+    down       down projection in fixed segments, residual
+
+    experts    final RMSNorm, LayerNorm, router, top T, first layers; then second layers, gates and residual
+
+What each computes is defined by the op of the same name in `plume/ops.py`, against which it is tested; the launch plan
+and its figures are in `kernels/README.md`. Importing the package imports no Triton; its modules do.
+
+Letters: B batch, n new tokens of a row, M = B n rows (row b n + i is token i of batch row b), D hidden size, H query
+heads, G key/value heads, C channels per head, I inner size, P terms of the residual stream, Z splits of the cache,
+L slots of the cache.
+"""

@@ -1,0 +1,70 @@
+"""The second half of the gated MLP, added to the residual stream.
+
+    stream = x + sum over segments of inner_s W_sᵀ
+
+Defined by `plume.ops.down`. The channels are added up in segments of fixed size (`plume_kernels.tiles.segment`). With
+few rows a program takes one segment, and the stream is left in as many terms, which whoever reads it adds up; with
+many, a program takes all of them. The order of additions is the same, so both give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plume_kernels import tiles
+from plume_kernels.launch import contiguous, launch, prefetch, wait
+from plume_kernels.rows import load_weight
+
+
+@triton.jit
+def _down_kernel(
+    inner_ptr,  # [M, I]
+    weight_ptr,  # [D, I]
+    x_ptr,  # [M, D]
+    stream_ptr,  # [P, M, D]
+    num_rows,
+    D: tl.constexpr, INNER: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    term = tl.program_id(2)
+    mask_m = rows < num_rows
+    offs_k = tl.arange(0, BLOCK_K)
+    if PDL:
+        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER)
+        wait()
+
+    place = rows[:, None] * D + cols[None, :]
+    total = tl.where(term == 0, tl.load(x_ptr + place, mask=mask_m[:, None], other=0.0), 0.0)
+    for own in range(0, SEGMENTS):
+        start = (term * SEGMENTS + own) * SEGMENT
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(start, tl.minimum(start + SEGMENT, INNER), BLOCK_K):
+            w = load_weight(weight_ptr, cols, k + offs_k, INNER, UPCAST)
+            inner = tl.load(inner_ptr + rows[:, None] * INNER + (k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
+            acc = tl.dot(inner.to(w.dtype), w, acc, input_precision="ieee")
+        total += acc
+    tl.store(stream_ptr + term * num_rows * D + place, total, mask=mask_m[:, None])
+
+
+def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """See `plume.ops.down`."""
+    (num_rows, width), inner_width = x.shape, inner.shape[1]
+    contiguous(inner, weight, x)
+    device = tiles.device_name(x)
+    tile = tiles.find("down", width, inner_width, num_rows, device)
+    terms, segments = tiles.num_terms(width, inner_width, num_rows, device), tiles.num_segments(inner_width)
+    stream = x.new_empty(terms, num_rows, width, dtype=torch.float32)
+    launch(
+        _down_kernel,
+        (triton.cdiv(num_rows, tile.block_m), width // tile.block_n, terms),
+        (inner, weight, x, stream, num_rows),
+        tile,
+        D=width, INNER=inner_width, SEGMENT=tiles.segment(inner_width), SEGMENTS=segments // terms,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+    return stream

@@ -1,0 +1,133 @@
+"""The splits of attention added up, projected, and added to the residual stream.
+
+    attended = sum over splits of 2^(lse_z - lse) outputs_z,     lse = log2 of the sum of 2^lse_z
+    x = sum of the stream's terms + attended Wᵀ
+
+Defined by `plume.ops.out`. With few rows the projection adds the splits up itself, a head at a time; with many, every
+one of its programs would read them all again, so that a kernel of its own does it before. Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plume_kernels import tiles
+from plume_kernels.launch import contiguous, launch, prefetch, wait
+from plume_kernels.rows import load_stream, load_weight
+
+#: Rows times splits up to which the projection adds the splits up itself.
+MOST_MERGED = 16
+
+
+@triton.jit
+def _combined(
+    outputs_ptr, lse_ptr, rows, mask_m, head, num_rows,
+    H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Attention of one head over the whole cache, `[M, C]`; zero where a row has no slot.
+
+    Unrolled, since the compiler overlaps the loads of innermost loops only, and the heads' is to be one.
+    """
+    place = rows * H + head
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for z in tl.static_range(Z):
+        lse = tl.load(lse_ptr + z * num_rows * H + place, mask=mask_m, other=float("-inf"))
+        best = tl.maximum(best, lse)
+    shift = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, C), tl.float32)
+    for z in tl.static_range(Z):
+        lse = tl.load(lse_ptr + z * num_rows * H + place, mask=mask_m, other=float("-inf"))
+        share = tl.exp2(lse - shift)
+        offs = (z * num_rows * H + place)[:, None] * C + tl.arange(0, C)[None, :]
+        part = tl.load(outputs_ptr + offs, mask=(lse > float("-inf"))[:, None], other=0.0)  # else unwritten
+        acc += share[:, None] * part
+        total += share
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _combine_kernel(
+    outputs_ptr,  # [Z, M, H, C]
+    lse_ptr,  # [Z, M, H]
+    attended_ptr,  # [M, H, C]
+    num_rows,
+    H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    rows, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
+    mask_m = rows < num_rows
+    if PDL:
+        wait()
+    attended = _combined(outputs_ptr, lse_ptr, rows, mask_m, head, num_rows, H, C, Z, BLOCK_M)
+    target = attended_ptr + (rows * H + head)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(target, attended.to(target.dtype.element_ty), mask=mask_m[:, None])
+
+
+@triton.jit
+def _out_kernel(
+    attended_ptr,  # [Z, M, H, C], or [M, H, C] if Z = 0
+    lse_ptr,  # [Z, M, H]
+    weight_ptr,  # [D, H C]
+    stream_ptr,  # [P, M, D]
+    x_ptr,  # [M, D]
+    num_rows,
+    D: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = rows < num_rows
+    offs_c = tl.arange(0, C)
+    if PDL:
+        prefetch(weight_ptr, cols, H * C)
+        wait()
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for head in range(0, H):
+        w = load_weight(weight_ptr, cols, head * C + offs_c, H * C, UPCAST)
+        if Z > 0:
+            attended = _combined(attended_ptr, lse_ptr, rows, mask_m, head, num_rows, H, C, Z, BLOCK_M)
+        else:
+            offs = (rows * H + head)[:, None] * C + offs_c[None, :]
+            attended = tl.load(attended_ptr + offs, mask=mask_m[:, None], other=0.0).to(tl.float32)
+        acc = tl.dot(attended.to(w.dtype), w, acc, input_precision="ieee")
+
+    x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P) + acc
+    tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, mask=mask_m[:, None])
+
+
+def combine(outputs: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention over the whole cache, `[M, H, C]`, from that over its splits."""
+    num_splits, num_rows, num_heads, channels = outputs.shape
+    contiguous(outputs, lse)
+    attended = outputs.new_empty(num_rows, num_heads, channels, dtype=dtype)
+    launch(
+        _combine_kernel,
+        (triton.cdiv(num_rows, 4), num_heads),
+        (outputs, lse, attended, num_rows),
+        tiles.Tile(num_warps=2),
+        H=num_heads, C=channels, Z=num_splits, BLOCK_M=4,
+    )  # fmt: skip
+    return attended
+
+
+def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
+    """See `plume.ops.out`."""
+    (num_splits, num_rows, num_heads, channels), (terms, _, width) = outputs.shape, stream.shape
+    contiguous(outputs, lse, weight, stream)
+    attended = outputs
+    if num_rows * num_splits > MOST_MERGED:
+        attended, num_splits = combine(outputs, lse, weight.dtype), 0
+    tile = tiles.find("out", width, num_heads * channels, num_rows, tiles.device_name(stream))
+    x = stream.new_empty(num_rows, width, dtype=torch.float32)
+    launch(
+        _out_kernel,
+        (triton.cdiv(num_rows, tile.block_m), width // tile.block_n),
+        (attended, lse, weight, stream, x, num_rows),
+        tile,
+        D=width, P=terms, H=num_heads, C=channels, Z=num_splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+    )  # fmt: skip
+    return x

@@ -1,0 +1,163 @@
+"""How much of a product one program takes: tables made by `kernels/tune.py`, and a safe default.
+
+A tile changes when a product is computed, never what: every sum runs over its channels in order, in segments of fixed
+size, whatever the tile. So a row gives the same bits with every tile and in every batch.
+
+    tuned/<device>.json   {"largest_rows": 64, "tiles": {"gate_up/8960x1536/16": {"block_n": 32, ...}, ...}}
+
+A key names the kernel, N x K of its product and the bucket of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+
+#: Slots of the cache that one program of `attention` reads.
+SPLIT = 256
+
+#: Rows of the largest products that the kernels take; larger ones go to cuBLAS. See `largest_rows`.
+LARGEST_ROWS = 64
+
+#: Buckets of rows in the tables.
+BUCKETS = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share.
+
+    block_m, block_n, block_k: rows, columns and channels at a time. num_warps, num_stages: as Triton has them.
+    is_split: whether the segments of `down` go to programs of their own, to be added by who reads them.
+    """
+
+    block_m: int = 16
+    block_n: int = 32
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+    is_split: bool = False
+
+
+def bucket(num_rows: int) -> int:
+    """The bucket of a number of rows; the last has no end."""
+    return next((size for size in BUCKETS if num_rows <= size), BUCKETS[-1])
+
+
+def segment(channels: int) -> int:
+    """Channels that `down` adds up before it adds the sums: a quarter, in multiples of 256.
+
+    Example:
+        >>> segment(8960), segment(18944), segment(128)
+        (2304, 4864, 256)
+    """
+    return 256 * math.ceil(channels / 4 / 256)
+
+
+def num_segments(channels: int) -> int:
+    """Segments of so many channels."""
+    return math.ceil(channels / segment(channels))
+
+
+def default(kernel: str, columns: int, num_rows: int) -> Tile:
+    """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
+    block_n = 16 if columns <= 4096 else 32
+    return Tile(
+        block_m=min(32, bucket(num_rows)),
+        block_n=block_n,
+        block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
+        num_warps=2 if block_n == 16 else 4,
+        is_split=kernel == "down" and num_rows <= 4,
+    )
+
+
+def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:
+    """How tables name a product.
+
+    Example:
+        >>> key("gate_up", 8960, 1536, 6)
+        'gate_up/8960x1536/16'
+    """
+    return f"{kernel}/{columns}x{channels}/{bucket(num_rows)}"
+
+
+def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = "") -> Tile:
+    """The tile of a product, cut to what divides it.
+
+    Args:
+        kernel: the module's name.
+        columns: N, a multiple of 8.
+        channels: K, a multiple of 16.
+        num_rows: M.
+        device: its name, as CUDA tells it.
+    """
+    own = _forced.get(kernel) or read_table(device)[1].get(key(kernel, columns, channels, num_rows))
+    tile = own or default(kernel, columns, num_rows)
+    return replace(tile, block_n=math.gcd(columns, tile.block_n), block_k=math.gcd(channels, tile.block_k))
+
+
+def num_terms(columns: int, channels: int, num_rows: int, device: str = "") -> int:
+    """Terms of the residual stream that `down` leaves, `[P, M, D]`."""
+    return num_segments(channels) if find("down", columns, channels, num_rows, device).is_split else 1
+
+
+def largest_rows(device: str = "") -> int:
+    """Rows of the largest products that the kernels take on this device."""
+    return read_table(device)[0]
+
+
+def device_name(tensor: torch.Tensor) -> str:
+    """What the table of a tensor's device is called by; empty without a GPU."""
+    return _name(tensor.device) if tensor.is_cuda else ""
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def path(device: str) -> Path:
+    """Where a device's table is."""
+    return FOLDER / f"{device.replace(' ', '_')}.json"
+
+
+@cache
+def read_table(device: str) -> tuple[int, dict[str, Tile]]:
+    """The largest number of rows and the tiles of a device; the defaults and none if it has no table.
+
+    Raises:
+        ValueError: a table that does not say what tables say, with the file.
+    """
+    file = path(device)
+    if not device or not file.is_file():
+        return LARGEST_ROWS, {}
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return int(table["largest_rows"]), {name: Tile(**tile) for name, tile in table["tiles"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no table of tiles ({error}); make it anew with kernels/tune.py") from None
+
+
+_forced: dict[str, Tile] = {}
+
+
+class forced:  # noqa: N801 - reads as a statement
+    """While this lasts, kernels take the tiles that are given by name, as tuning and tests need it."""
+
+    def __init__(self, **tiles: Tile):
+        self.tiles = tiles
+
+    def __enter__(self) -> None:
+        self._before = dict(_forced)
+        _forced.update(self.tiles)
+
+    def __exit__(self, *_: object) -> None:
+        _forced.clear()
+        _forced.update(self._before)

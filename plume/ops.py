@@ -1,0 +1,130 @@
+"""The ops that a latent step consists of, registered with torch as `plume::qkv` and so on, and who computes them.
+
+`plume.definitions` says what each computes, and does so wherever nothing faster is at hand: on a CPU, and where rows
+are so many that cuBLAS is the fastest. On a GPU the kernel of the same name in `plume_kernels` computes the rest; in
+Triton's interpreter (`TRITON_INTERPRET=1`) on a CPU too. There is no backward: ops are for inference, and gradients
+through them are an error.
+
+The only file that loads kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op
+
+from plume import definitions
+from plume.definitions import exact, num_terms
+from plume_kernels import tiles
+
+
+def _register(name: str, *, mutates: tuple[str, ...] = ()) -> Any:
+    return custom_op(f"plume::{name}", getattr(definitions, name), mutates_args=mutates)
+
+
+qkv = _register("qkv", mutates=("kv",))
+attention = _register("attention")
+out = _register("out")
+gate_up = _register("gate_up")
+down = _register("down")
+final_norm = _register("final_norm")
+experts_first = _register("experts_first", mutates=("state",))
+experts_second = _register("experts_second")
+
+
+@qkv.register_fake
+def _(stream, norm, eps, weight, bias, positions, inverse_frequencies, mask, lengths, kv):
+    groups, channels = kv.shape[2], kv.shape[4]
+    return weight.new_empty(stream.shape[1], len(weight) // channels - 2 * groups, channels)
+
+
+@attention.register_fake
+def _(queries, kv, mask, lengths):
+    num_splits, dtype = -(-kv.shape[3] // tiles.SPLIT), exact(kv.dtype)
+    outputs = queries.new_empty(num_splits, *queries.shape, dtype=dtype)
+    return outputs, queries.new_empty(num_splits, *queries.shape[:2], dtype=dtype)
+
+
+@out.register_fake
+def _(outputs, lse, weight, stream):
+    return stream.new_empty(stream.shape[1:], dtype=lse.dtype)
+
+
+@gate_up.register_fake
+def _(x, norm, eps, weight):
+    return weight.new_empty(len(x), len(weight) // 2)
+
+
+@down.register_fake
+def _(inner, weight, x):
+    return x.new_empty(num_terms(inner, weight), *x.shape)
+
+
+@final_norm.register_fake
+def _(stream, norm, eps):
+    return norm.new_empty(stream.shape[1:])
+
+
+@experts_first.register_fake
+def _(stream, norm, eps, state, context, ln_weight, ln_bias, ln_eps, step, router, router_bias, weight, bias, top_k, has_shared):  # fmt: skip  # noqa: E501
+    num_experts = len(router) + has_shared
+    gates = state.new_empty(len(state), len(router), dtype=exact(state.dtype))
+    weights = state.new_empty(len(state), num_experts, dtype=exact(state.dtype))
+    return gates, weights, state.new_empty(num_experts, len(state), len(weight) // num_experts)
+
+
+@experts_second.register_fake
+def _(state, inner, weights, weight, bias):
+    return torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+#: Where the kernels are, and which argument has the rows that decide between kernel and definition.
+_KERNELS: dict[str, tuple[CustomOpDef, str, int | None]] = {
+    "qkv": (qkv, "qkv", 0),
+    "attention": (attention, "attention", None),
+    "out": (out, "out", 3),
+    "gate_up": (gate_up, "gate_up", 0),
+    "down": (down, "down", 0),
+    "final_norm": (final_norm, "norm", None),
+    "experts_first": (experts_first, "experts", 3),
+    "experts_second": (experts_second, "experts", 0),
+}
+
+
+def _use_kernels(device: str) -> None:
+    """Have kernels compute the ops on a device, as long as rows are few and numbers such as kernels are written for."""
+    for name, (op, module, of_rows) in _KERNELS.items():
+        kernel = getattr(importlib.import_module(f"plume_kernels.{module}"), name)
+        definition = getattr(definitions, name)
+
+        def compute(*args: Any, kernel=kernel, definition=definition, of_rows=of_rows) -> Any:
+            first: Tensor = args[0] if args[0] is not None else args[3]
+            many = of_rows is not None and args[of_rows].shape[-2] > tiles.largest_rows(tiles.device_name(first))
+            return (definition if many or first.dtype == torch.float64 else kernel)(*args)
+
+        op.register_kernel(device)(compute)
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_launch: Any = importlib.import_module("plume_kernels.launch") if _HAS_TRITON else None
+if _HAS_TRITON:
+    _use_kernels("cpu" if _launch.INTERPRETED else "cuda")
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why no kernels run on a device; None where they do."""
+    if not _HAS_TRITON:
+        return "triton is not installed; torch's CUDA builds bring it along"
+    if device.type != "cuda" and not _launch.INTERPRETED:
+        return f"Triton kernels need a CUDA device, and the model is on {device.type}"
+    return None
+
+
+def dependent_launch(is_on: bool) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, kernels start while those before them end; see `plume_kernels.launch`."""
+    return _launch.dependent() if is_on else contextlib.nullcontext()

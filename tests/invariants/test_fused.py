@@ -1,0 +1,187 @@
+"""The fused ops give the vectors of the model, by their definitions on any device; what the engine does around them.
+
+`tests/plume_kernels` holds the kernels against the definitions.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from plume import Item, PlumeModel, ops
+from plume.backbone import Segment
+from plume.engine import Engine
+from plume.fused import FusedStack
+from plume.parts import UnsupportedModelError, text_parts
+from plume.stack import TextStack
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume_kernels.cases import NAMES, Shapes, arguments
+
+
+def built(tmp_path_factory, family: str = "qwen2_vl", **fields) -> PlumeModel:
+    folder = tmp_path_factory.mktemp(family)
+    save_tiny_backbone(folder, ["red", "kite", "blue"], family=family, num_layers=2, vision_layers=1)  # type: ignore[arg-type]
+    return PlumeModel.from_backbone(str(folder), num_latent_steps=3, **{**SHORT_STRINGS, **fields}).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> PlumeModel:
+    return built(tmp_path_factory)
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Lets the ops run on a CPU, as their definitions."""
+    monkeypatch.setattr(ops, "why_not", lambda device: None)
+
+
+def batch(model: PlumeModel) -> dict:
+    items = [Item.parse("red kite"), Item.parse("blue"), Item.parse("kite " * 30)]
+    return dict(model.processor.encode(items))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, torch.tensor([0, 3, 1])], ids=["0", "1", "3", "mixed"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_fused_ops_give_what_the_model_gives(tmp_path_factory, anywhere, family, steps):
+    model = built(tmp_path_factory, family).double()
+    with torch.no_grad():
+        expected = model(**batch(model), num_latent_steps=steps)
+    engine = Engine(model.float(), backend="triton")
+    assert engine.backend == "triton"
+    found = engine(batch(model), steps)
+    for name in ("embedding", "anchor_embedding", "states", "gates"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        if other is not None:
+            assert (one - other).norm() <= 1e-5 * other.norm(), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"transition": "identity"},
+        {"transition": "projector"},
+        {"router_context": "prefix_last"},
+        {"router_context": "none"},
+        {"shared_expert": False},
+        {"latent_positions": "kv_length"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_runs_in_fused_ops(tmp_path_factory, anywhere, fields):
+    model = built(tmp_path_factory, **fields)
+    with torch.no_grad():
+        expected = model(**batch(model)).embedding
+    assert (Engine(model, backend="triton")(batch(model)).embedding - expected).abs().max() < 1e-5
+
+
+def test_stopping_early_looks_at_finished_states(model, anywhere):
+    for tolerance in (1e9, 0.5, 0):
+        expected = Engine(model, backend="eager", exit_tolerance=tolerance)(batch(model), 6)
+        found = Engine(model, backend="triton", exit_tolerance=tolerance)(batch(model), 6)
+        assert torch.equal(found.num_latent_steps, expected.num_latent_steps)
+        assert (found.embedding - expected.embedding).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("num_new", [1, 6])
+def test_fused_ops_need_no_cleared_cache(model, anywhere, num_new):
+    model = copy.deepcopy(model)
+    parts = text_parts(model.backbone)
+    plain, fused = TextStack(parts), FusedStack(parts)
+    lengths, width = torch.tensor([1, 300, 7]), len(plain.norm)
+    mask = torch.rand(3, num_new) > 0.3
+    mask[:, -1] = True
+    embeds, positions = torch.randn(3, num_new, width), torch.arange(num_new).expand(3, 3, -1).contiguous() + 9
+    found = []
+    kept = torch.randn(len(parts.layers), 2, 3, parts.num_key_value_heads, 320, parts.channels)
+    is_filled = (torch.arange(320) < lengths[:, None])[:, None, :, None]  # [B, 1, L, 1]
+    with torch.inference_mode():
+        for stack, rest in ((plain, 0.0), (fused, torch.nan)):
+            cache = stack.new_cache(3, 320)
+            cache.kv.copy_(kept.where(is_filled, rest))
+            cache.lengths.copy_(lengths)
+            found.append(stack.read_next(Segment(embeds, mask, positions), cache)[mask])
+            assert torch.equal(cache.lengths, lengths + mask.sum(dim=1))
+    assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_can_look_through_an_op(name):
+    op = getattr(ops, name)
+    torch.library.opcheck(
+        op, arguments(Shapes(), [2, 5], num_new=2)[name], test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_an_op_compiles_into_a_graph():
+    args = arguments(Shapes(), [2, 5])["gate_up"]
+    compiled = torch.compile(lambda *own: ops.gate_up(*own) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), ops.gate_up(*args) * 2)
+
+
+def test_gradients_through_an_op_are_an_error():
+    args = list(arguments(Shapes(), [2])["gate_up"])
+    args[3] = args[3].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="plume"):
+        ops.gate_up(*args).sum().backward()
+
+
+def test_on_a_cpu_the_engine_falls_back_with_one_warning(model):
+    with pytest.warns(
+        UserWarning, match='backend="triton" falls back to "eager": Triton kernels need a CUDA device'
+    ) as found:
+        engine = Engine(model, backend="triton")
+    assert len(found) == 1
+    assert engine.backend == "eager"
+    assert not isinstance(engine.stack, FusedStack)
+    with torch.no_grad():
+        expected = model(**batch(model)).embedding
+    assert (engine(batch(model)).embedding - expected).abs().max() < 1e-5
+
+
+def test_where_triton_is_missing_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    assert ops.why_not(torch.device("cuda")) == "triton is not installed; torch's CUDA builds bring it along"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.half(), "in bfloat16 or float32, and the model is in torch.float16"),
+        (lambda model: narrow(model), "multiples of 64; the hidden size is 64 and the MLP's 96"),
+        (lambda model: unbiased(model), "biases of queries, keys and values alone"),
+    ],
+    ids=["float16", "width", "bias"],
+)
+def test_what_no_kernel_is_written_for_falls_back_and_says_so(model, anywhere, change, reason):
+    changed = copy.deepcopy(model)
+    change(changed)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        FusedStack(text_parts(changed.backbone))
+    with pytest.warns(UserWarning, match=f'"triton" falls back to "eager": .*{reason}'):
+        assert Engine(changed, backend="triton").backend == "eager"
+
+
+def narrow(model: PlumeModel) -> None:
+    for layer in model.backbone.language_model.layers:
+        for name, size in (("gate_proj", (96, 64)), ("up_proj", (96, 64)), ("down_proj", (64, 96))):
+            setattr(layer.mlp, name, torch.nn.Linear(size[1], size[0], bias=False))
+
+
+def unbiased(model: PlumeModel) -> None:
+    for layer in model.backbone.language_model.layers:
+        layer.self_attn.q_proj.bias = None
+
+
+def test_dependent_launch_belongs_to_the_kernels(model):
+    with pytest.raises(ValueError, match="dependent_launch belongs to backend=\"triton\"; received backend='graph'"):
+        Engine(model, backend="graph", dependent_launch=True)
+
+
+def test_running_without_kernels_loads_none():
+    code = "import sys, plume, plume.engine; sys.exit('plume_kernels.launch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
