@@ -329,7 +329,7 @@ class Engine:
             )
         size, steps = len(embeds), laid_out.max_latent_steps
         room = self.room(size, embeds.shape[1] + steps + len(self._suffix_ids))
-        launch = self._rollout(room, steps)  # first, since it runs for capture on whatever the room holds
+        launch = self.reasoning(room, steps)  # first, since it runs for capture on whatever the room holds
         room.furnish(laid_out, self.read(laid_out, embeds, room))
         result = launch()
         return PlumeOutput(
@@ -340,7 +340,12 @@ class Engine:
             num_latent_steps=result.num_latent_steps[:size].clone(),
         )
 
-    def _rollout(self, room: Room, steps: int) -> Callable[[], Rollout]:
+    def reasoning(self, room: Room, steps: int) -> Callable[[], Rollout]:
+        """What takes so many latent steps behind the prefixes in a room, and embeds; captured if the room comes again.
+
+        It fills the room's cache further: `room.cache.lengths` must be set before it is called again.
+        """
+
         def work() -> Rollout:
             size = len(room.start)
             suffix = seam.embed_tokens(self.model.backbone, self._suffix_ids.expand(size, -1))

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
+import plume_kernels
 from plume import definitions
 from plume.definitions import exact, num_terms
 from plume_kernels import tiles
@@ -83,37 +84,28 @@ def _(state, inner, weights, weight, bias):
     return torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
-#: Where the kernels are, and which argument has the rows that decide between kernel and definition.
-_KERNELS: dict[str, tuple[CustomOpDef, str, int | None]] = {
-    "qkv": (qkv, "qkv", 0),
-    "attention": (attention, "attention", None),
-    "out": (out, "out", 3),
-    "gate_up": (gate_up, "gate_up", 0),
-    "down": (down, "down", 0),
-    "final_norm": (final_norm, "norm", None),
-    "experts_first": (experts_first, "experts", 3),
-    "experts_second": (experts_second, "experts", 0),
-}
+#: Which argument of an op has the rows that decide between kernel and definition.
+_ROWS_OF = {"qkv": 0, "out": 3, "gate_up": 0, "down": 0, "experts_first": 3, "experts_second": 0}
 
 
-def _use_kernels(device: str) -> None:
-    """Have kernels compute the ops on a device, as long as rows are few and numbers such as kernels are written for."""
-    for name, (op, module, of_rows) in _KERNELS.items():
-        kernel = getattr(importlib.import_module(f"plume_kernels.{module}"), name)
-        definition = getattr(definitions, name)
+def _use_kernel(name: str, device: str) -> None:
+    """Have a kernel compute an op on a device, as long as rows are few and numbers such as it is written for."""
+    kernel, definition = plume_kernels.kernel(name), getattr(definitions, name)
+    of = _ROWS_OF.get(name)
 
-        def compute(*args: Any, kernel=kernel, definition=definition, of_rows=of_rows) -> Any:
-            first: Tensor = args[0] if args[0] is not None else args[3]
-            many = of_rows is not None and args[of_rows].shape[-2] > tiles.largest_rows(tiles.device_name(first))
-            return (definition if many or first.dtype == torch.float64 else kernel)(*args)
+    def compute(*args: Any) -> Any:
+        first: Tensor = args[0] if args[0] is not None else args[3]
+        are_many = of is not None and args[of].shape[-2] > tiles.largest_rows(tiles.device_name(first))
+        return (definition if are_many or first.dtype == torch.float64 else kernel)(*args)
 
-        op.register_kernel(device)(compute)
+    globals()[name].register_kernel(device)(compute)
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _launch: Any = importlib.import_module("plume_kernels.launch") if _HAS_TRITON else None
 if _HAS_TRITON:
-    _use_kernels("cpu" if _launch.INTERPRETED else "cuda")
+    for _name in plume_kernels.MODULES:
+        _use_kernel(_name, "cpu" if _launch.INTERPRETED else "cuda")
 
 
 def why_not(device: torch.device) -> str | None:

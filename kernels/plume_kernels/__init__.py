@@ -17,3 +17,30 @@ Letters: B batch, n new tokens of a row, M = B n rows (row b n + i is token i of
 heads, G key/value heads, C channels per head, I inner size, P terms of the residual stream, Z splits of the cache,
 L slots of the cache.
 """
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+#: Where each kernel is.
+MODULES = {
+    "qkv": "qkv",
+    "attention": "attention",
+    "out": "out",
+    "gate_up": "gate_up",
+    "down": "down",
+    "experts_first": "experts",
+    "experts_second": "experts",
+    "final_norm": "norm",
+}
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The kernel that computes an op.
+
+    Raises:
+        ModuleNotFoundError: there is no Triton.
+    """
+    return getattr(importlib.import_module(f"plume_kernels.{MODULES[name]}"), name)

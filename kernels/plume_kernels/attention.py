@@ -44,7 +44,7 @@ def _attention_kernel(
     q = tl.load(queries_ptr + place[:, None] * C + offs_c[None, :], mask=mask_r[:, None], other=0.0)
     q = q.to(tl.float32) if UPCAST else q
     readable = num_readable(mask_ptr, lengths_ptr, batch + 0 * offs_r, token, mask_r, NUM_NEW)
-    end = tl.minimum((split + 1) * SPLIT, tl.max(readable, axis=0))
+    end = tl.minimum(tl.minimum((split + 1) * SPLIT, num_slots), tl.max(readable, axis=0))  # never beyond the cache
     keys_ptr = kv_ptr + batch.to(tl.int64) * stride_batch + group * num_slots * C
     values_ptr = keys_ptr + stride_kv.to(tl.int64)
 
@@ -68,7 +68,8 @@ def _attention_kernel(
         best = new_best
 
     has_any = total > 0
-    lse = tl.where(has_any, best + tl.log2(tl.where(has_any, total, 1.0)), float("-inf"))
+    total = tl.where(has_any, total, 1.0)
+    lse = tl.where(has_any, best + tl.log2(total), float("-inf"))
     tl.store(lse_ptr + split * num_rows * H + place, lse, mask=mask_r)
     target = outputs_ptr + split * num_rows * H * C + place[:, None] * C + offs_c[None, :]
     tl.store(target, acc / total[:, None], mask=(mask_r & has_any)[:, None])

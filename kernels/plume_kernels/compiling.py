@@ -6,7 +6,12 @@ compiled = compile_call(calls[0])                          PTX and machine code 
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,3 +65,22 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
     ordered = {name: signature[name] for name in names}
     source = ASTSource(call.kernel, ordered, {(names.index(one),): value for one, value in constants.items()}, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=call.options)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program takes: registers of a thread, its stack (spilled registers, mostly) and shared memory in bytes."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Read what compiled code takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", told)}
+    return Resources(found["REG"], found["STACK"], max(found["SHARED"], compiled.metadata.shared))

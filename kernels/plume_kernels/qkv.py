@@ -67,7 +67,7 @@ def _qkv_kernel(
         batch, token = rows // NUM_NEW, rows % NUM_NEW
         is_real = tl.load(mask_ptr + rows, mask=mask_m, other=0) != 0
         filled = num_readable(mask_ptr, lengths_ptr, batch, token, mask_m, NUM_NEW)
-        slot = tl.where(is_real, filled - 1, num_slots - 1)
+        slot = tl.where(is_real, tl.minimum(filled, num_slots) - 1, num_slots - 1)  # never beyond the cache
         place = (head - H) // G * stride_kv.to(tl.int64) + batch.to(tl.int64) * stride_batch
         row = place + ((head - H) % G * num_slots + slot) * C
         target = kv_ptr + row[:, None] + pairs[None, :]

@@ -69,6 +69,8 @@ def num_segments(channels: int) -> int:
 def default(kernel: str, columns: int, num_rows: int) -> Tile:
     """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
     block_n = 16 if columns <= 4096 else 32
+    if kernel == "experts_first":
+        block_n = 64  # every program routes, so that there should be few
     return Tile(
         block_m=min(32, bucket(num_rows)),
         block_n=block_n,

@@ -31,33 +31,6 @@ def model(tmp_path_factory) -> PlumeModel:
     return built(tmp_path_factory)
 
 
-@pytest.fixture
-def captured(monkeypatch):
-    """Graphs without a GPU: their buffers, buckets and order are real; replaying launches again."""
-    monkeypatch.setattr(graphs, "why_not", lambda device: None)
-    monkeypatch.setattr(graphs, "new_pool", lambda device: None)
-
-    def capture(work, pool):
-        work()
-        output = work()
-
-        def replay():
-            # Into the same memory, as a graph does it, so that a view of an earlier result would change.
-            for mine, new in zip(tensors(output), tensors(work()), strict=True):
-                mine.copy_(new)
-            return output
-
-        return replay
-
-    monkeypatch.setattr(graphs, "capture", capture)
-
-
-def tensors(output) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    return [] if output is None else [one for one in vars(output).values() if isinstance(one, torch.Tensor)]
-
-
 def frames(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -291,7 +264,7 @@ def test_graphs_on_a_cpu_fall_back_with_one_warning(model):
 
 
 def test_arguments_that_cannot_be_honoured_are_errors(model):
-    with pytest.raises(ValueError, match="backend must be one of auto, eager, graph, triton; received 'fast'"'):
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, graph, triton; received 'fast'"):
         Engine(model, backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exit_tolerance must be at least 0; received -1"):
         Engine(model, exit_tolerance=-1)

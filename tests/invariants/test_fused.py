@@ -79,6 +79,21 @@ def test_every_kind_of_adapter_runs_in_fused_ops(tmp_path_factory, anywhere, fie
     assert (Engine(model, backend="triton")(batch(model)).embedding - expected).abs().max() < 1e-5
 
 
+@torch.inference_mode()
+def test_captured_rollouts_keep_no_trace_and_share_no_memory_with_results(model, anywhere, captured):
+    engine = Engine(model, backend="triton")
+    expected = [model(**batch(model), num_latent_steps=steps) for steps in (3, 1)]
+    for _ in range(2):
+        found = [engine(batch(model), steps) for steps in (3, 1)]
+        for one, other in zip(found, expected, strict=True):
+            assert (one.embedding - other.embedding).abs().max() < 1e-5
+            assert (one.states - other.states).norm() < 1e-5 * other.states.norm()
+        for room in engine._rooms:
+            room.cache.kv.fill_(torch.nan)
+            room.read.fill_(torch.nan)
+    assert engine.num_captures > 0
+
+
 def test_stopping_early_looks_at_finished_states(model, anywhere):
     for tolerance in (1e9, 0.5, 0):
         expected = Engine(model, backend="eager", exit_tolerance=tolerance)(batch(model), 6)

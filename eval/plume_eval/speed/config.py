@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-WayName = Literal["reference", "transformers", "compiled", "eager", "graph", "int8"]
+WayName = Literal["reference", "transformers", "compiled", "eager", "graph", "triton", "dependent", "int8"]
 WAYS: tuple[WayName, ...] = get_args(WayName)
 SHAPES = ("tiny", "mid", "2b", "7b")
 

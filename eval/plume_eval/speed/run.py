@@ -19,7 +19,7 @@ from plume_eval.speed.cases import make_items, make_model
 from plume_eval.speed.clock import Timing, num_launches, timed
 from plume_eval.speed.config import ConfigError, LatencyConfig
 from plume_eval.speed.floors import Device, Work, measure_device
-from plume_eval.speed.ways import Batch, Compiled, Way, way
+from plume_eval.speed.ways import IN_GRAPHS, Batch, Compiled, Way, way
 
 #: Least cosine to transformers' layers that a way must reach before it is timed. int8 is reported, not gated.
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
@@ -218,7 +218,7 @@ class _Bench:
             elif case.mode == "latent":
                 own.embed(mine, case.count)
             else:
-                keeps_graphs = isinstance(own, Compiled) or case.way == "graph"
+                keeps_graphs = isinstance(own, Compiled) or case.way in IN_GRAPHS
                 most = min(4, case.count) if briefly and not keeps_graphs else case.count
                 self.written[case] = own.write(mine, most, stops=config.stops)[1]
 

@@ -5,6 +5,8 @@ transformers   `PlumeModel.forward`: batched, transformers' layers, launched one
 compiled       the same over transformers' static cache, the language model in torch.compile
 eager          plume's engine, launched one by one
 graph          plume's engine, replayed as CUDA graphs
+triton         the same with fused kernels for latent steps and written tokens
+dependent      the same with kernels that start while those before them end
 int8           plume's engine with products in int8 (CPU)
 """
 
@@ -34,6 +36,9 @@ from plume_eval.speed.reference import embed_one, write_one
 from plume_eval.speed.writing import Writer
 
 Batch = dict[str, Tensor]
+
+#: Ways that replay CUDA graphs.
+IN_GRAPHS: tuple[WayName, ...] = ("graph", "triton", "dependent")
 
 
 class WayError(RuntimeError):
@@ -112,12 +117,13 @@ class InEngine(Way):
     def __init__(self, model: PlumeModel, **settings: Any):
         super().__init__(model)
         self.engine = Engine(model, **settings)
-        self._backend = self.engine.backend
+        self._backend = settings.get("backend", self.engine.backend)
         self.writer = Writer(self.engine)
         self._laid_out: tuple[list[Batch], list[Plan]] | None = None
 
     def _check_backend(self) -> None:
-        # An engine that fails to capture launches from then on, which must not be timed under the name of graphs.
+        # An engine that cannot do what it is asked for takes something simpler, which must not be timed under the name
+        # of the other.
         if self.engine.backend != self._backend:
             raise WayError(f"{self._backend} could not be run: the engine fell back to {self.engine.backend}")
 
@@ -257,8 +263,8 @@ def way(name: WayName, model: PlumeModel, config: LatencyConfig) -> Way:
     Raises:
         ValueError: the device cannot run it.
     """
-    if name == "graph" and model.device.type != "cuda":
-        raise ValueError("graph needs a CUDA device")
+    if name in IN_GRAPHS and model.device.type != "cuda":
+        raise ValueError(f"{name} needs a CUDA device")
     if name == "reference":
         return Reference(model)
     if name == "transformers":
@@ -267,4 +273,8 @@ def way(name: WayName, model: PlumeModel, config: LatencyConfig) -> Way:
         suffix = len(model.config.suffix_ids or ())
         most = max(config.num_written_tokens + 1, max(*config.num_latent_steps, config.main_steps) + suffix)
         return Compiled(model, config.compile_backend, most)
-    return InEngine(model, int8=True) if name == "int8" else InEngine(model, backend=name)
+    if name == "int8":
+        return InEngine(model, int8=True)
+    if name == "dependent":
+        return InEngine(model, backend="triton", dependent_launch=True)
+    return InEngine(model, backend=name)

@@ -1,0 +1,250 @@
+"""Run the bench of the kernels: the gate, then each kernel, then the whole step; tables and a picture.
+
+Floors are bytes that must be moved over the bandwidth of a copy, measured in the same run on random data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plume import definitions, ops
+from plume.model import PlumeModel
+from plume_eval.kernels.gate import Check, check_all
+from plume_eval.kernels.step import WAYS, RolloutClock, Steps, event_clock, node_us, shares
+from plume_eval.report import markdown_table, write_report
+from plume_eval.speed.floors import Work, measure_device
+from plume_kernels import MODULES
+from plume_kernels.cases import Shapes, arguments
+from plume_kernels.timing import Clock, graph_clock, num_bytes, num_copies
+
+#: Rows and new tokens that are checked before anything is timed.
+GATED = ((1, 1), (3, 1), (17, 1), (1, 6), (8, 6))
+
+CONTEXT = 300
+
+
+class GateError(Exception):
+    """A kernel that is wrong; nothing is timed then."""
+
+
+def gate(shapes: Shapes, *, dtype: torch.dtype, device: str) -> list[Check]:
+    """Check all kernels.
+
+    Raises:
+        GateError: some are wrong; the message names them.
+    """
+    found = check_all(shapes, GATED, dtype=dtype, device=device)
+    if red := [one for one in found if not one.is_green]:
+        lines = [
+            f"{one.name} ({one.part}), {one.num_rows} x {one.num_new}: {one.error:.1e} > {one.allowed:.1e}"
+            for one in red
+        ]
+        raise GateError("nothing is timed, since kernels are wrong:\n" + "\n".join(lines))
+    return found
+
+
+def time_kernels(
+    shapes: Shapes,
+    batch_sizes: Sequence[int],
+    bytes_per_s: float,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    clock: Clock = graph_clock,
+    compiles: bool = False,
+) -> list[dict[str, Any]]:
+    """Time every kernel, its definition in plain operations, and on request that in torch.compile.
+
+    Returns:
+        Of each kernel, batch size and way the median of microseconds, their 20th and 80th percentile, bytes, the
+        floor, and the share of the bandwidth.
+    """
+    rows = []
+    for size in batch_sizes:
+        for name in MODULES:
+            case = partial(arguments, shapes, [CONTEXT] * size, num_slots=512, dtype=dtype, device=device)
+            first = case()[name]
+            sets = [first, *(case(seed=seed)[name] for seed in range(1, num_copies(first)))]
+            moved = statistics.mean(num_bytes(name, args, _num_used(name, args)) for args in sets)
+            floor = 1e6 * moved / bytes_per_s
+            ways: dict[str, tuple[bool, Callable[..., Any]]] = {
+                "kernel": (False, getattr(ops, name)),
+                "dependent": (True, getattr(ops, name)),
+                "plain": (False, getattr(definitions, name)),
+            }
+            if compiles:
+                ways["compiled"] = (False, torch.compile(getattr(definitions, name), dynamic=False))
+            for way, (is_dependent, work) in ways.items():
+                with ops.dependent_launch(is_dependent):
+                    times = sorted(clock([partial(work, *args) for args in sets]))
+                median = statistics.median(times)
+                rows.append(
+                    {
+                        "kernel": name,
+                        "batch_size": size,
+                        "way": way,
+                        "median_us": median,
+                        "p20_us": times[len(times) // 5],
+                        "p80_us": times[-1 - len(times) // 5],
+                        "bytes": moved,
+                        "floor_us": floor,
+                        "share_of_bandwidth": floor / median,
+                    }
+                )
+    return rows
+
+
+def _num_used(name: str, args: tuple[Any, ...]) -> int | None:
+    """Experts that some row has chosen."""
+    if name == "experts_first":
+        return int((definitions.experts_first(*args)[1] > 0).any(dim=0).sum())
+    return int((args[2] > 0).any(dim=0).sum()) if name == "experts_second" else None
+
+
+def time_steps(
+    model: PlumeModel,
+    batch_sizes: Sequence[int],
+    work: Work,
+    device: Any,
+    *,
+    clock: RolloutClock = event_clock,
+    ways: Sequence[str] = tuple(WAYS),
+    has_time: Callable[[], bool] = lambda: True,
+) -> list[dict[str, Any]]:
+    """Time a latent step in every way; what there is no time for is left out."""
+    rows = []
+    for size in batch_sizes:
+        floor = 1000 * work.pass_ms(device, size, CONTEXT, adapter=True, head=False)
+        for way in ways:
+            if has_time():
+                taken = Steps(model, way, size, CONTEXT, clock).step_us()
+                rows.append({"batch_size": size, "way": way, "step_us": taken, "floor_us": floor})
+    return rows
+
+
+def run(
+    model: PlumeModel,
+    shapes: Shapes,
+    batch_sizes: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    time_limit_s: float | None = None,
+    compiles: bool = False,
+) -> dict[str, Any]:
+    """All of it, on a CUDA device.
+
+    Raises:
+        GateError: a kernel is wrong.
+    """
+    begin = time.perf_counter()
+
+    def has_time() -> bool:
+        return time_limit_s is None or time.perf_counter() - begin < time_limit_s
+
+    with torch.inference_mode():
+        checks = gate(shapes, dtype=dtype, device=device)
+        measured = measure_device(torch.device(device), dtype)
+        kernels = time_kernels(shapes, batch_sizes, measured.bytes_per_s, dtype=dtype, device=device, compiles=compiles)
+        steps = time_steps(model, batch_sizes, Work.of(model), measured, has_time=has_time)
+        return {
+            "gate": [vars(one) for one in checks],
+            "bytes_per_s": measured.bytes_per_s,
+            "operations_per_s": measured.operations_per_s,
+            "kernels": kernels,
+            "steps": steps,
+            "shares_us": shares(model, 1, CONTEXT) if has_time() else {},
+            "node_us": node_us(),
+        }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    worst = max(result["gate"], key=lambda one: one["error"] / one["allowed"])
+    kernels = [
+        [
+            one["kernel"], one["batch_size"], one["way"], f"{one['median_us']:.1f}",
+            f"{one['p20_us']:.1f} to {one['p80_us']:.1f}", f"{one['bytes'] / 1e6:.2f}", f"{one['floor_us']:.1f}",
+            f"{one['share_of_bandwidth']:.0%}",
+        ]
+        for one in result["kernels"]
+    ]  # fmt: skip
+    steps = [
+        [
+            one["batch_size"],
+            one["way"],
+            f"{one['step_us'] / 1000:.3f}",
+            f"{one['floor_us'] / 1000:.3f}",
+            f"{one['step_us'] / one['floor_us']:.2f}",
+        ]
+        for one in result["steps"]
+    ]
+    left = [[name, f"{taken:.0f}"] for name, taken in result["shares_us"].items()]
+    return "\n\n".join(
+        [
+            f"Gate: {len(result['gate'])} results are right; the worst is {worst['name']} ({worst['part']}), "
+            f"{worst['error']:.1e} where {worst['allowed']:.1e} is allowed.",
+            f"Copy bandwidth {result['bytes_per_s'] / 1e12:.2f} TB/s, matrix products "
+            f"{result['operations_per_s'] / 1e12:.0f} T operations/s; a node of a graph of kernels that do next to "
+            f"nothing takes {result['node_us']:.2f} us.",
+            "## One latent step\n\n"
+            + markdown_table(["batch size", "way", "ms", "floor, ms", "times the floor"], steps),
+            "## What a step of batch size 1 saves without each op\n\n" + markdown_table(["op", "us"], left),
+            "## Kernels, cold weights\n\n"
+            + markdown_table(
+                ["kernel", "batch size", "way", "us", "20 % to 80 %", "MB", "floor, us", "of the bandwidth"], kernels
+            ),
+        ]
+    )
+
+
+def write(result: dict[str, Any], out: Path, label: str, command: str) -> Path:
+    """Results as JSON and Markdown, and a picture where matplotlib is there; returns the path without suffix."""
+    path = write_report(out, f"kernels_{label}", "Kernels of a latent step", command, tables(result), result)
+    with contextlib.suppress(ImportError):
+        draw(result, path.with_suffix(".png"))
+    return path
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A step in every way over its floor, and each kernel's share of the bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    sizes = sorted({one["batch_size"] for one in result["steps"]})
+    for way in dict.fromkeys(one["way"] for one in result["steps"]):
+        own = {one["batch_size"]: one["step_us"] / 1000 for one in result["steps"] if one["way"] == way}
+        left.plot(
+            [str(size) for size in sizes if size in own], [own[size] for size in sizes if size in own], "o-", label=way
+        )
+    floors = {one["batch_size"]: one["floor_us"] / 1000 for one in result["steps"]}
+    left.plot([str(size) for size in sizes], [floors[size] for size in sizes], "k--", label="floor")
+    left.set(xlabel="batch size", ylabel="ms", title="One latent step", yscale="log")
+    left.legend()
+    least = min(one["batch_size"] for one in result["kernels"])
+    smallest = [one for one in result["kernels"] if one["batch_size"] == least]
+    names = list(dict.fromkeys(one["kernel"] for one in smallest))
+    ways = list(dict.fromkeys(one["way"] for one in smallest))
+    for place, way in enumerate(ways):
+        own = {one["kernel"]: one["share_of_bandwidth"] for one in smallest if one["way"] == way}
+        offset = (place - (len(ways) - 1) / 2) * 0.8 / len(ways)
+        right.barh(
+            [row + offset for row in range(len(names))], [own[name] for name in names], 0.8 / len(ways), label=way
+        )
+    right.set(yticks=range(len(names)), yticklabels=names, xlabel="share of the copy bandwidth")
+    right.set_title(f"Kernels at batch size {least}, cold weights")
+    right.invert_yaxis()
+    right.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,171 @@
+"""The bench of the kernels, with clocks that count instead of measuring: nothing is timed on red; sums are right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from plume import PlumeModel, ops
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume_eval.kernels import run as bench
+from plume_eval.kernels import step
+from plume_eval.speed.floors import Device, Work
+from plume_kernels import cases, tiles, timing, tuning
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> PlumeModel:
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny_backbone(folder, ["red", "kite"], num_layers=2, vision_layers=1)
+    return PlumeModel.from_backbone(str(folder), num_latent_steps=2, **SHORT_STRINGS).eval()
+
+
+def counting(launches) -> list[float]:
+    """Runs all, and says 2 microseconds."""
+    for launch in launches:
+        launch()
+    return [1.0, 2.0, 4.0]
+
+
+def test_a_wrong_kernel_is_named_and_nothing_is_timed(monkeypatch):
+    right = ops.down
+    monkeypatch.setattr(ops, "down", lambda *args: right(*args) + 1e-3)
+    with pytest.raises(bench.GateError, match=r"nothing is timed, since kernels are wrong:\ndown \(result\), 1 x 1: "):
+        bench.gate(cases.Shapes(), dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_red(monkeypatch, value):
+    monkeypatch.setattr(ops, "gate_up", lambda x, *args: torch.full((len(x), 128), value))
+    with pytest.raises(bench.GateError, match="gate_up"):
+        bench.gate(cases.Shapes(), dtype=torch.float32, device="cpu")
+
+
+def test_every_kernel_is_timed_in_every_way_against_the_bytes_it_moves(monkeypatch, small, tmp_path):
+    checks = bench.gate(cases.Shapes(), dtype=torch.float32, device="cpu")
+    rows = bench.time_kernels(cases.Shapes(), [1, 3], 1e9, dtype=torch.float32, device="cpu", clock=counting)
+    assert len(rows) == 2 * 8 * 3
+    down = next(one for one in rows if one["kernel"] == "down" and one["batch_size"] == 3)
+    moved = 4 * (3 * 128 + 64 * 128 + 3 * 64 + 3 * 64)  # activations, weight, stream in and out
+    assert down["bytes"] == moved
+    assert down["floor_us"] == pytest.approx(moved / 1e3)
+    assert down["median_us"] == 2
+
+    monkeypatch.setattr(ops, "why_not", lambda device: None)
+    steps = bench.time_steps(
+        small,
+        [2],
+        Work.of(small),
+        Device(1e9, 1e12),
+        clock=lambda *both: [one() for one in both] and 7.0,
+        ways=["eager"],
+    )
+    assert steps[0]["step_us"] == 0  # one call is as long as the other
+    result = {
+        "gate": [vars(one) for one in checks],
+        "bytes_per_s": 1e9,
+        "operations_per_s": 1e12,
+        "kernels": rows,
+        "steps": [{**steps[0], "step_us": 3.0}],
+        "shares_us": {"down": 1.0},
+        "node_us": 1.5,
+    }
+    path = bench.write(result, tmp_path, "tiny", "kernels/bench.py")
+    assert json.loads(path.with_suffix(".json").read_text())["results"]["kernels"]
+    assert "| down | 3 | kernel | 2.0 |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_step_is_what_eight_more_steps_take(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops, "why_not", lambda device: None)
+    own = ops.gate_up
+    monkeypatch.setattr(ops, "gate_up", lambda *args: calls.append(1) or own(*args))
+
+    def clock(before, work):
+        before()
+        calls.clear()
+        work()
+        return float(len(calls))
+
+    assert step.Steps(small, "triton", 2, 20, clock).step_us() == 2  # layers
+    with step.left_out("gate_up"):
+        assert step.Steps(small, "triton", 2, 20, clock).step_us() == 0
+    assert ops.gate_up is not own
+
+
+@pytest.mark.filterwarnings("ignore:plume")
+@pytest.mark.parametrize("way", ["graph", "triton"])
+def test_a_step_is_not_timed_under_the_name_of_what_could_not_be_run(small, way):
+    with pytest.raises(RuntimeError, match=f"{way} could not be run: the engine fell back to eager"):
+        step.Steps(small, way, 2, 20)
+
+
+def test_the_share_of_an_op_is_what_a_step_saves_without_it(small, monkeypatch):
+    monkeypatch.setattr(ops, "why_not", lambda device: None)
+    counts = dict.fromkeys(("down", "experts_second"), 0)
+    for name in counts:
+        own = getattr(ops, name)
+
+        def count(*args, own=own, name=name):
+            counts[name] += 1
+            return own(*args)
+
+        monkeypatch.setattr(ops, name, count)
+
+    def clock(before, work):
+        before()
+        counts.update(dict.fromkeys(counts, 0))
+        work()
+        return float(sum(counts.values()))
+
+    found = step.shares(small, 1, 20, clock)
+    assert found["down"] == 2
+    assert found["experts_second"] == 1
+    assert found["qkv"] == 0
+
+
+def test_bytes_are_those_that_must_be_moved():
+    args = cases.arguments(cases.Shapes(), [100, 20], num_slots=512)
+    attention = timing.num_bytes("attention", args["attention"])
+    assert attention == 4 * (
+        2 * 4 * 16 + 2 * (101 + 21) * 2 * 16 + 2 * 2 * 4 * 16
+    )  # queries, slots, outputs of 2 splits
+    assert timing.num_bytes("qkv", args["qkv"]) < args["qkv"][9].nbytes + 4 * 128 * 64 + 10_000
+    few, all_used = (timing.num_bytes("experts_first", args["experts_first"], count) for count in (3, 5))
+    assert all_used - few == 2 * 4 * (128 * 64 + 128 + 2 * 128)  # two experts less: weights, biases, inner activations
+
+
+def test_tuning_takes_the_fastest_tile_that_is_right(monkeypatch):
+    monkeypatch.setattr(tuning, "kernel", lambda name: lambda *args: run(name, args))
+    monkeypatch.setattr(tuning, "CROSSOVER_ROWS", (16, 32))
+    definitions = {name: getattr(ops, name) for name in tuning.products(cases.Shapes())}
+    wrong, too_large = tiles.Tile(16, 64, 128, 4, 3), tiles.Tile(16, 32, 256, 4, 3)
+
+    def forced(name):
+        return tiles._forced.get(name)
+
+    def run(name, args):
+        if forced(name) == too_large:
+            raise RuntimeError("out of resource: shared memory")
+        result = definitions[name](*args)
+        return result + 1 if name == "gate_up" and forced(name) == wrong else result
+
+    def clock(launches):
+        for launch in launches:
+            launch()
+        own = next(iter(tiles._forced.values()), None)
+        return [0.5 if own == wrong else 1.0 if own and own.block_k == 256 else 3.0]
+
+    told = []
+    table = tuning.tune([cases.Shapes()], definitions, device="cpu", clock=clock, report=told.append)
+    best = table["tiles"]["gate_up/128x64/16"]
+    assert best["block_k"] == 256
+    assert best["block_n"] == 16  # the larger one does not run, and the fastest one is wrong
+    assert any("gate_up/128x64/16: 1.0 us" in line for line in told)
+    assert table["largest_rows"] in (16, 32)
+    late = tuning.tune([cases.Shapes()], definitions, device="cpu", clock=clock, time_limit_s=-1, report=told.append)
+    assert late["tiles"] == {}
+    assert "time is up" in told[-4]

@@ -1,0 +1,193 @@
+"""What only a CUDA device can show of the kernels, at the shapes of Qwen2-VL; `make gpu` runs it.
+
+`tests/plume_kernels` interprets and compiles the same kernels without one.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from plume import Item, PlumeModel, graphs
+from plume.backbone import Segment
+from plume.engine import Engine
+from plume.experts import together
+from plume.fused import FusedStack
+from plume.parts import text_parts
+from plume.stack import TextStack
+from plume.tiny import SHORT_STRINGS, random_model, save_tiny_backbone
+from plume_eval.kernels.gate import check_all
+from plume_eval.kernels.run import GATED
+from plume_kernels.cases import BY_NAME, Shapes, arguments
+from tests.plume_kernels.comparing import compare, kernel, tensors
+
+DEVICE = "cuda"
+TRUE_SHAPES = "2b"
+#: One text model of the shapes of 2B serves all; its vision tower is small, since no image is embedded.
+LAYERS = 28
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> PlumeModel:
+    """Random weights in bfloat16, and a router that is sure of itself: rounding decides near ties."""
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny_backbone(folder, ["red", "kite", "blue"], num_layers=2, vision_layers=1)
+    torch.manual_seed(0)
+    small = PlumeModel.from_backbone(str(folder), num_latent_steps=8, **SHORT_STRINGS).eval()
+    one = BY_NAME[TRUE_SHAPES]
+    text = {
+        "hidden_size": one.hidden_size,
+        "intermediate_size": one.inner_size,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": one.num_heads,
+        "num_key_value_heads": one.num_key_value_heads,
+        "vocab_size": len(small.processor.tokenizer),
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [one.channels // 8, one.channels * 3 // 16, one.channels * 3 // 16],
+            "rope_theta": 1e6,
+        },
+    }
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 4, "hidden_size": one.hidden_size}
+    made = random_model(small, {"text_config": text, "vision_config": vision}, DEVICE, torch.bfloat16)
+    with torch.no_grad():
+        made.transition.router.weight.mul_(10)
+    return made
+
+
+def texts(model: PlumeModel, count: int) -> dict:
+    """Inputs of random words, 1 to 40 of them."""
+    chosen = random.Random(0)
+    raws = [" ".join(chosen.choices(("red", "kite", "blue"), k=chosen.randint(1, 40))) for _ in range(count)]
+    return dict(model.processor.encode([Item.parse(raw) for raw in raws]))
+
+
+@pytest.mark.parametrize("shapes", ["2b", "7b"])
+def test_every_kernel_errs_at_most_twice_as_much_as_plain_operations_in_bfloat16(shapes):
+    checks = check_all(BY_NAME[shapes], GATED, dtype=torch.bfloat16, device=DEVICE)
+    assert not [one for one in checks if not one.is_green]
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 65, 3], [256, 257, 300] * 6], ids=len)
+@pytest.mark.parametrize("num_new", [1, 5, 6])
+def test_every_kernel_is_right_in_float32_at_odd_shapes(lengths, num_new):
+    wide = Shapes(hidden_size=320, num_heads=5, num_key_value_heads=1, channels=64, inner_size=1088, expert_size=192)
+    for shapes in (Shapes(), wide):
+        for name, args in arguments(shapes, lengths, num_new=num_new, device=DEVICE).items():
+            compare(name, args)
+
+
+def test_kernels_give_the_same_bits_twice():
+    cases = arguments(BY_NAME[TRUE_SHAPES], [300, 7, 64, 1], dtype=torch.bfloat16, device=DEVICE)
+    for name, args in cases.items():
+        for one, other in zip(*(tensors(kernel(name)(*args)) for _ in range(2)), strict=True):
+            assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), name
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_new", [1, 6])
+def test_a_row_gives_the_same_bits_alone_and_among_seven_others(model, num_new):
+    stack = FusedStack(text_parts(model.backbone))
+    lengths = torch.tensor([300, 7, 64, 1, 256, 90, 2, 30], device=DEVICE)
+    kv = torch.randn(LAYERS, 2, 8, stack.parts.num_key_value_heads, 512, stack.parts.channels, device=DEVICE).bfloat16()
+    embeds = torch.randn(8, num_new, len(stack.norm), device=DEVICE).bfloat16()
+    found = []
+    for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [0], [6, 3, 0], [5, 0]):
+        found.append(read(stack, kv[:, :, rows], lengths[rows], embeds[rows])[rows.index(0)])
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_new", [1, 6])
+def test_all_layers_err_at_most_twice_as_much_as_plain_operations(model, num_new):
+    exact = copy.deepcopy(model).double()
+    lengths = torch.tensor([300, 17], device=DEVICE)
+    parts = text_parts(model.backbone)
+    kv = torch.randn(LAYERS, 2, 2, parts.num_key_value_heads, 512, parts.channels, device=DEVICE).bfloat16()
+    embeds = torch.randn(2, num_new, len(parts.norm.weight), device=DEVICE).bfloat16()
+    expected = read(TextStack(text_parts(exact.backbone)), kv.double(), lengths, embeds.double())
+    plain, fused = (read(kind(parts), kv, lengths, embeds).double() for kind in (TextStack, FusedStack))
+    own = (fused - expected).norm() / expected.norm()
+    assert own <= 2 * (plain - expected).norm() / expected.norm()
+    assert own <= 2e-2
+
+
+def read(stack: TextStack, kv: torch.Tensor, lengths: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Hidden states of new tokens behind a cache that is filled."""
+    cache = stack.new_cache(len(embeds), kv.shape[4])
+    cache.kv.copy_(kv)
+    if not isinstance(stack, FusedStack):
+        cache.kv.masked_fill_((torch.arange(kv.shape[4], device=kv.device) >= lengths[:, None])[:, None, :, None], 0)
+    cache.lengths.copy_(lengths)
+    places = lengths[:, None] + torch.arange(embeds.shape[1], device=kv.device)
+    mask = torch.ones_like(places).bool()
+    return stack.read_next(Segment(embeds, mask, places.expand(3, -1, -1).contiguous()), cache)
+
+
+@torch.inference_mode()
+def test_vectors_and_neighbours_are_those_of_float32(model):
+    batch = texts(model, 64)
+    expected = Engine(copy.deepcopy(model).float(), backend="eager")(batch)
+    found = Engine(model, backend="triton")(batch)
+    assert cosine_similarity(found.embedding.float(), expected.embedding).min() >= 0.9995
+    scores, exact = (one.embedding.float()[:16] @ one.embedding.float()[16:].T for one in (found, expected))
+    kept, theirs = scores.topk(10).indices.sort().values, exact.topk(11)
+    is_clear = theirs.values[:, 9] - theirs.values[:, 10] > 5e-4  # nothing can tell those that are nearer than that
+    assert is_clear.sum() >= 4
+    assert torch.equal(kept[is_clear], theirs.indices[:, :10].sort().values[is_clear])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dependent_launch", [False, True])
+def test_replayed_directly_launched_and_dependent_kernels_give_the_same_bits(model, monkeypatch, dependent_launch):
+    if dependent_launch and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    batch = texts(model, 5)
+    replaying = Engine(model, backend="triton", dependent_launch=dependent_launch)
+    found = [replaying(batch).states.clone() for _ in range(3)]
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "capture", lambda work, pool: work)
+        expected = Engine(model, backend="triton")(batch).states
+    for one in found:
+        assert torch.equal(one, expected)
+
+
+@torch.inference_mode()
+def test_the_adapter_gives_the_bits_of_a_row_alone(model):
+    stack, experts = FusedStack(text_parts(model.backbone)), together(model.transition)
+    state = torch.randn(8, len(stack.norm), device=DEVICE).bfloat16()
+    context = torch.randn_like(state)
+
+    def think(rows: list[int]) -> torch.Tensor:
+        room = torch.zeros(len(rows), 2, len(stack.norm), dtype=torch.bfloat16, device=DEVICE)
+        _, adapter = stack.decoder(stack.new_cache(len(rows), 8), room, experts, looks_at_states=True)
+        return adapter(state[rows].clone(), 0, context[rows].clone())[0]
+
+    assert torch.equal(think(list(range(8)))[3], think([3])[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_model_gives_its_own_vectors_whatever_stood_in_memory(tmp_path, dtype):
+    """The smallest shapes that kernels take; also what compute-sanitizer looks at (`make sanitize`)."""
+    save_tiny_backbone(tmp_path, ["red", "kite"], num_layers=2, vision_layers=1)
+    with torch.inference_mode(False):
+        small = PlumeModel.from_backbone(str(tmp_path), num_latent_steps=3, **SHORT_STRINGS).to(DEVICE).eval()
+    batch = texts(small, 3)
+    there = {name: one.to(DEVICE) for name, one in batch.items()}
+    exact, own = (copy.deepcopy(small).to(kind)(**there).embedding for kind in (torch.float64, dtype))
+    engine = Engine(small.to(dtype), backend="triton")
+    allowed = 1e-5 if dtype == torch.float32 else 2 * (own - exact).norm().item()
+    for _ in range(3):
+        found = engine(batch).embedding
+        assert (found - exact).norm() <= allowed
+        for room in engine._rooms:
+            room.cache.kv.fill_(torch.nan)
+            room.read.fill_(torch.nan)
