@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 OUT ?= eval/results
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow check gpu gpu-more format
+.PHONY: demo test test-slow check gpu gpu-tune gpu-more sanitize format
 .DEFAULT_GOAL := test
 
 # torch comes first, so that no other package chooses a build of its own. Its CUDA builds bring their own triton; beside
@@ -51,10 +51,23 @@ GPU := env PYTHONPATH=.:kernels:train:eval
 
 gpu:
 	$(GPU) $(PYTHON) -m pytest -m gpu
+	$(GPU) timeout 120 $(PYTHON) kernels/bench.py --shapes 2b --time-limit 80 --out $(OUT)
 	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)
-	$(GPU) timeout 120 $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)
+	$(GPU) timeout 90 $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)
 
-# What can wait: the baseline of torch.compile, and the shapes of Qwen2-VL-7B.
+# Finds the tiles of a device that has no table yet, about five minutes; the table is in kernels/plume_kernels/tuned.
+gpu-tune:
+	$(GPU) $(PYTHON) kernels/tune.py --shapes 2b 7b --time-limit 270
+
+# What can wait: the baselines of torch.compile, the shapes of Qwen2-VL-7B, the adapter's share of training.
 gpu-more:
+	$(GPU) $(PYTHON) kernels/bench.py --shapes 2b --compiled --batch-sizes 1 --time-limit 120 --out $(OUT)/compiled
+	$(GPU) $(PYTHON) kernels/adapter.py --shapes 2b --out $(OUT)
 	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b_compiled.yaml --out $(OUT)
 	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_7b.yaml --out $(OUT)
+
+# Looks for reads and writes out of bounds and for races in shared memory, at the smallest shapes.
+SANITIZE := $(GPU) compute-sanitizer --error-exitcode 1
+sanitize:
+	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model
+	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model

@@ -32,7 +32,14 @@ def main() -> None:
     rows = adapter_shares(model, SIZES, options.batch_sizes)
     columns = ["input", "tokens", "batch size", "forward and backward, ms", "adapter, ms", "share"]
     lines = [
-        [one["input"], one["num_tokens"], one["batch_size"], f"{one['step_ms']:.1f}", f"{one['adapter_ms']:.1f}", f"{one['share']:.1%}"]
+        [
+            one["input"],
+            one["num_tokens"],
+            one["batch_size"],
+            f"{one['step_ms']:.1f}",
+            f"{one['adapter_ms']:.1f}",
+            f"{one['share']:.1%}",
+        ]
         for one in rows
     ]
     table = markdown_table(columns, lines)
