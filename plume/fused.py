@@ -76,7 +76,7 @@ class FusedStack(TextStack):
                 x = ops.out(outputs, lse, layer.out.weight, stream)
                 inner = ops.gate_up(x, layer.mlp_norm, eps, layer.gate_up.weight)
                 stream = ops.down(inner, layer.down.weight, x)
-        cache.lengths += mask.sum(dim=1)
+        cache.lengths += mask[:, 0] if len(segment) == 1 else mask.sum(dim=1)
         return stream
 
 

@@ -96,6 +96,21 @@ def test_a_step_is_what_eight_more_steps_take(small, monkeypatch):
     assert ops.gate_up is not own
 
 
+def test_a_compiled_step_gives_the_states_of_a_plain_one(small, captured):
+    compiled = step.Steps(small, "compiled", 2, 20, lambda *both: 1.0, compile_backend="aot_eager")
+    plain = step.Steps(small, "graph", 2, 20)
+    assert compiled.step_us() == 0  # runs
+    with torch.inference_mode():
+        plain.room.cache.kv.copy_(compiled.room.cache.kv)
+        plain.room.read.copy_(compiled.room.read)
+        found = []
+        for one in (compiled, plain):
+            launch = one.engine.reasoning(one.room, 2)
+            one._reset(2)
+            found.append(launch().states.clone())
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore:plume")
 @pytest.mark.parametrize("way", ["graph", "triton"])
 def test_a_step_is_not_timed_under_the_name_of_what_could_not_be_run(small, way):

@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "graph": {"backend": "graph"},
     "triton": {"backend": "triton"},
     "dependent": {"backend": "triton", "dependent_launch": True},
+    "compiled": {"backend": "graph"},
 }
 
 RolloutClock = Callable[[Callable[[], Any], Callable[[], Any]], float]
@@ -50,10 +51,22 @@ def event_clock(before: Callable[[], Any], work: Callable[[], Any], *, num_runs:
 class Steps:
     """Rollouts of some rows behind a context of so many tokens, in one way."""
 
-    def __init__(self, model: PlumeModel, way: str, num_rows: int, context: int, clock: RolloutClock = event_clock):
+    def __init__(
+        self,
+        model: PlumeModel,
+        way: str,
+        num_rows: int,
+        context: int,
+        clock: RolloutClock = event_clock,
+        compile_backend: str = "inductor",
+    ):
         self.engine = Engine(model, **WAYS[way])
         if self.engine.backend != WAYS[way]["backend"]:
             raise RuntimeError(f"{way} could not be run: the engine fell back to {self.engine.backend}")
+        if way == "compiled":  # plain operations once more, whose kernels torch.compile makes
+            engine: Any = self.engine
+            engine.stack.read_next = torch.compile(engine.stack.read_next, backend=compile_backend, dynamic=False)
+            engine.transition = torch.compile(engine.transition, backend=compile_backend)
         suffix = len(model.config.suffix_ids or ())
         self.room = self.engine.room(num_rows, context + MOST_STEPS + suffix)
         self.num_rows, self.context, self.clock = num_rows, context, clock
