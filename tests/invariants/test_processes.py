@@ -81,10 +81,9 @@ MIXES = {
 }
 
 
-def step_gradients(rank, world, folder, draws, broken, micro_batch_size):
+def step_gradients(rank, world, folder, case):
     """Gradients of one step on `world` processes; rows are shared out evenly."""
-    if world > 1:
-        dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet-step")
+    (draws, broken), micro_batch_size = MIXES[case[0]], case[1]
     args = PlumeTrainingArguments(
         model="m",
         train_file=["f"],
@@ -122,7 +121,7 @@ def step_gradients(rank, world, folder, draws, broken, micro_batch_size):
     share = len(ROWS) // world
     mine = range(rank * share, (rank + 1) * share)
     for row in broken:
-        Path(folder, f"broken-{row}.png").touch()
+        Path(folder, f"broken-{row}.png").touch(exist_ok=True)
     rows = []
     for row in mine:
         record = records[row]
@@ -144,9 +143,7 @@ def step_gradients(rank, world, folder, draws, broken, micro_batch_size):
     )
     parts = step.cached(batch) if micro_batch_size else step.direct(batch)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    torch.save((found, parts), f"{folder}/step-{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    torch.save((found, parts), f"{folder}/{case_name(case)}-{world}-{rank}.pt")
 
 
 def free_port() -> str:
@@ -155,24 +152,39 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def spawned(rank, world, port, *args):
+CASES = [(mix, micro_batch_size) for mix in MIXES for micro_batch_size in (None, 1)]
+
+
+def case_name(case) -> str:
+    return f"{case[0]}-{'GradCache' if case[1] else 'direct'}"
+
+
+def spawned(rank, world, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    step_gradients(rank, world, *args)
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet-step")
+    for case in CASES:
+        step_gradients(rank, world, folder, case)
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1], ids=["direct", "GradCache"])
-@pytest.mark.parametrize("mix", MIXES)
-def test_a_step_on_two_processes_equals_one_on_the_joined_batch(tmp_path, plume_folder, mix, micro_batch_size):
-    draws, broken = MIXES[mix]
-    (tmp_path / "model").symlink_to(plume_folder)
+@pytest.fixture(scope="module")
+def steps_of_two(tmp_path_factory, plume_folder) -> Path:
+    """Where two processes, started once, have left their gradients of every case."""
+    folder = tmp_path_factory.mktemp("steps")
+    (folder / "model").symlink_to(plume_folder)
     for name, colour in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (56, 84), colour).save(tmp_path / f"{name}.png")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    step_gradients(0, 1, str(tmp_path), draws, broken, micro_batch_size)
-    mp.spawn(spawned, args=(2, free_port(), str(tmp_path), draws, broken, micro_batch_size), nprocs=2)
-    whole, parts = torch.load(tmp_path / "step-1-0.pt")
-    halves = [torch.load(tmp_path / f"step-2-{rank}.pt") for rank in range(2)]
+        Image.new("RGB", (56, 84), colour).save(folder / f"{name}.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    mp.spawn(spawned, args=(2, free_port(), str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_step_on_two_processes_equals_one_on_the_joined_batch(steps_of_two, case):
+    step_gradients(0, 1, str(steps_of_two), case)
+    whole, parts = torch.load(steps_of_two / f"{case_name(case)}-1-0.pt")
+    halves = [torch.load(steps_of_two / f"{case_name(case)}-2-{rank}.pt") for rank in range(2)]
     for name, gradient in whole.items():
         for half, _ in halves:
             assert torch.allclose(gradient, half[name], atol=1e-9), name
