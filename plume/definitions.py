@@ -106,7 +106,8 @@ def attention(queries: Tensor, kv: Tensor, mask: Tensor, lengths: Tensor) -> tup
     readable = repeat(readable, "b n (z l) -> b 1 z (n h) l", z=num_splits, h=queries.shape[1] // groups)
     logits = logits.masked_fill(~readable, -torch.inf)
     sizes: dict[str, int] = {"n": mask.shape[1]}
-    outputs = rearrange(logits.softmax(dim=-1) @ values, "b g z (n h) c -> z (b n) (g h) c", **sizes)
+    shares = logits.softmax(dim=-1).to(kv.dtype).to(values.dtype)  # rounded, as products in half precision have it
+    outputs = rearrange(shares @ values, "b g z (n h) c -> z (b n) (g h) c", **sizes)
     lse = rearrange(logits.logsumexp(dim=-1) / log(2), "b g z (n h) -> z (b n) (g h)", **sizes)
     return outputs.contiguous(), lse.contiguous()
 

@@ -73,8 +73,8 @@ class Plume(SentenceTransformer):
             model_name_or_path: a folder or a Hub name.
             num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
                 "query" and "document" gives `encode_query` and `encode_document` a K each. Not saved with the model.
-            backend: how the model runs: the engine's "auto", "triton", "graph" or "eager" (see `plume.engine.Engine`), or
-                "torch" for transformers' own layers. Vectors differ by rounding.
+            backend: how the model runs: the engine's "auto", "triton", "graph" or "eager" (see `plume.engine.Engine`),
+                or "torch" for transformers' own layers. Vectors differ by rounding.
             int8: products in int8, on a CPU; faster, and not the same vectors.
             exit_tolerance: an input stops reasoning at the first step that changes its state by at most this share.
             vector_cache_bytes: embeddings of inputs that come again are kept in so much memory, by content,

@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -32,20 +32,18 @@ from plume import backbone as seam
 from plume import graphs, tokens
 from plume.arguments import last_column
 from plume.backbone import Segment
+from plume.backends import Backend, choose
 from plume.experts import together
 from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
-from plume.parts import TextParts, UnsupportedModelError, text_parts, tower_parts
+from plume.parts import UnsupportedModelError, text_parts, tower_parts
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
 from plume.rooms import MOST_INPUT_BYTES, Pixels, Prefix, Room
 from plume.sharing import SharedPrefixes
-from plume.stack import TextStack
 from plume.tower import Grid, Tower, segment_attention
-
-Backend = Literal["auto", "eager", "graph", "triton"]
 
 _LEAST_SLOTS = 512
 _MOST_ROWS = 128
@@ -99,14 +97,16 @@ class Engine:
         Args:
             model: in eval mode, on one device. What is learnt in place afterwards counts.
             backend: "graph" replays CUDA graphs; "eager" launches every operation; "auto" takes graphs on a GPU.
-                "triton" is "graph" with fused kernels for the latent steps (`plume.fused`). Where something is
-                impossible it warns and takes the next simpler one.
+                "triton" is "graph" with fused kernels for the latent steps (`plume.fused`), whose results do not
+                depend on the batch, to the bit, up to 64 rows of a pass. Where something is impossible it warns and
+                takes the next simpler one.
             int8: products of backbone and vision tower in int8, on a CPU only: several times faster there, and not the
                 same vectors (see eval/README.md for what it costs).
             exit_tolerance: a row stops reasoning at the first step that changes its state by at most this share of its
                 norm; None never stops. `num_latent_steps` of the output says how many it took. Under graphs all
                 steps run nevertheless, so that it saves time only without.
-            dependent_launch: kernels of "triton" start while those before them end; needs compute capability 9.0.
+            dependent_launch: kernels of "triton" start while those before them end; needs compute capability 9.0, and
+                else falls back like the rest.
             max_captured_tokens: prefixes of more tokens in all are launched directly.
             max_graphs: kept of each kind and, for prefixes and rollouts, each shape of cache; the least recently used
                 ones go.
@@ -126,7 +126,8 @@ class Engine:
         if exit_tolerance is not None and not exit_tolerance >= 0:
             raise ValueError(f"exit_tolerance must be at least 0; received {exit_tolerance}")
         self.model, self.exit_tolerance = model, exit_tolerance
-        self._asked, self._int8, self._dependent_launch = backend, int8, dependent_launch
+        self._asked: Backend = backend
+        self._int8, self._dependent_launch = int8, dependent_launch
         self._max_captured_tokens, self._max_graphs, self._max_cache_bytes = (
             max_captured_tokens,
             max_graphs,
@@ -199,7 +200,13 @@ class Engine:
             raise ValueError(f"int8 runs on a CPU only, and the model is on {self.device}; drop it or move the model")
         projection = Int8Projection if self._int8 else Projection
         self.transition = together(model.transition)
-        self.stack = self._choose(text_parts(backbone), projection)
+        #: What runs: "eager", "graph" or "triton".
+        self.backend: Backend
+        self.backend, self.stack, warning = choose(
+            self._asked, text_parts(backbone), projection, self.transition, dependent_launch=self._dependent_launch
+        )
+        if warning:
+            self._warn(warning)
         try:
             self.tower = Tower(tower_parts(backbone), projection)
         except UnsupportedModelError:  # another family's; transformers' own runs
@@ -215,23 +222,6 @@ class Engine:
         self._forget_graphs()
         self._features: Kept[Tensor] = Kept(most_bytes=self._vision_cache_bytes, num_bytes=lambda one: one.nbytes)
         self.shared = SharedPrefixes(self.stack, self._prefix_cache_bytes) if self._prefix_cache_bytes else None
-
-    def _choose(self, parts: TextParts, projection: type[Projection]) -> TextStack:
-        """The text stack of the backend that was asked for, or of what it falls back to."""
-        reason = graphs.why_not(self.device)
-        simpler = "eager" if self._asked == "eager" or reason else "graph"
-        #: What runs: "eager", "graph" or "triton".
-        self.backend: Backend = "triton" if self._asked == "triton" else simpler
-        if self.backend == "triton":
-            from plume.fused import FusedStack
-
-            try:
-                return FusedStack(parts, dependent_launch=self._dependent_launch)
-            except UnsupportedModelError as error:
-                self.backend, reason = simpler, str(error)
-        if self._asked in ("graph", "triton") and self.backend != self._asked:
-            self._warn(f'backend="{self._asked}" falls back to "{self.backend}": {reason}')
-        return TextStack(parts, projection)
 
     @property
     def has_graphs(self) -> bool:

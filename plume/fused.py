@@ -41,7 +41,7 @@ class FusedStack(TextStack):
         Raises:
             UnsupportedModelError: no kernels for this model or where it is.
         """
-        if reason := why_not(parts) or ops.why_not(parts.norm.weight.device):
+        if reason := why_not(parts) or ops.why_not(parts.norm.weight.device, dependent_launch=dependent_launch):
             raise UnsupportedModelError(reason)
         super().__init__(parts)
         self.dependent_launch = dependent_launch
@@ -50,7 +50,7 @@ class FusedStack(TextStack):
         self, cache: StaticCache, read: Tensor, adapter: Adapter, *, looks_at_states: bool
     ) -> tuple[StaticDecoder, Adapter]:
         plain = StaticDecoder(self, cache, read)
-        if not isinstance(adapter, ExpertsTogether):
+        if not isinstance(adapter, ExpertsTogether) or why_not_experts(adapter):
             return plain, adapter
         thinking = FusedDecoder(self, cache, read, adapter)
         return plain if looks_at_states else thinking, thinking.think
@@ -65,7 +65,7 @@ class FusedStack(TextStack):
         """Read a few tokens; the residual stream behind the last layer, `[P, M, D]`."""
         mask, eps = segment.mask.contiguous(), self.parts.eps
         positions = segment.positions[0].flatten()  # behind a prefix the three axes agree
-        stream = segment.embeds.flatten(end_dim=1)[None]
+        stream = segment.embeds.flatten(end_dim=1).contiguous()[None]
         with ops.dependent_launch(self.dependent_launch):
             for layer, kv in zip(self.layers, cache.kv, strict=True):
                 queries = ops.qkv(
@@ -124,9 +124,20 @@ def why_not(parts: TextParts) -> str | None:
         return f"kernels compute in bfloat16 or float32, and the model is in {dtype}"
     if width % 64 or inner % 64:
         return f"kernels need widths that are multiples of 64; the hidden size is {width} and the MLP's {inner}"
-    if parts.channels not in (16, 32, 64, 128, 256):
-        return f"kernels need heads of 16, 32, 64, 128 or 256 channels; the model's have {parts.channels}"
+    if parts.channels not in (16, 32, 64, 128):
+        return f"kernels need heads of 16, 32, 64 or 128 channels; the model's have {parts.channels}"
     biased = [first.self_attn.o_proj, first.mlp.gate_proj, first.mlp.up_proj, first.mlp.down_proj]
     if first.self_attn.q_proj.bias is None or any(one.bias is not None for one in biased):
         return "kernels expect biases of queries, keys and values alone"
+    return None
+
+
+def why_not_experts(experts: ExpertsTogether) -> str | None:
+    """Why the kernels cannot run a mixture of experts; None where they can."""
+    weight, first = experts.own.router.weight, experts.first.weight
+    inner = len(first) // (len(experts.own.experts) + (experts.own.shared_expert is not None))
+    if inner % 64:
+        return f"kernels need experts of a width that is a multiple of 64; the adapter's have {inner}"
+    if weight.dtype != first.dtype or experts.own.ln.weight.dtype != first.dtype:
+        return f"kernels need one dtype; the router is in {weight.dtype}, the experts in {first.dtype}"
     return None

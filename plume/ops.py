@@ -11,6 +11,7 @@ The only file that loads kernels.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -95,26 +96,58 @@ def _use_kernel(name: str, device: str) -> None:
 
     def compute(*args: Any) -> Any:
         first: Tensor = args[0] if args[0] is not None else args[3]
-        are_many = of is not None and args[of].shape[-2] > tiles.largest_rows(tiles.device_name(first))
-        return (definition if are_many or first.dtype == torch.float64 else kernel)(*args)
+        are_few = of is None or has_kernel(name, args[of].shape[-2], first)
+        if not are_few or first.dtype == torch.float64:
+            return definition(*args)
+        try:
+            return kernel(*args)
+        except _launch.TritonError as error:
+            raise RuntimeError(f'plume::{name} does not run on this device, take backend="graph": {error}') from error
 
     globals()[name].register_kernel(device)(compute)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_launch: Any = importlib.import_module("plume_kernels.launch") if _HAS_TRITON else None
-if _HAS_TRITON:
+#: The oldest Triton that has what kernels use.
+LEAST_TRITON = (3, 6)
+
+
+def _triton() -> tuple[int, ...] | None:
+    """Version of the Triton that is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+_TRITON = _triton()
+_launch: Any = None
+if _TRITON is not None and _TRITON >= LEAST_TRITON:
+    _launch = importlib.import_module("plume_kernels.launch")
     for _name in plume_kernels.MODULES:
         _use_kernel(_name, "cpu" if _launch.INTERPRETED else "cuda")
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why no kernels run on a device; None where they do."""
-    if not _HAS_TRITON:
+def why_not(device: torch.device, *, dependent_launch: bool = False) -> str | None:
+    """Why no kernels run on a device; None where they do.
+
+    Args:
+        device: where the model is.
+        dependent_launch: whether kernels are to start while those before them end.
+    """
+    if _TRITON is None:
         return "triton is not installed; torch's CUDA builds bring it along"
-    if device.type != "cuda" and not _launch.INTERPRETED:
-        return f"Triton kernels need a CUDA device, and the model is on {device.type}"
+    if _launch is None:
+        needed = ".".join(map(str, LEAST_TRITON))
+        return f"kernels need triton {needed}, and {'.'.join(map(str, _TRITON))} is installed; newer torch brings it"
+    if device.type != "cuda":
+        return None if _launch.INTERPRETED else f"Triton kernels need a CUDA device, and the model is on {device.type}"
+    if dependent_launch and (found := torch.cuda.get_device_capability(device)) < (9, 0):
+        return f"dependent_launch needs compute capability 9.0, and the device has {found[0]}.{found[1]}"
     return None
+
+
+def has_kernel(name: str, num_rows: int, like: Tensor) -> bool:
+    """Whether a kernel, not the definition, computes an op of so many rows where a tensor is."""
+    return name not in _ROWS_OF or num_rows <= tiles.largest_rows(tiles.device_name(like))
 
 
 def dependent_launch(is_on: bool) -> contextlib.AbstractContextManager[None]:

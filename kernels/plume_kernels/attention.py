@@ -21,7 +21,7 @@ from plume_kernels.launch import contiguous, launch, wait
 from plume_kernels.rows import num_readable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _attention_kernel(
     queries_ptr,  # [M, H, C]
     kv_ptr,  # [2, B, G, L, C]
@@ -67,7 +67,7 @@ def _attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         best = new_best
 
-    has_any = total > 0
+    has_any = total != 0  # NaN is something, which must be seen
     total = tl.where(has_any, total, 1.0)
     lse = tl.where(has_any, best + tl.log2(total), float("-inf"))
     tl.store(lse_ptr + split * num_rows * H + place, lse, mask=mask_r)

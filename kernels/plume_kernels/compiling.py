@@ -55,6 +55,8 @@ def compile_call(call: Call, capability: int = 90) -> CompiledKernel:
             attrs[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif call.kernel.params[place].do_not_specialize:
+            signature[name] = "i32"
         elif value == 1:  # Triton makes a constant of it
             constants[name] = 1
         else:

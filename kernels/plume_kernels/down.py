@@ -19,7 +19,7 @@ from plume_kernels.launch import contiguous, launch, prefetch, wait
 from plume_kernels.rows import load_weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _down_kernel(
     inner_ptr,  # [M, I]
     weight_ptr,  # [D, I]
@@ -35,7 +35,8 @@ def _down_kernel(
     mask_m = rows < num_rows
     offs_k = tl.arange(0, BLOCK_K)
     if PDL:
-        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER)
+        LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT  # the shortest segment
+        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER, LAST)
         wait()
 
     place = rows[:, None] * D + cols[None, :]

@@ -8,7 +8,8 @@
 
 Defined by `plume.ops.experts_first` and `plume.ops.experts_second`. Every program of the first routes by itself, which
 costs 24 KB of reads that are in L2; one of them writes what others need. A program whose expert no row of its tile has
-chosen ends there, so that a small batch reads few experts; in a large one each row weighs them.
+chosen ends there, so that a small batch reads few experts; in a large one each row weighs them. Tiles are the same for
+every number of rows, since those of the norms' sums decide the order of additions.
 
 Letters: E routed experts, M all of them, the shared one first; B rows, D width, I inner size, P terms.
 """
@@ -51,7 +52,7 @@ def _top(gates, offs_e, TOP_K: tl.constexpr):
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _first_kernel(
     stream_ptr,  # [P, B, D]
     final_norm_ptr,  # [D]
@@ -147,7 +148,7 @@ def _first_kernel(
         tl.store(target, gelu.to(target.dtype.element_ty), mask=mask_m[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _second_kernel(
     state_ptr,  # [B, D]
     inner_ptr,  # [M, B, I]
@@ -163,7 +164,7 @@ def _second_kernel(
     mask_m = rows < num_rows
     offs_k = tl.arange(0, BLOCK_K)
     if PDL:
-        prefetch(weight_ptr, cols, INNER)
+        prefetch(weight_ptr, cols, INNER, INNER)
         wait()
 
     offs = rows[:, None] * stride_state + cols[None, :]
@@ -211,7 +212,7 @@ def experts_first(
     gates = state.new_empty(num_rows, num_routed, dtype=torch.float32)
     weights = state.new_empty(num_rows, num_experts, dtype=torch.float32)
     inner = state.new_empty(num_experts, num_rows, inner_width)
-    tile = tiles.find("experts_first", inner_width, width, num_rows, tiles.device_name(state))
+    tile = tiles.find("experts_first", inner_width, width, 1, tiles.device_name(state))
     launch(
         _first_kernel,
         (triton.cdiv(num_rows, 16), inner_width // tile.block_n, num_experts),
@@ -234,7 +235,7 @@ def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor
     width = state.shape[1]
     contiguous(inner, weights, weight, bias)
     assert state.stride(1) == 1
-    tile = tiles.find("experts_second", width, inner_width, num_rows, tiles.device_name(state))
+    tile = tiles.find("experts_second", width, inner_width, 1, tiles.device_name(state))
     following = torch.empty(num_rows, width, dtype=state.dtype, device=state.device)
     launch(
         _second_kernel,

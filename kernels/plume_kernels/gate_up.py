@@ -18,7 +18,7 @@ from plume_kernels.launch import contiguous, launch, prefetch, wait
 from plume_kernels.rows import normed_products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
     x_ptr,  # [M, D]
     norm_ptr,  # [D]
@@ -32,8 +32,8 @@ def _gate_up_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = rows < num_rows
     if PDL:
-        prefetch(weight_ptr, cols, D)
-        prefetch(weight_ptr, INNER + cols, D)
+        prefetch(weight_ptr, cols, D, D)
+        prefetch(weight_ptr, INNER + cols, D, D)
         wait()
     gate, up = normed_products(
         x_ptr, norm_ptr, weight_ptr, rows, mask_m, num_rows, cols, INNER + cols, eps,

@@ -15,6 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError as TritonError
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plume_kernels.tiles import Tile
@@ -89,9 +90,10 @@ def contiguous(*tensors: Tensor | None) -> None:
 
 
 @triton.jit
-def prefetch(weight_ptr, offs_n, K: tl.constexpr):
-    """Ask for the first channels of some rows of a weight `[N, K]`, so that they are in L2 when they are needed."""
-    lines = tl.arange(0, 8 if K >= 512 else 1) * 64  # of 128 bytes in bfloat16
+def prefetch(weight_ptr, offs_n, K: tl.constexpr, CHANNELS: tl.constexpr):
+    """Ask for the first lines of rows of a weight `[N, K]`, of so many channels, so that they are in L2 when needed."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    lines = tl.arange(0, 8 if CHANNELS >= 8 * LINE else 1) * LINE
     pointers = weight_ptr + offs_n[:, None] * K + lines[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1

@@ -14,7 +14,7 @@ from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     stream_ptr,  # [P, M, D]
     norm_ptr,  # [D]

@@ -49,7 +49,7 @@ def _combined(
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _combine_kernel(
     outputs_ptr,  # [Z, M, H, C]
     lse_ptr,  # [Z, M, H]
@@ -66,7 +66,7 @@ def _combine_kernel(
     tl.store(target, attended.to(target.dtype.element_ty), mask=mask_m[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _out_kernel(
     attended_ptr,  # [Z, M, H, C], or [M, H, C] if Z = 0
     lse_ptr,  # [Z, M, H]
@@ -82,7 +82,7 @@ def _out_kernel(
     mask_m = rows < num_rows
     offs_c = tl.arange(0, C)
     if PDL:
-        prefetch(weight_ptr, cols, H * C)
+        prefetch(weight_ptr, cols, H * C, H * C)
         wait()
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -22,7 +22,7 @@ from plume_kernels.launch import contiguous, launch, prefetch, wait
 from plume_kernels.rows import normed_products, num_readable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _qkv_kernel(
     stream_ptr,  # [P, M, D]
     norm_ptr,  # [D]
@@ -44,8 +44,8 @@ def _qkv_kernel(
     mask_m = rows < num_rows
     first, second = head * C + pairs, head * C + C // 2 + pairs  # channels
     if PDL:
-        prefetch(weight_ptr, first, D)
-        prefetch(weight_ptr, second, D)
+        prefetch(weight_ptr, first, D, D)
+        prefetch(weight_ptr, second, D, D)
         wait()
 
     a, b = normed_products(

@@ -1,7 +1,8 @@
 """How much of a product one program takes: tables made by `kernels/tune.py`, and a safe default.
 
-A tile changes when a product is computed, never what: every sum runs over its channels in order, in segments of fixed
-size, whatever the tile. So a row gives the same bits with every tile and in every batch.
+A tile changes when a product is computed, never what: every sum runs over its channels in order, in segments of
+fixed size, whatever the tile. So a row gives the same bits in every batch, as long as kernels compute it, which is up
+to `largest_rows`.
 
     tuned/<device>.json   {"largest_rows": 64, "tiles": {"gate_up/8960x1536/16": {"block_n": 32, ...}, ...}}
 
@@ -23,8 +24,12 @@ FOLDER = Path(__file__).parent / "tuned"
 #: Slots of the cache that one program of `attention` reads.
 SPLIT = 256
 
-#: Rows of the largest products that the kernels take; larger ones go to cuBLAS. See `largest_rows`.
+#: Rows of the largest products that the kernels take, at least; larger ones go to cuBLAS, whose bits depend on the
+#: batch. Eight inputs of eight tokens, so that up to a batch of eight nothing behind the prefix depends on the batch.
 LARGEST_ROWS = 64
+
+#: Rows up to which `down` is split.
+MOST_SPLIT = 4
 
 #: Buckets of rows in the tables.
 BUCKETS = (16, 32, 64)
@@ -35,7 +40,7 @@ class Tile:
     """One program's share.
 
     block_m, block_n, block_k: rows, columns and channels at a time. num_warps, num_stages: as Triton has them.
-    is_split: whether the segments of `down` go to programs of their own, to be added by who reads them.
+    is_split: whether the segments of `down` go to programs of their own, to be added by who reads them; see `find`.
     """
 
     block_m: int = 16
@@ -76,7 +81,6 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
         block_n=block_n,
         block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
         num_warps=2 if block_n == 16 else 4,
-        is_split=kernel == "down" and num_rows <= 4,
     )
 
 
@@ -100,8 +104,11 @@ def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = 
         num_rows: M.
         device: its name, as CUDA tells it.
     """
-    own = _forced.get(kernel) or read_table(device)[1].get(key(kernel, columns, channels, num_rows))
-    tile = own or default(kernel, columns, num_rows)
+    tile = _forced.get(kernel)
+    if tile is None:
+        tile = read_table(device)[1].get(key(kernel, columns, channels, num_rows)) or default(kernel, columns, num_rows)
+        # All who read the stream pay for its terms, which is worth while for few rows.
+        tile = replace(tile, is_split=kernel == "down" and num_rows <= MOST_SPLIT)
     return replace(tile, block_n=math.gcd(columns, tile.block_n), block_k=math.gcd(channels, tile.block_k))
 
 
@@ -142,7 +149,10 @@ def read_table(device: str) -> tuple[int, dict[str, Tile]]:
         return LARGEST_ROWS, {}
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        return int(table["largest_rows"]), {name: Tile(**tile) for name, tile in table["tiles"].items()}
+        tiles = {name: Tile(**tile) for name, tile in table["tiles"].items()}
+        if table["largest_rows"] < LARGEST_ROWS:
+            raise ValueError(f"largest_rows is {table['largest_rows']}, expected at least {LARGEST_ROWS}")
+        return table["largest_rows"], tiles
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no table of tiles ({error}); make it anew with kernels/tune.py") from None
 

@@ -22,8 +22,9 @@ Clock = Callable[[Sequence[Launch]], list[float]]
 
 def graph_clock(launches: Sequence[Launch], *, num_runs: int = 15) -> list[float]:
     """Time launches in one CUDA graph; see the module."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate
         for launch in launches:
             launch()
     torch.cuda.synchronize()
@@ -43,10 +44,14 @@ def graph_clock(launches: Sequence[Launch], *, num_runs: int = 15) -> list[float
 
 
 def num_copies(args: tuple[Any, ...], most_bytes: int = 8 << 30) -> int:
-    """How many sets of arguments it takes until the first is out of the cache again, 2 to 64."""
+    """How many sets of arguments it takes until the first is out of the cache again, 2 to 256."""
     own = sum(one.nbytes for one in args if isinstance(one, Tensor))
-    cached = torch.cuda.get_device_properties(0).L2_cache_size if torch.cuda.is_available() else 1 << 20
-    return max(2, min(64, math.ceil(2 * cached / own), most_bytes // own))
+    return max(2, min(256, math.ceil(2 * cache_bytes() / own), most_bytes // own))
+
+
+def cache_bytes() -> int:
+    """Size of the device's last cache."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if torch.cuda.is_available() else 1 << 20
 
 
 def num_bytes(name: str, args: tuple[Any, ...], num_used: int | None = None) -> int:
@@ -83,6 +88,6 @@ def num_bytes(name: str, args: tuple[Any, ...], num_used: int | None = None) -> 
     if name == "experts_first":
         rows, all_inner = len(args[3]), len(args[11])
         by_expert = sizes[11] + sizes[12] + rows * all_inner * args[11].element_size()
-        return round(sum(sizes[:11]) + sizes[3] + by_expert * share)
+        return round(sum(sizes[:11]) + by_expert * share)  # the state is either read or written
     by_expert = sizes[1] + sizes[3] + sizes[4]
     return round(2 * sizes[0] + sizes[2] + by_expert * share)

@@ -36,7 +36,7 @@ def model(tmp_path_factory) -> PlumeModel:
 @pytest.fixture
 def anywhere(monkeypatch):
     """Lets the ops run on a CPU, as their definitions."""
-    monkeypatch.setattr(ops, "why_not", lambda device: None)
+    monkeypatch.setattr(ops, "why_not", lambda device, **options: None)
 
 
 def batch(model: PlumeModel) -> dict:
@@ -158,9 +158,36 @@ def test_on_a_cpu_the_engine_falls_back_with_one_warning(model):
     assert (engine(batch(model)).embedding - expected).abs().max() < 1e-5
 
 
-def test_where_triton_is_missing_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(ops, "_HAS_TRITON", False)
-    assert ops.why_not(torch.device("cuda")) == "triton is not installed; torch's CUDA builds bring it along"
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "triton is not installed; torch's CUDA builds bring it along"),
+        ((3, 2), "kernels need triton 3.6, and 3.2 is installed; newer torch brings it"),
+    ],
+    ids=["missing", "old"],
+)
+def test_where_triton_is_missing_or_old_the_reason_is_told(monkeypatch, version, reason):
+    monkeypatch.setattr(ops, "_TRITON", version)
+    monkeypatch.setattr(ops, "_launch", None)
+    assert ops.why_not(torch.device("cuda")) == reason
+
+
+def test_dependent_launch_needs_a_device_that_has_it(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert ops.why_not(torch.device("cuda")) is None
+    expected = "dependent_launch needs compute capability 9.0, and the device has 8.6"
+    assert ops.why_not(torch.device("cuda"), dependent_launch=True) == expected
+
+
+def test_experts_that_no_kernel_is_written_for_run_without_and_the_engine_says_so(tmp_path_factory, anywhere):
+    model = built(tmp_path_factory, expert_hidden_size=100)
+    with torch.no_grad():
+        expected = model(**batch(model)).embedding
+    with pytest.warns(UserWarning, match="adapter runs without kernels: .* multiple of 64; the adapter's have 100"):
+        engine = Engine(model, backend="triton")
+    assert engine.backend == "triton"
+    assert (engine(batch(model)).embedding - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

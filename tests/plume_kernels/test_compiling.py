@@ -78,16 +78,19 @@ def test_tables_of_tiles_are_read_and_cut_to_what_divides(tmp_path, monkeypatch)
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
     tiles.read_table.cache_clear()
     wide = tiles.Tile(block_n=128, block_k=256, num_warps=8)
-    table = {"largest_rows": 48, "tiles": {tiles.key("gate_up", 8960, 1536, 16): asdict(wide)}}
+    table = {"largest_rows": 96, "tiles": {tiles.key("gate_up", 8960, 1536, 16): asdict(wide)}}
     (tmp_path / "Some_GPU.json").write_text(json.dumps(table))
     assert tiles.find("gate_up", 8960, 1536, 3, "Some GPU") == wide
     assert tiles.find("gate_up", 8960, 1536, 17, "Some GPU") == tiles.default("gate_up", 8960, 17)
     assert tiles.find("gate_up", 64 * 3, 64, 1).block_k == 64
-    assert tiles.largest_rows("Some GPU") == 48
+    assert tiles.largest_rows("Some GPU") == 96
     assert tiles.largest_rows("Another") == tiles.LARGEST_ROWS
     (tmp_path / "Broken.json").write_text('{"tiles": {}}')
     with pytest.raises(ValueError, match=r"Broken\.json is no table of tiles .*kernels/tune\.py"):
         tiles.find("gate_up", 64, 64, 1, "Broken")
+    (tmp_path / "Small.json").write_text('{"largest_rows": 16, "tiles": {}}')
+    with pytest.raises(ValueError, match="largest_rows is 16, expected at least 64"):
+        tiles.find("gate_up", 64, 64, 1, "Small")
     tiles.read_table.cache_clear()
 
 

@@ -169,7 +169,53 @@ def test_a_row_that_is_not_a_number_spoils_no_other():
         rows[1] = torch.nan
         args[place] = spoilt
         found = tensors(kernel(name)(*args))
+        is_seen = False
         for one, other in zip(found, expected, strict=True):
             along = next(axis for axis, size in enumerate(one.shape) if size == 3)
+            is_seen |= bool(one.select(along, 1).isnan().any())
             for row in (0, 2):
                 assert torch.equal(one.select(along, row).nan_to_num(7), other.select(along, row).nan_to_num(7)), name
+        assert is_seen, name
+
+
+def test_a_row_gives_the_bits_that_it_gives_among_others_whoever_adds_up_the_stream():
+    shapes = replace(WIDE, num_terms=1)
+    among = arguments(shapes, [300, 2, 9, 40, 1, 8], num_slots=512)
+    rows = {0: [0], 3: [2, 3]}
+    whole = kernel("down")(*among["down"])
+    assert whole.shape[0] == 1
+    for place, chosen in rows.items():
+        inner, weight, x = among["down"]
+        terms = kernel("down")(inner[chosen], weight, x[chosen])
+        assert terms.shape[0] == tiles.num_segments(shapes.inner_size) > 1
+        alone = chosen.index(place)
+        for name in ("qkv", "final_norm", "experts_first"):
+            found = []
+            for stream, own in ((whole, list(range(6))), (terms, chosen)):
+                args = list(among[name])
+                args[0] = stream
+                if name == "qkv":
+                    args[5], args[7], args[8], args[9] = args[5][own], args[7][own], args[8][own], args[9][:, own]
+                    args[9] = args[9].contiguous()
+                if name == "experts_first":
+                    args[3], args[4] = args[3][own].contiguous(), args[4][own].contiguous()
+                found.append([*tensors(kernel(name)(*args)), *([args[3]] if name == "experts_first" else [])])
+            for one, other in zip(*found, strict=True):
+                along = next(axis for axis, size in enumerate(one.shape) if size == 6)
+                pair = one.select(along, place), other.select(along, alone)
+                if name == "experts_first" and one.ndim == 3:  # unwritten where a tile has no use for an expert
+                    pair = tuple(it.where(found[1][1][alone, :, None] > 0, 0) for it in pair)
+                assert torch.equal(*pair), name
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_experts_give_the_bits_of_a_row_in_a_small_and_in_a_large_batch(num_rows):
+    args = list(arguments(WIDE, [1] * 40)["experts_first"])
+    many = tensors(kernel("experts_first")(*args))
+    few = [args[0][:, :num_rows].contiguous(), *args[1:3], args[3][:num_rows].clone(), args[4][:num_rows], *args[5:]]
+    found = tensors(kernel("experts_first")(*few))
+    assert torch.equal(found[0], many[0][:num_rows])
+    assert torch.equal(found[1], many[1][:num_rows])
+    is_used = found[1].T[..., None] > 0
+    assert torch.equal(found[2].where(is_used, 0), many[2][:, :num_rows].where(is_used, 0))
+    assert torch.equal(few[3], args[3][:num_rows])

@@ -14,6 +14,7 @@ from plume.fused import FusedStack
 from plume.parts import text_parts
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_eval.speed.writing import Writer
+from plume_kernels import tiles
 
 pytestmark = pytest.mark.interpreted
 
@@ -46,7 +47,9 @@ def test_the_kernels_give_what_the_model_gives(model, steps):
             assert (one - other).norm() <= 1e-5 * other.norm(), name
 
 
-@pytest.mark.parametrize("fields", [{"transition": "projector"}, {"router_context": "prefix_last"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"transition": "identity"}, {"transition": "projector"}, {"router_context": "prefix_last"}], ids=str
+)
 def test_other_adapters_run_behind_the_kernels(tmp_path_factory, fields):
     model = built(tmp_path_factory, **fields)
     with torch.no_grad():
@@ -96,3 +99,26 @@ def test_explicit_writing_takes_the_same_kernels(model):
     found, _ = Writer(engine)(batch(model), 3, stops=False)
     expected, _ = Writer(Engine(model, backend="eager"))(batch(model), 3, stops=False)
     assert (found - expected).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_a_whole_rollout_gives_the_bits_of_a_row_alone(model):
+    # Tiles of one height: numpy's products depend on how many rows they have, a GPU's do not.
+    one = tiles.Tile()
+    engine = Engine(model, backend="triton")
+    kept, before = torch.randn(2, 2, 8, 2, 300, engine.stack.parts.channels), torch.randn(8, 2, 64)
+    lengths = torch.tensor([270, 7, 64, 1, 200, 90, 2, 30])
+    found = []
+    with tiles.forced(qkv=one, out=one, gate_up=one, down=one):
+        for rows in (list(range(8)), [0], [5, 0]):
+            room = engine.room(len(rows), 299)
+            room.cache.kv.copy_(kept[:, :, rows])
+            room.read.copy_(before[rows])
+            room.cache.lengths.copy_(lengths[rows])
+            room.start.copy_(lengths[rows])
+            room.num_latent_steps.fill_(2)
+            result, place = engine.reasoning(room, 2)(), rows.index(0)
+            found.append((result.states[place], result.suffix[place], result.gates[place]))
+    for other in found[1:]:
+        for own, same in zip(found[0], other, strict=True):
+            assert torch.equal(own, same)

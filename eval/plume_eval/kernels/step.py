@@ -61,8 +61,8 @@ class Steps:
         compile_backend: str = "inductor",
     ):
         self.engine = Engine(model, **WAYS[way])
-        if self.engine.backend != WAYS[way]["backend"]:
-            raise RuntimeError(f"{way} could not be run: the engine fell back to {self.engine.backend}")
+        self.way = way
+        self._check()
         if way == "compiled":  # plain operations once more, whose kernels torch.compile makes
             engine: Any = self.engine
             engine.stack.read_next = torch.compile(engine.stack.read_next, backend=compile_backend, dynamic=False)
@@ -70,8 +70,14 @@ class Steps:
         suffix = len(model.config.suffix_ids or ())
         self.room = self.engine.room(num_rows, context + MOST_STEPS + suffix)
         self.num_rows, self.context, self.clock = num_rows, context, clock
+        if self.engine.has_graphs and not self.room.is_kept:
+            raise RuntimeError(f"{way} could not be run: {num_rows} rows are more than a graph is captured for")
         self.room.cache.kv.normal_()
         self.room.read.normal_()
+
+    def _check(self) -> None:
+        if self.engine.backend != WAYS[self.way]["backend"]:
+            raise RuntimeError(f"{self.way} could not be run: the engine fell back to {self.engine.backend}")
 
     def _reset(self, steps: int) -> None:
         self.room.cache.lengths.fill_(self.context)
@@ -85,6 +91,7 @@ class Steps:
         for steps in (1, MOST_STEPS):
             launch, reset = self.engine.reasoning(self.room, steps), partial(self._reset, steps)
             reset()
+            self._check()  # capturing may fail
             launch()  # where nothing is captured this is the first time
             whole[steps] = self.clock(reset, launch)
         return (whole[MOST_STEPS] - whole[1]) / (MOST_STEPS - 1)
