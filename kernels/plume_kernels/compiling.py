@@ -29,8 +29,8 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 
-#: Shared memory that a program may have on the target.
-MOST_SHARED = 227 * 1024
+#: Shared memory that a program may have, by compute capability.
+MOST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 def note(work: Callable[[], Any]) -> list[Call]:

@@ -18,34 +18,31 @@ from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, prefetch, wait
 from plume_kernels.rows import load_stream, load_weight
 
-#: Rows times splits up to which the projection adds the splits up itself.
-MOST_MERGED = 16
+#: Splits, and rows times splits, up to which the projection adds the splits up itself.
+MOST_SPLITS, MOST_MERGED = 4, 16
 
 
 @triton.jit
-def _combined(
-    outputs_ptr, lse_ptr, rows, mask_m, head, num_rows,
-    H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Attention of one head over the whole cache, `[M, C]`; zero where a row has no slot.
+def _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H: tl.constexpr):
+    """Of one split, `[M]`; -inf where a row has no slot in it."""
+    return tl.load(lse_ptr + (z * num_rows + rows) * H + head, mask=mask_m, other=float("-inf"))
 
-    Unrolled, since the compiler overlaps the loads of innermost loops only, and the heads' is to be one.
-    """
-    place = rows * H + head
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for z in tl.static_range(Z):
-        lse = tl.load(lse_ptr + z * num_rows * H + place, mask=mask_m, other=float("-inf"))
-        best = tl.maximum(best, lse)
-    shift = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, C), tl.float32)
-    for z in tl.static_range(Z):
-        lse = tl.load(lse_ptr + z * num_rows * H + place, mask=mask_m, other=float("-inf"))
-        share = tl.exp2(lse - shift)
-        offs = (z * num_rows * H + place)[:, None] * C + tl.arange(0, C)[None, :]
-        part = tl.load(outputs_ptr + offs, mask=(lse > float("-inf"))[:, None], other=0.0)  # else unwritten
-        acc += share[:, None] * part
-        total += share
+
+@triton.jit
+def _add_split(
+    outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The sum of shares, `[M]`, and of outputs weighted by them, `[M, C]`, with one more split."""
+    lse = _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H)
+    share = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
+    offs = ((z * num_rows + rows) * H + head)[:, None] * C + tl.arange(0, C)[None, :]
+    part = tl.load(outputs_ptr + offs, mask=(lse > float("-inf"))[:, None], other=0.0)  # else unwritten
+    return total + share, acc + share[:, None] * part
+
+
+@triton.jit
+def _divided(acc, total):
+    """Attention of one head over the whole cache, `[M, C]`; zero where a row has no slot."""
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
@@ -61,9 +58,14 @@ def _combine_kernel(
     mask_m = rows < num_rows
     if PDL:
         wait()
-    attended = _combined(outputs_ptr, lse_ptr, rows, mask_m, head, num_rows, H, C, Z, BLOCK_M)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, C), tl.float32)
+    for z in range(0, Z):
+        best = tl.maximum(best, _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H))
+    for z in range(0, Z):
+        total, acc = _add_split(outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H, C)
     target = attended_ptr + (rows * H + head)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(target, attended.to(target.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(target, _divided(acc, total).to(target.dtype.element_ty), mask=mask_m[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -85,17 +87,24 @@ def _out_kernel(
         prefetch(weight_ptr, cols, H * C, H * C)
         wait()
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for head in range(0, H):
         w = load_weight(weight_ptr, cols, head * C + offs_c, H * C, UPCAST)
         if Z > 0:
-            attended = _combined(attended_ptr, lse_ptr, rows, mask_m, head, num_rows, H, C, Z, BLOCK_M)
+            best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, C), tl.float32)
+            # Unrolled: the compiler overlaps the loads of innermost loops only, and the heads' is to be one.
+            for z in tl.static_range(Z):
+                best = tl.maximum(best, _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H))
+            for z in tl.static_range(Z):
+                total, acc = _add_split(attended_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H, C)
+            attended = _divided(acc, total)
         else:
             offs = (rows * H + head)[:, None] * C + offs_c[None, :]
             attended = tl.load(attended_ptr + offs, mask=mask_m[:, None], other=0.0).to(tl.float32)
-        acc = tl.dot(attended.to(w.dtype), w, acc, input_precision="ieee")
+        product = tl.dot(attended.to(w.dtype), w, product, input_precision="ieee")
 
-    x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P) + acc
+    x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P) + product
     tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, mask=mask_m[:, None])
 
 
@@ -119,7 +128,7 @@ def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
     (num_splits, num_rows, num_heads, channels), (terms, _, width) = outputs.shape, stream.shape
     contiguous(outputs, lse, weight, stream)
     attended = outputs
-    if num_rows * num_splits > MOST_MERGED:
+    if num_splits > MOST_SPLITS or num_rows * num_splits > MOST_MERGED:
         attended, num_splits = combine(outputs, lse, weight.dtype), 0
     tile = tiles.find("out", width, num_heads * channels, num_rows, tiles.device_name(stream))
     x = stream.new_empty(num_rows, width, dtype=torch.float32)

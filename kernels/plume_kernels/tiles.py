@@ -22,7 +22,7 @@ import torch
 FOLDER = Path(__file__).parent / "tuned"
 
 #: Slots of the cache that one program of `attention` reads.
-SPLIT = 256
+SPLIT = 128
 
 #: Rows of the largest products that the kernels take, at least; larger ones go to cuBLAS, whose bits depend on the
 #: batch. Eight inputs of eight tokens, so that up to a batch of eight nothing behind the prefix depends on the batch.
@@ -81,6 +81,7 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
         block_n=block_n,
         block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
         num_warps=2 if block_n == 16 else 4,
+        num_stages=3 if kernel == "out" else 4,  # it also holds the splits that it adds up
     )
 
 

@@ -56,7 +56,7 @@ def test_a_kernel_that_rounds_its_probabilities_is_right_in_bfloat16_and_one_tha
             keys, values = kv[:, 0, :, :301].float()
             logits = torch.einsum("bghc,glc->bghl", heads, keys) / 128**0.5
             outputs, lse = definitions.attention(queries, kv, mask, lengths)
-            for split, slots in enumerate((slice(0, 256), slice(256, 301))):
+            for split, slots in enumerate(slice(start, start + tiles.SPLIT) for start in range(0, 301, tiles.SPLIT)):
                 raised = (logits[..., slots] - logits[..., slots].amax(-1, keepdim=True)).exp()
                 summed = torch.einsum("bghl,glc->bghc", raised.bfloat16().float(), values[:, slots])
                 outputs[split] = (summed / raised.sum(-1, keepdim=True)).flatten(1, 2) * (1 + error)
@@ -178,9 +178,8 @@ def test_the_share_of_an_op_is_what_a_step_saves_without_it(small, monkeypatch):
 def test_bytes_are_those_that_must_be_moved():
     args = cases.arguments(cases.Shapes(), [100, 20], num_slots=512)
     attention = timing.num_bytes("attention", args["attention"])
-    assert attention == 4 * (
-        2 * 4 * 16 + 2 * (101 + 21) * 2 * 16 + 2 * 2 * 4 * 16
-    )  # queries, slots, outputs of 2 splits
+    # Queries, slots, outputs of four splits.
+    assert attention == 4 * (2 * 4 * 16 + 2 * (101 + 21) * 2 * 16 + 4 * 2 * 4 * 16)
     assert timing.num_bytes("qkv", args["qkv"]) < args["qkv"][9].nbytes + 4 * 128 * 64 + 10_000
     few, all_used = (timing.num_bytes("experts_first", args["experts_first"], count) for count in (3, 5))
     assert all_used - few == 2 * 4 * (128 * 64 + 128 + 2 * 128)  # two experts less: weights, biases, inner activations

@@ -29,9 +29,11 @@ def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
-def compiled(name: str, shapes: str, num_rows: int, num_new: int, *, uses_pdl: bool = False) -> list:
+def compiled(
+    name: str, shapes: str, num_rows: int, num_new: int, *, num_slots: int = 512, uses_pdl: bool = False
+) -> list:
     args = arguments(
-        BY_NAME[shapes], [300] * num_rows, num_new=num_new, num_slots=512, dtype=torch.bfloat16, device="meta"
+        BY_NAME[shapes], [300] * num_rows, num_new=num_new, num_slots=num_slots, dtype=torch.bfloat16, device="meta"
     )[name]
     with dependent(uses_pdl):
         return [compile_call(call) for call in note(lambda: kernel(name)(*args))]
@@ -45,7 +47,7 @@ def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
     for one in found:
         assert one.asm["cubin"]
         taken = resources(one)
-        assert taken.shared_bytes <= MOST_SHARED
+        assert taken.shared_bytes <= MOST_SHARED[86], "the default tiles fit everywhere"
         assert taken.stack_bytes <= 32, "registers are spilled"  # the sine of a large angle takes 28
         if name not in ("attention", "final_norm") and one.metadata.name != "_combine_kernel":
             # One kind of matrix instruction whatever the rows, so that a row gives the same bits in every batch;
@@ -55,10 +57,24 @@ def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
             assert "cp.async" in one.asm["ptx"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_compiles_for_older_devices(name):
+    args = arguments(BY_NAME["2b"], [300], num_slots=512, dtype=torch.bfloat16, device="meta")[name]
+    for call in note(partial(kernel(name), *args)):
+        assert resources(compile_call(call, 80)).shared_bytes <= MOST_SHARED[86]
+
+
+@pytest.mark.parametrize("num_slots", [64, 128, 384, 512, 640, 32768])
+def test_attention_over_any_cache_compiles(num_slots):
+    for name in ("attention", "out"):
+        for one in compiled(name, "2b", 1, 1, num_slots=num_slots):
+            assert resources(one).shared_bytes <= MOST_SHARED[90]
+
+
 @pytest.mark.parametrize("name", ["qkv", "attention", "down", "experts_first"])
 def test_a_kernel_compiles_at_the_shapes_of_7b(name):
     for one in compiled(name, "7b", 1, 1):
-        assert one.metadata.shared <= MOST_SHARED
+        assert one.metadata.shared <= MOST_SHARED[90]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,5 +125,5 @@ def test_every_tile_that_is_shipped_compiles(path):
                 args = arguments(shapes, [300] * rows, num_slots=512, dtype=torch.bfloat16, device="meta")[kind]
                 with tiles.forced(**{kind: table[key]}):
                     calls = note(partial(kernel(kind), *args))
-                assert all(resources(compile_call(call)).shared_bytes <= MOST_SHARED for call in calls), key
+                assert all(resources(compile_call(call)).shared_bytes <= MOST_SHARED[90] for call in calls), key
     assert tried == set(table)

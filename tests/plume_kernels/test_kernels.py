@@ -58,15 +58,19 @@ def test_masked_tokens_leave_no_trace(name):
     compare(name, args, kept_rows=mask.flatten())
 
 
-@pytest.mark.parametrize("lengths", [[300], [1, 300, 520, 17, 2, 3]], ids=["merged", "combined before"])
-def test_splits_are_added_up(lengths):
-    compare("out", arguments(TINY, lengths, num_slots=600)["out"])
+@pytest.mark.parametrize(
+    ("lengths", "num_slots"),
+    [([300], 400), ([1, 300, 420, 17, 2, 3], 500), ([300], 1200)],
+    ids=["merged", "many rows", "many splits"],
+)
+def test_splits_are_added_up(lengths, num_slots):
+    compare("out", arguments(TINY, lengths, num_slots=num_slots)["out"])
 
 
 def test_splits_give_the_same_bits_whoever_adds_them_up(monkeypatch):
     from plume_kernels import out
 
-    args = arguments(TINY, [300, 5], num_slots=600)["out"]
+    args = arguments(TINY, [300, 5], num_slots=500)["out"]
     found = []
     for most in (0, 100):
         monkeypatch.setattr(out, "MOST_MERGED", most)
