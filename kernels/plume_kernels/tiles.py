@@ -80,8 +80,8 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
         block_m=min(32, bucket(num_rows)),
         block_n=block_n,
         block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
-        num_warps=2 if block_n == 16 else 4,
-        num_stages=3 if kernel == "out" else 4,  # it also holds the splits that it adds up
+        num_warps=2 if block_n == 16 and kernel != "out" else 4,
+        num_stages=3 if kernel == "out" else 4,  # which also holds the splits that it adds up
     )
 
 

@@ -254,9 +254,10 @@ def test_a_configuration_that_cannot_be_measured_is_named_with_its_file(tmp_path
         read_config(path)
 
 
-def test_graphs_without_a_gpu_are_an_error(config):
-    with pytest.raises(ConfigError, match="graph needs a CUDA device"):
-        bench.run_bench(replace(config, ways=("graph",)), show_progress=False)
+@pytest.mark.parametrize("way", ["graph", "triton", "dependent"])
+def test_graphs_without_a_gpu_are_an_error(config, way):
+    with pytest.raises(ConfigError, match=f"{way} needs a CUDA device"):
+        bench.run_bench(replace(config, ways=(way,)), show_progress=False)
 
 
 def test_the_command_prints_a_table_and_one_json_object_and_writes_a_picture(tmp_path):
