@@ -16,6 +16,9 @@ from plume import PlumeModel
 from plume_train.config import arguments_from
 from plume_train.run import train
 
+# Two runs of two processes each on two cores wait for one another, and take several times as long.
+pytestmark = pytest.mark.xdist_group("launched")
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
@@ -80,7 +83,10 @@ def launch(folder, name, **settings):
 TRACES = {"zero1": "global_step2", "zero2": "global_step2", "zero3": "global_step2", "fsdp2": "pytorch_model_fsdp.bin"}
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3", "fsdp2"])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
+
+
+@pytest.mark.parametrize("name", ["ddp", *LONG, "zero3", "fsdp2"])
 def test_a_launched_run_equals_one_process(folder, alone, name):
     # Micro-batches of one row: GradCache, text rows beside rows with pages, rows of other stages.
     done = launch(folder, name, micro_batch_size=1)
