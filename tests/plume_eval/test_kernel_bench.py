@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from plume import PlumeModel, definitions, ops
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_eval.kernels import gate, step
 from plume_eval.kernels import run as bench
+from plume_eval.kernels.adapter import adapter_shares
+from plume_eval.speed.config import InputSize
 from plume_eval.speed.floors import Device, Work
 from plume_kernels import cases, tiles, timing, tuning
 
@@ -173,6 +176,14 @@ def test_the_share_of_an_op_is_what_a_step_saves_without_it(small, monkeypatch):
     assert found["down"] == 2
     assert found["experts_second"] == 1
     assert found["qkv"] == 0
+
+
+def test_the_adapters_share_of_training_is_a_share(small):
+    own = copy.deepcopy(small).train()
+    (found,) = adapter_shares(own, {"text": InputSize(tokens=30)}, [2], num_steps=2, num_runs=1)
+    assert found["num_tokens"] == 30
+    assert 0 < found["adapter_ms"] < found["step_ms"]
+    assert found["share"] == found["adapter_ms"] / found["step_ms"]
 
 
 def test_bytes_are_those_that_must_be_moved():
