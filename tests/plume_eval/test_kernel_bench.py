@@ -7,6 +7,9 @@ import json
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from triton.runtime.errors import OutOfResources
 
 from plume import PlumeModel, definitions, ops
