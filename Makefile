@@ -28,7 +28,7 @@ demo: $(STAMP)
 
 # Two processes of one thread each: most tests wait for Python, not for products. Kernels are interpreted apart from them,
 # since Triton decides that once for a process.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m interpreted tests/plume_kernels

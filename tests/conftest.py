@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """What runs in one process comes first, so that it does not end long after the rest."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """What starts processes comes first, so that one worker runs all of it: side by side they wait for one another."""
+    items.sort(key=lambda item: item.get_closest_marker("launching") is None)
 
 
 @pytest.fixture(autouse=True)

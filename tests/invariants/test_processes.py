@@ -152,7 +152,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-pytestmark = pytest.mark.xdist_group("two processes")
+pytestmark = pytest.mark.launching
 
 CASES = [(mix, micro_batch_size) for mix in MIXES for micro_batch_size in (None, 1)]
 

@@ -16,8 +16,7 @@ from plume import PlumeModel
 from plume_train.config import arguments_from
 from plume_train.run import train
 
-# Two runs of two processes each on two cores wait for one another, and take several times as long.
-pytestmark = pytest.mark.xdist_group("launched")
+pytestmark = pytest.mark.launching
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
