@@ -51,7 +51,7 @@ GPU := env PYTHONPATH=.:kernels:train:eval
 
 gpu:
 	$(GPU) $(PYTHON) -m pytest -m gpu
-	$(GPU) timeout 120 $(PYTHON) kernels/bench.py --shapes 2b --time-limit 80 --out $(OUT)
+	$(GPU) timeout 150 $(PYTHON) kernels/bench.py --shapes 2b --time-limit 90 --out $(OUT)
 	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)
 	$(GPU) timeout 90 $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)
 

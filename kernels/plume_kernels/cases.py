@@ -118,7 +118,10 @@ def arguments(
     positions = torch.randint(0, 2000, (rows,), generator=generator, device=device)
     frequencies = 1e6 ** (-torch.arange(0, channels, 2, device=device) / channels)
     x, num_all = random(rows, width, exact=True), one.num_experts + one.has_shared
-    state, weights = random(batch, width), random(batch, num_all, exact=True).abs()
+    state, routed = random(batch, width), random(batch, one.num_experts, exact=True).abs()
+    kept = routed.topk(one.top_k, dim=1)
+    weights = torch.zeros_like(routed).scatter(1, kept.indices, kept.values)
+    weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1) if one.has_shared else weights
     eps, total = 1e-6, (heads + 2 * groups) * channels
     router = weight(one.num_experts, 2 * width)
     return {
