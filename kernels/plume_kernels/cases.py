@@ -14,9 +14,6 @@ from torch import Tensor
 
 from plume_kernels import tiles
 
-#: In the order of a latent step.
-NAMES = ("qkv", "attention", "out", "gate_up", "down", "experts_first", "experts_second", "final_norm")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
@@ -39,9 +36,7 @@ class Shapes:
     num_terms: int = 1
 
 
-QWEN2_VL_2B = Shapes(
-    hidden_size=1536, num_heads=12, channels=128, inner_size=8960, num_layers=28, expert_size=3072
-)  # fmt: skip
+QWEN2_VL_2B = Shapes(hidden_size=1536, num_heads=12, channels=128, inner_size=8960, num_layers=28, expert_size=3072)
 QWEN2_VL_7B = Shapes(
     hidden_size=3584,
     num_heads=28,

@@ -47,7 +47,7 @@ def errors(name: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> dic
         weights = exact["weights"][:, -exact["gates"].shape[1] :]  # of routed experts
         dropped = exact["gates"].masked_fill(weights > 0, -1).amax(dim=1)
         is_clear = weights.masked_fill(weights == 0, 2).amin(dim=1) - dropped >= CLEAR_MARGIN  # [B]
-        is_used = (exact["weights"].T > 0) & is_clear  # [M, B]
+        is_used = (exact["weights"].T > 0) & is_clear  # [X, B]
         for one in (found, exact):
             one["weights"] = one["weights"].where(is_clear[:, None], 0)
             one["inner"] = one["inner"].where(is_used[..., None], 0)

@@ -1,7 +1,9 @@
 """Compile kernels for a GPU that is not there: what the interpreter cannot see, such as shared memory and registers.
 
-calls = note(lambda: gate_up(x, norm, eps, weight))        tensors on the meta device
-compiled = compile_call(calls[0])                          PTX and machine code for compute capability 9.0
+    calls = note(lambda: gate_up(x, norm, eps, weight))        tensors on the meta device
+    compiled = compile_call(calls[0])                          PTX and machine code for compute capability 9.0
+
+`resources` tells what a program takes of a multiprocessor.
 """
 
 from __future__ import annotations

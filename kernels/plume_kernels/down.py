@@ -2,9 +2,10 @@
 
     stream = x + sum over segments of inner_s W_sᵀ
 
-Defined by `plume.ops.down`. The channels are added up in segments of fixed size (`plume_kernels.tiles.segment`). With
-few rows a program takes one segment, and the stream is left in as many terms, which whoever reads it adds up; with
-many, a program takes all of them. The order of additions is the same, so both give the same bits.
+Defined by `plume.definitions.down`. The channels are added up in segments of fixed size
+(`plume_kernels.tiles.segment`). With few rows a program takes one segment, and the stream is left in as many terms,
+which whoever reads it adds up; with many, a program takes all of them. The order of additions is the same, so both
+give the same bits.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _down_kernel(
 
 
 def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """See `plume.ops.down`."""
+    """See `plume.definitions.down`."""
     (num_rows, width), inner_width = x.shape, inner.shape[1]
     contiguous(inner, weight, x)
     device = tiles.device_name(x)

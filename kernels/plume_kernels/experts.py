@@ -6,12 +6,13 @@
     inner_e = GELU(LayerNorm(state) W1_eᵀ + b1_e)                    first
     next = state + sum of weights_e (inner_e W2_eᵀ + b2_e)           second
 
-Defined by `plume.ops.experts_first` and `plume.ops.experts_second`. Every program of the first routes by itself, which
-costs 24 KB of reads that are in L2; one of them writes what others need. A program whose expert no row of its tile has
-chosen ends there, so that a small batch reads few experts; in a large one each row weighs them. Tiles are the same for
-every number of rows, since those of the norms' sums decide the order of additions.
+Defined by `plume.definitions.experts_first` and `plume.definitions.experts_second`. Every program of the first routes
+by itself, which costs 24 KB of reads that are in L2; one of them writes what others need. A program whose expert no
+row of its tile has chosen ends there, so that a small batch reads few experts; in a large one each row weighs them.
+Tiles are the same for every number of rows, since those of the norms' sums decide the order of additions.
 
-Letters: E routed experts, M all of them, the shared one first; B rows, D width, I inner size, P terms.
+Letters: E routed experts, T kept ones, X all of them, the shared one first; B rows, D hidden size, I inner size, P
+terms of the residual stream.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def _first_kernel(
     context_ptr,  # [B, D]
     ln_weight_ptr, ln_bias_ptr, step_ptr,  # [D]
     router_ptr, router_bias_ptr,  # [E, 2 D], [E]
-    weight_ptr, bias_ptr,  # [M I, D], [M I]
-    gates_ptr, weights_ptr, inner_ptr,  # [B, E], [B, M], [M, B, I]
+    weight_ptr, bias_ptr,  # [X I, D], [X I]
+    gates_ptr, weights_ptr, inner_ptr,  # [B, E], [B, X], [X, B, I]
     num_rows, stride_state, stride_context, eps, ln_eps,
     D: tl.constexpr, P: tl.constexpr, INNER: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
     TOP_K: tl.constexpr, HAS_CONTEXT: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -151,9 +152,9 @@ def _first_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _second_kernel(
     state_ptr,  # [B, D]
-    inner_ptr,  # [M, B, I]
-    weights_ptr,  # [B, M]
-    weight_ptr, bias_ptr,  # [M D, I], [M D]
+    inner_ptr,  # [X, B, I]
+    weights_ptr,  # [B, X]
+    weight_ptr, bias_ptr,  # [X D, I], [X D]
     next_ptr,  # [B, D]
     num_rows, stride_state,
     D: tl.constexpr, INNER: tl.constexpr, EXPERTS: tl.constexpr,
@@ -202,7 +203,7 @@ def experts_first(
     top_k: int,
     has_shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `plume.ops.experts_first`."""
+    """See `plume.definitions.experts_first`."""
     (num_rows, width), num_routed = state.shape, len(router)
     num_experts = num_routed + has_shared
     inner_width = len(weight) // num_experts
@@ -230,7 +231,7 @@ def experts_first(
 
 
 def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `plume.ops.experts_second`."""
+    """See `plume.definitions.experts_second`."""
     num_experts, num_rows, inner_width = inner.shape
     width = state.shape[1]
     contiguous(inner, weights, weight, bias)

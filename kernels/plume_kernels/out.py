@@ -3,8 +3,9 @@
     attended = sum over splits of 2^(lse_z - lse) outputs_z,     lse = log2 of the sum of 2^lse_z
     x = sum of the stream's terms + attended Wᵀ
 
-Defined by `plume.ops.out`. With few rows the projection adds the splits up itself, a head at a time; with many, every
-one of its programs would read them all again, so that a kernel of its own does it before. Both give the same bits.
+Defined by `plume.definitions.out`. With few rows the projection adds the splits up itself, a head at a time; with
+many, every one of its programs would read them all again, so that a kernel of its own does it before. Both give the
+same bits.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def combine(outputs: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
-    """See `plume.ops.out`."""
+    """See `plume.definitions.out`."""
     (num_splits, num_rows, num_heads, channels), (terms, _, width) = outputs.shape, stream.shape
     contiguous(outputs, lse, weight, stream)
     attended = outputs

@@ -19,7 +19,8 @@ from plume.fused import FusedStack
 from plume.parts import UnsupportedModelError, text_parts
 from plume.stack import TextStack
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
-from plume_kernels.cases import NAMES, Shapes, arguments
+from plume_kernels import MODULES
+from plume_kernels.cases import Shapes, arguments
 
 
 def built(tmp_path_factory, family: str = "qwen2_vl", **fields) -> PlumeModel:
@@ -124,7 +125,7 @@ def test_fused_ops_need_no_cleared_cache(model, anywhere, num_new):
     assert (found[0] - found[1]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_torch_can_look_through_an_op(name):
     op = getattr(ops, name)
     torch.library.opcheck(

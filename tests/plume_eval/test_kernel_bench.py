@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from plume_eval.kernels.adapter import adapter_shares
 from plume_eval.speed.config import InputSize
 from plume_eval.speed.floors import Device, Work
 from plume_kernels import cases, tiles, timing, tuning
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,20 @@ def test_bytes_are_those_that_must_be_moved():
     assert timing.num_bytes("qkv", args["qkv"]) < args["qkv"][9].nbytes + 4 * 128 * 64 + 10_000
     few, all_used = (timing.num_bytes("experts_first", args["experts_first"], count) for count in (3, 5))
     assert all_used - few == 2 * 4 * (128 * 64 + 128 + 2 * 128)  # two experts less: weights, biases, inner activations
+
+
+def test_the_bytes_in_the_readme_are_those_that_are_counted():
+    lines = (ROOT / "kernels" / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    told = {row[0].strip("`"): [float(cell) for cell in row[2:6]] for row in rows if len(row) == 7}
+    assert set(told) == {*tuning.products(cases.QWEN2_VL_2B), "attention"}
+    for place, size in ((0, 1), (2, 8)):
+        args = cases.arguments(cases.QWEN2_VL_2B, [300] * size, num_slots=512, dtype=torch.bfloat16)
+        for name, numbers in told.items():
+            used = 3 if size == 1 and name.startswith("experts") else None  # all five in a batch of eight
+            moved = timing.num_bytes(name, args[name], used)
+            assert numbers[place] == pytest.approx(moved / 1e6, abs=0.006), name
+            assert numbers[place + 1] == pytest.approx(moved / 4.3e6, abs=0.06), name
 
 
 def test_tuning_takes_the_fastest_tile_that_is_right(monkeypatch):

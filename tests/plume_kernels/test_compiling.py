@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from plume_kernels import tiles
-from plume_kernels.cases import BY_NAME, NAMES, arguments
+from plume_kernels import MODULES, tiles
+from plume_kernels.cases import BY_NAME, arguments
 from plume_kernels.compiling import MOST_SHARED, compile_call, note, resources
 from plume_kernels.launch import INTERPRETED, dependent
 from plume_kernels.tuning import products
@@ -40,7 +40,7 @@ def compiled(
 
 
 @pytest.mark.parametrize(("num_rows", "num_new"), [(1, 1), (8, 6)], ids=["a step", "8 suffixes"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
     found = compiled(name, "2b", num_rows, num_new)
     assert found
@@ -57,7 +57,7 @@ def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
             assert "cp.async" in one.asm["ptx"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_kernel_compiles_for_older_devices(name):
     args = arguments(BY_NAME["2b"], [300], num_slots=512, dtype=torch.bfloat16, device="meta")[name]
     for call in note(partial(kernel(name), *args)):
@@ -77,7 +77,7 @@ def test_a_kernel_compiles_at_the_shapes_of_7b(name):
         assert one.metadata.shared <= MOST_SHARED[90]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_dependent_kernel_waits_before_it_reads_what_others_write(name):
     for one in compiled(name, "2b", 1, 1, uses_pdl=True):
         before, wait, behind = one.asm["ptx"].partition("griddepcontrol.wait")
