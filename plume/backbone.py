@@ -4,9 +4,9 @@ A backbone gives three things: embeddings of a prefix with its vision features i
 that prefix, and a text model that reads a growing sequence through a key/value cache. Vision enters in the
 prefix alone, so the latent steps and the suffix need the text model only.
 
-A family is added here and nowhere else: its name in `SUPPORTED`, and where it differs in `embed_prefix`. Qwen3-VL will
-bring features for several layers of the prefix (deepstack), which travel in a field of `Segment` of their own that
-latent steps and suffix leave empty; its interleaved M-RoPE is the text model's own affair.
+A family is added here and nowhere else: its name in `SUPPORTED`, and where it differs in `prefix_positions`. Qwen3-VL
+will bring features for several layers of the prefix (deepstack), which travel in a field of `Segment` of their own
+that latent steps and suffix leave empty; its interleaved M-RoPE is the text model's own affair.
 
 Letters: B batch, L prefix length, n new positions, D hidden size, V vocabulary.
 """
@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import CacheLayerMixin
+
+from plume.config import VisionPositions
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
 
@@ -90,13 +92,29 @@ class CachedDecoder:
             self.cache = Cache(layers=list(self._read))
         output = self.text_model(
             inputs_embeds=segment.embeds,
-            attention_mask=self.mask.long(),
+            attention_mask=self._attention_mask(segment),
             position_ids=segment.positions,
             past_key_values=self.cache,
             use_cache=not self.is_checkpointing,  # the cache is used if it is given; the flag only draws a warning
             **({"output_hidden_states": True} if with_layers else {}),
         )
         return torch.stack(output.hidden_states) if with_layers else output.last_hidden_state
+
+    def _attention_mask(self, segment: Segment) -> Tensor:
+        """What transformers makes its own mask from, or the whole mask `[B, 1, n, cache + n]` where that would fail.
+
+        Its eager attention adds the least number of the states' dtype to what is masked and takes the softmax in
+        float32. The least float64 is minus infinity there, and a row of padding, all of it masked, becomes NaN.
+        """
+        assert self.mask is not None
+        is_eager = self.text_model.config._attn_implementation == "eager"
+        if not is_eager or segment.embeds.dtype != torch.float64:
+            return self.mask.long()
+        new, total = len(segment), self.mask.shape[1]
+        columns = torch.arange(total, device=self.mask.device)
+        is_past = columns <= columns[total - new :, None]  # [n, cache + n]
+        hidden = ~(is_past & self.mask[:, None])[:, None]
+        return torch.zeros_like(hidden, dtype=torch.float64).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 class ReplayableLayer(CacheLayerMixin):
@@ -280,6 +298,8 @@ def embed_prefix(
     image_grid_thw: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
     second_per_grid_ts: Tensor | None = None,
+    *,
+    rule: VisionPositions,
 ) -> Segment:
     """The left-padded prefix with its vision features in place.
 
@@ -291,6 +311,7 @@ def embed_prefix(
         image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
         video_grid_thw: patches of each video in time, height and width, `[videos, 3]`.
         second_per_grid_ts: seconds per temporal patch of each video, `[videos]`; Qwen2.5-VL spaces positions by it.
+        rule: where text continues behind a medium, `PlumeConfig.vision_positions`.
     """
     config = backbone.config
     is_image, is_video = input_ids == config.image_token_id, input_ids == config.video_token_id
@@ -300,32 +321,66 @@ def embed_prefix(
             embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
     if vision.nothing is not None:
         embeds = embeds + vision.nothing.to(embeds.dtype)
-    grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
-    positions = prefix_positions(backbone, input_ids, mask, **grids, second_per_grid_ts=second_per_grid_ts)
+    grids = image_grid_thw, video_grid_thw, second_per_grid_ts
+    positions = prefix_positions(config, input_ids, mask, *grids, rule=rule)
     return Segment(embeds, mask, positions)
 
 
 def prefix_positions(
-    backbone: Backbone,
+    config: PreTrainedConfig,
     input_ids: Tensor,
     mask: Tensor,
     image_grid_thw: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
     second_per_grid_ts: Tensor | None = None,
+    *,
+    rule: VisionPositions,
 ) -> Tensor:
-    """M-RoPE positions of a prefix, `[3, B, L]`; arguments as in `embed_prefix`. Runs where the ids are."""
-    config = backbone.config
-    is_image, is_video = input_ids == config.image_token_id, input_ids == config.video_token_id
-    timing = {} if config.model_type == "qwen2_vl" else {"second_per_grid_ts": second_per_grid_ts}
-    # The kind of each token is derived here, since not every processor of transformers 5 emits it.
-    positions, _ = backbone.get_rope_index(
-        input_ids,
-        is_image.int() + 2 * is_video.int(),
-        image_grid_thw=image_grid_thw,
-        video_grid_thw=video_grid_thw,
-        attention_mask=mask.long(),
-        **timing,
-    )
+    """M-RoPE positions of a prefix, `[3, B, L]`; zero at padding.
+
+    A text token takes the next integer on three equal axes. A medium that begins at p takes p + its place in time,
+    height and width, and text continues behind the largest of them: of all three axes, as Qwen2-VL was trained, or of
+    height and width alone, as transformers 5 does it. Qwen2.5-VL counts time in `tokens_per_second`.
+
+    Args:
+        config: of the backbone.
+        input_ids: token ids, `[B, L]`.
+        mask: True at real tokens, `[B, L]`.
+        image_grid_thw: as in `embed_prefix`.
+        video_grid_thw: as in `embed_prefix`.
+        second_per_grid_ts: as in `embed_prefix`.
+        rule: `PlumeConfig.vision_positions`.
+
+    Example:
+        >>> config = getfixture("model").backbone.config
+        >>> ids = torch.tensor([[9, config.video_token_id, config.video_token_id, 9]])
+        >>> grids = {"video_grid_thw": torch.tensor([[2, 2, 2]])}  # two visual tokens, one after the other in time
+        >>> prefix_positions(config, ids, ids > 0, **grids, rule="all_axes")[:, 0].tolist()
+        [[0, 1, 2, 3], [0, 1, 1, 3], [0, 1, 1, 3]]
+    """
+    positions = ((mask.long().cumsum(dim=1) - 1) * mask).repeat(3, 1, 1)
+    grids = {config.image_token_id: image_grid_thw, config.video_token_id: video_grid_thw}
+    sizes: dict[int, Any] = {token: iter([] if grid is None else grid.tolist()) for token, grid in grids.items()}
+    spacing = iter(() if second_per_grid_ts is None else second_per_grid_ts.float().cpu())
+    is_visual = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    for row in (is_visual & mask).any(dim=1).nonzero()[:, 0].tolist():
+        ids = input_ids[row][mask[row]].tolist()
+        pieces, start, index = [], 0, 0
+        while index < len(ids):
+            if ids[index] not in sizes:
+                pieces.append(torch.full((3, 1), start))
+                start, index = start + 1, index + 1
+                continue
+            time, height, width = next(sizes[ids[index]])
+            height, width = (side // config.vision_config.spatial_merge_size for side in (height, width))
+            moments = torch.arange(time)
+            if config.model_type != "qwen2_vl" and ids[index] == config.video_token_id:
+                moments = (moments * (config.vision_config.tokens_per_second * next(spacing, 1))).long()
+            grid = torch.meshgrid(moments, torch.arange(height), torch.arange(width), indexing="ij")
+            pieces.append(torch.stack(grid).flatten(start_dim=1) + start)
+            end = max(height, width) if rule == "height_width" else max(height, width, int(moments[-1]) + 1)
+            start, index = start + end, index + time * height * width
+        positions[:, row, mask[row]] = torch.cat(pieces, dim=1).to(positions.device)
     return positions
 
 

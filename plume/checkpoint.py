@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from plume.backbone import SUPPORTED
@@ -21,6 +25,9 @@ from plume.version import __version__
 
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
 RUN_TIME_KEYWORDS = ("num_latent_steps",)
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LFS = b"version https://git-lfs"
 
 # Fields of the configuration that decide embeddings, besides K.
 _DECISIVE = (
@@ -37,6 +44,8 @@ _DECISIVE = (
     "video_min_pixels",
     "video_max_pixels",
 )
+# Fields that came later count where they are not what all checkpoints before them had, so that their indexes stay.
+_DECISIVE_LATER = {"background": "white", "vision_positions": "all_axes"}
 
 #: Instructions for common tasks, by `prompt_name`. The model reads them before the input's text.
 PRESETS = {
@@ -46,10 +55,85 @@ PRESETS = {
 }
 
 
+def check_place(name_or_path: str | os.PathLike) -> None:
+    """Refuse a path that leads nowhere, or to a folder that is no checkpoint; names on the Hub are not looked up.
+
+    Raises:
+        ValueError: says what is there and what was expected.
+    """
+    text = os.fspath(name_or_path)
+    expected = "expected a folder that save_pretrained wrote, or a Hub name such as you/kite"
+    if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
+            empty = "is an empty folder" if not os.listdir(text) else "holds no config.json"
+            raise ValueError(f"{text} {empty}; {expected}")
+    elif os.path.exists(text):
+        raise ValueError(f"{text} is a file; {expected}")
+    elif isinstance(name_or_path, os.PathLike) or not _HUB_NAME.fullmatch(text):
+        raise ValueError(f"no folder at {text!r}; {expected}")
+
+
+@contextmanager
+def naming_damaged_files(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Where loading fails because a file of the folder is damaged, say which one.
+
+    Raises:
+        ValueError: names the file, and says what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        folder = Path(name_or_path)
+        for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if reason := _damage(file):
+                raise ValueError(f"{file} {reason}") from error
+        if isinstance(error, SafetensorError):  # of a download
+            raise ValueError(f"the weights of {name_or_path} are damaged ({error}); remove the download") from error
+        raise
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file of a checkpoint, and what to do; None where nothing can be seen."""
+    if file.suffix not in (".safetensors", ".json", ".jinja") or not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS)) == _LFS:
+            return "is a Git LFS pointer in the place of the file; run `git lfs pull` where it was cloned"
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        return f"is damaged ({error}); copy it again"
+    return None
+
+
+def read_config(name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
+    """The fields of a checkpoint's `config.json`.
+
+    Raises:
+        ValueError: there is no checkpoint, or its configuration is damaged.
+    """
+    check_place(name_or_path)
+    try:
+        with naming_damaged_files(name_or_path):
+            return PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)[0]
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"no folder at {str(name_or_path)!r}, and no such model on the Hub, or it cannot be reached ({reason})"
+        ) from None
+
+
 def is_stock(name_or_path: str | os.PathLike, **hub_kwargs) -> bool:
-    """Whether the configuration is a backbone's own, as that of the published PLUME checkpoints is."""
-    fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)
-    return fields.get("model_type") in SUPPORTED
+    """Whether the configuration is a backbone's own, as that of the published PLUME checkpoints is.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
+    return read_config(name_or_path, **hub_kwargs).get("model_type") in SUPPORTED
 
 
 def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
@@ -58,7 +142,7 @@ def check_is_plume(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
     Raises:
         ValueError: says what the checkpoint is and how to start from it.
     """
-    fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)
+    fields = read_config(name_or_path, **hub_kwargs)
     if (found := fields.get("model_type")) != PlumeConfig.model_type:
         if found in SUPPORTED and is_published(name_or_path, **hub_kwargs):
             raise ValueError(
@@ -103,6 +187,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     config, processor = model.config, getattr(model, "processor", None)
     fields: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
+    fields |= {name: value for name, old in _DECISIVE_LATER.items() if (value := getattr(config, name)) != old}
     fields["backbone"] = config.backbone_config.model_type
     fields["pixels"] = None if processor is None else sorted(dict(processor.image_processor.size).items())
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -113,6 +198,21 @@ def fingerprint(model: PreTrainedModel) -> str:
         # Rounded, so that a checkpoint in bfloat16 is the same one when it is loaded as float32.
         digest.update(name.encode() + flat[places].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tidy_weight_files(folder: str | os.PathLike) -> None:
+    """Give weight files the mode that any new file has here, and remove the index of an earlier save in several files.
+
+    safetensors lets nobody but their owner read them; transformers leaves the index.
+    """
+    if not any(Path(folder).glob("model-*.safetensors")):
+        (Path(folder) / "model.safetensors.index.json").unlink(missing_ok=True)
+    sample = Path(folder) / ".mode"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def write_sentence_transformers_files(folder: str | os.PathLike) -> None:

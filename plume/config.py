@@ -9,6 +9,7 @@ import difflib
 from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
+from PIL import ImageColor
 from transformers import AutoConfig, PreTrainedConfig
 
 from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT
@@ -16,6 +17,7 @@ from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT
 Transition = Literal["moe", "mlp", "projector", "identity"]
 LatentPositions = Literal["mrope", "kv_length"]
 RouterContext = Literal["anchor", "prefix_last", "none"]
+VisionPositions = Literal["all_axes", "height_width"]
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 EMBEDDING_PROMPT = (
@@ -75,6 +77,11 @@ class PlumeConfig(PreTrainedConfig):
     """Rotary position of latent step 0: one after `<bot>` ("mrope", as in the paper), or the number of prefix
     tokens ("kv_length", as the published checkpoints are evaluated). They differ after an image."""
 
+    vision_positions: VisionPositions = "all_axes"
+    """Rotary position of the text behind an image or a video: one after the largest of time, height and width
+    ("all_axes"), or of height and width alone ("height_width", as transformers 5 computes it). They differ for videos
+    of many frames. Qwen-VL's checkpoints and the published ones were trained with the first, so new models take it."""
+
     prompt_template: str = (
         f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n"
         f"<|im_start|>user\n{{content}}\n{ANCHOR}\n{EMBEDDING_PROMPT}<|im_end|>\n"
@@ -95,6 +102,10 @@ class PlumeConfig(PreTrainedConfig):
     blank_image_size: int | None = None
     """Side in pixels of a white image put before every input without media; None puts none. The published
     checkpoints need 56: they place a white image of 28 x 28, which their processor enlarges to four visual tokens."""
+
+    background: str | None = "white"
+    """Colour behind transparent pixels of images and frames, by any name that Pillow knows. None drops transparency and
+    shows the colours that are stored beneath it, for checkpoints that were trained so."""
 
     video_num_frames: int = 8
     """Frames taken from a video, evenly, from the first to the last; all frames of a shorter one."""
@@ -176,6 +187,7 @@ class PlumeConfig(PreTrainedConfig):
             ("transition", get_args(Transition)),
             ("latent_positions", get_args(LatentPositions)),
             ("router_context", get_args(RouterContext)),
+            ("vision_positions", get_args(VisionPositions)),
         ):
             if (value := getattr(self, name)) not in choices:
                 listed = ", ".join(map(repr, choices))
@@ -185,6 +197,13 @@ class PlumeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1; received {getattr(self, name)}")
         if self.blank_image_size is not None and self.blank_image_size < 28:
             raise ValueError(f"blank_image_size must be None or at least 28; received {self.blank_image_size}")
+        if self.background is not None:
+            try:
+                ImageColor.getrgb(self.background)
+            except (ValueError, AttributeError):
+                raise ValueError(
+                    f'background must be None or a colour, such as "white" or "#ffffff"; received {self.background!r}'
+                ) from None
         if self.video_fps is not None and self.video_fps <= 0:
             raise ValueError(f"video_fps must be None or above 0; received {self.video_fps}")
         if self.video_max_pixels < self.video_min_pixels:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -46,11 +45,3 @@ def media_keys(items: Sequence[Item], budget: Budget = None) -> list[tuple[list[
         ([medium_key(one, budget) for one in item.images], [medium_key(one, budget) for one in item.videos])
         for item in items
     ]
-
-
-def revision(model: Any) -> Hashable:
-    """Changes when weights are moved, replaced or written to, within one process.
-
-    What is written through `.data` goes unnoticed.
-    """
-    return model.dtype, str(model.device), hash(tuple((one.data_ptr(), one._version) for one in model.parameters()))

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.decorators import deprecated_kwargs
 from tqdm.auto import tqdm
 
 from plume import card, checkpoint, content
@@ -20,12 +22,13 @@ from plume.ahead import Ahead, Loaded, one_ahead
 from plume.batches import join_batches, plan_batches
 from plume.config import PlumeConfig
 from plume.engine import Backend, Engine
-from plume.inputs import Item, check_text
+from plume.inputs import Item, check_unicode, inputs_of_call
 from plume.model import PlumeModel
 from plume.parts import UnsupportedModelError
 from plume.plan import plan
 from plume.processor import PlumeProcessor
-from plume.requests import budget_of, converted, image_settings, is_single, windows_of
+from plume.requests import budget_of, comparable, converted, image_settings, windows_of
+from plume.threads import slow_on_cpu
 from plume.trace import Trace
 from plume.vectors import Vectors
 
@@ -84,7 +87,8 @@ class Plume(SentenceTransformer):
             kwargs: as for `SentenceTransformer`, for example `device`, `model_kwargs`, `truncate_dim`.
 
         Raises:
-            ValueError: the checkpoint is not plume's, or cannot run this K, or a setting that cannot be honoured.
+            ValueError: the checkpoint is not plume's, is damaged, or cannot run this K; or a setting that cannot be
+                honoured.
         """
         settings = {
             "int8": int8,
@@ -98,16 +102,21 @@ class Plume(SentenceTransformer):
         if (cache := kwargs.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")) is not None:
             hub["cache_dir"] = cache
         checkpoint.check_is_plume(model_name_or_path, **hub)
-        super().__init__(str(model_name_or_path), **kwargs)
-        if self.device.type == "cpu" and not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
-            self.plume_model.float()
+        with checkpoint.naming_damaged_files(model_name_or_path):
+            super().__init__(str(model_name_or_path), **kwargs)
+        self._check_truncate_dim(self.truncate_dim)
+        if self.device.type == "cpu":
+            if not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
+                self.plume_model.float()
+            if warning := slow_on_cpu(self.plume_model):
+                warnings.warn(f"plume: {warning}", stacklevel=2)
         self._engine: Engine | None = None
         self._refused = ""  # why the engine could not run the model, when it could not
         self._engine_settings: dict[str, Any] | None = None
         if backend != "torch":
             self._engine_settings = {"backend": backend, **settings}
-            _ = self.engine  # what cannot be honoured is said now
-        self._vectors = Vectors(vector_cache_bytes) if vector_cache_bytes else None
+            self._refresh_engine()  # what cannot be honoured is said now
+        self._vectors = Vectors(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
         self._check_steps(num_latent_steps)
         self.num_latent_steps = num_latent_steps
         folder = Path(model_name_or_path)
@@ -127,7 +136,10 @@ class Plume(SentenceTransformer):
 
     @property
     def engine(self) -> Engine | None:
-        """What runs the model; None where transformers' own layers do."""
+        """What runs the model, with its present weights; None where transformers' own layers do."""
+        return self._refresh_engine()
+
+    def _refresh_engine(self) -> Engine | None:
         if self._engine_settings is None:
             return None
         try:
@@ -157,6 +169,7 @@ class Plume(SentenceTransformer):
         tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
         return {**input, "sentence_embedding": engine(tensors, kwargs.get("num_latent_steps")).embedding}
 
+    @deprecated_kwargs(sentences="inputs")
     def encode(  # type: ignore[override]
         self,
         inputs: Any,
@@ -180,7 +193,8 @@ class Plume(SentenceTransformer):
 
         Args:
             inputs: what `Item.parse` accepts: strings, PIL images, pages, `pathlib.Path`s to files, dicts, chat
-                messages; one of them or a list. A list of messages is one input.
+                messages; one of them, or a list, a tuple, a column of a data set, an iterator of them. A list of
+                messages is one input; so is an array of pixels, of which four axes are one video.
             prompt_name: one of the checkpoint's presets (`plume.prompts`): "retrieve", "classify", "question".
             prompt: as `instruction`, by the name that sentence-transformers gives it.
             batch_size: inputs per pass at most.
@@ -202,7 +216,7 @@ class Plume(SentenceTransformer):
             Unit vectors `[N, D]`, float32, in the order of the inputs; `[D]` for a single input.
 
         Raises:
-            InputError: an input that cannot be embedded, named by its place in the list.
+            InputError: an input that cannot be embedded, named by its place in the list; or no list of inputs.
             ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
         """
         if isinstance(inputs, list) and inputs and isinstance(inputs[0], Loaded):
@@ -232,16 +246,21 @@ class Plume(SentenceTransformer):
         if task is not None and instruction is not None:
             prompt_name = None  # encode_query and encode_document name one of their own accord
         instruction = self._instruction(instruction, prompt, prompt_name)
-        single = is_single(inputs)
-        raws: Sequence[Any] = [inputs] if single else list(inputs)
+        raws, single = inputs_of_call(inputs)
+        dim = self._check_truncate_dim(
+            kwargs["truncate_dim"] if kwargs.get("truncate_dim") is not None else self.truncate_dim
+        )
+        if dim is not None:
+            kwargs["truncate_dim"], kwargs["normalize_embeddings"] = dim, True  # what is cut is not of unit length
         self.eval()
-        _ = self.engine
+        self._refresh_engine()
         show = len(raws) > batch_size if show_progress_bar is None else show_progress_bar
 
         kept: list[int] = []
         rows: list[torch.Tensor] = []
         skipped: list[str] = []
         with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # a caller's is no part of the model
             if isinstance(kwargs.get("device"), list):
                 kwargs["pool"] = self.start_multi_process_pool(kwargs.pop("device"))
                 stack.callback(self.stop_multi_process_pool, kwargs["pool"])
@@ -257,7 +276,7 @@ class Plume(SentenceTransformer):
                 windows = one_ahead(threads, windows)
             memory = None
             if self._vectors is not None:
-                memory = self._vectors.of_call(self.plume_model, kwargs, self.truncate_dim)
+                memory = self._vectors.of_call(kwargs)
             on_cpu = convert_to_numpy and not convert_to_tensor
             for window in windows:
                 if memory is not None:
@@ -276,9 +295,8 @@ class Plume(SentenceTransformer):
                     bar.update(len(run))
             bar.update(len(skipped))
         if skipped:
-            warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=2)
-        dim = kwargs.get("truncate_dim") or self.get_embedding_dimension() or 0
-        whole = torch.cat(rows) if rows else torch.empty(0, dim)
+            warnings.warn(f"{len(skipped)} inputs were skipped:\n" + "\n".join(skipped), stacklevel=3)
+        whole = torch.cat(rows) if rows else torch.empty(0, dim or self.plume_config.hidden_size)
         ordered = whole.new_full((len(raws), whole.shape[1]), torch.nan)
         ordered[kept] = whole
         return converted(ordered, single, precision, convert_to_tensor, convert_to_numpy)
@@ -339,11 +357,20 @@ class Plume(SentenceTransformer):
             candidates: inputs to compare every state with.
             num_words: nearest vocabulary tokens per state.
         """
-        singles = [inputs] if is_single(inputs) else list(inputs)
         num_latent_steps = self._steps(num_latent_steps, "query")
         return self.plume_model.trace(
-            singles, num_latent_steps=num_latent_steps, candidates=candidates, num_words=num_words
+            inputs, num_latent_steps=num_latent_steps, candidates=candidates, num_words=num_words
         )
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """As `SentenceTransformer.similarity`; vectors of any precision, packed bits as signs."""
+        dim = self.get_embedding_dimension()
+        return super().similarity(comparable(embeddings1, dim), comparable(embeddings2, dim))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """As `SentenceTransformer.similarity_pairwise`; likewise."""
+        dim = self.get_embedding_dimension()
+        return super().similarity_pairwise(comparable(embeddings1, dim), comparable(embeddings2, dim))
 
     def _create_model_card(self, path: str, model_name: str | None = None, train_datasets: Any = None) -> None:
         # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.
@@ -353,6 +380,19 @@ class Plume(SentenceTransformer):
         """K of a call that does not say otherwise."""
         steps = self._steps(None, task)
         return self.plume_config.num_latent_steps if steps is None else steps
+
+    def _check_truncate_dim(self, dim: int | None) -> int | None:
+        """The length that vectors are cut to, None where they are not.
+
+        Raises:
+            ValueError: there are not as many numbers.
+        """
+        if dim is None:
+            return None
+        most = self.plume_config.hidden_size
+        if isinstance(dim, bool) or not isinstance(dim, Integral) or not 1 <= dim <= most:
+            raise ValueError(f"truncate_dim must be a whole number from 1 to {most}, or None; received {dim!r}")
+        return int(dim)
 
     def _check_steps(self, steps: LatentSteps | None) -> None:
         if isinstance(steps, Mapping):
@@ -381,5 +421,5 @@ class Plume(SentenceTransformer):
             raise ValueError("give one of instruction, prompt and prompt_name; they mean the same")
         chosen = self._resolve_prompt(prompt, prompt_name) if instruction is None else instruction
         if chosen:
-            check_text(chosen, "the instruction")
+            check_unicode(chosen, "the instruction")
         return chosen or ""

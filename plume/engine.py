@@ -44,6 +44,7 @@ from plume.rollout import Rollout, rollout
 from plume.rooms import MOST_INPUT_BYTES, Pixels, Prefix, Room
 from plume.sharing import SharedPrefixes
 from plume.tower import Grid, Tower, segment_attention
+from plume.weights import Weights
 
 _LEAST_SLOTS = 512
 _MOST_ROWS = 128
@@ -175,16 +176,22 @@ class Engine:
             self.refresh()
         shares = self.shared is not None and any(laid_out.prefix_keys)
         known = shares and self.shared.has_all(laid_out)  # type: ignore[union-attr]
-        with graphs.on(self.device):
+        # The engine computes in the model's dtype, whatever autocast its caller is in.
+        with graphs.on(self.device), torch.autocast(self.device.type, enabled=False):
             return self.reason(laid_out, None if known else self.see(laid_out))
 
     def refresh(self) -> None:
-        """Take the model's weights anew if they have been moved or replaced; graphs are then captured again."""
+        """Take the model's weights anew if they have been moved or replaced; graphs are then captured again.
+
+        What was learnt in place is in use already; what is remembered of the weights before it is forgotten.
+        """
         if self.model.training:
             raise ValueError("the engine runs models in eval mode; call model.eval() first")
-        model = self.model
-        same = self._made_of == (model.backbone, model.transition) and model.device == self.device
-        if not same or not all(one.is_current() for one in self._fused):
+        is_same = self._weights.are_same() and self.model.device == self.device
+        if is_same and self._revision is not None and (revision := self._weights.revision()) != self._revision:
+            self._revision, is_same = revision, not self._int8
+            self._forget_media()
+        if not is_same:
             with torch.inference_mode(False):  # else the model's own parameters could not be trained any more
                 self._load()
 
@@ -211,15 +218,16 @@ class Engine:
             self.tower = Tower(tower_parts(backbone), projection)
         except UnsupportedModelError:  # another family's; transformers' own runs
             self.tower = None
-        self._made_of = (backbone, model.transition)
-        self._fused: list[Any] = [
-            one for one in (self.stack, self.tower, self.transition) if hasattr(one, "is_current")
-        ]
+        self._weights = Weights(model)
+        self._revision = self._weights.revision() if self._int8 or self.keeps_media else None
         suffix = torch.tensor([model.config.suffix_ids])
         is_real = torch.ones_like(suffix).bool()
         self._read_out = int(last_column(suffix, is_real, model.config.read_out_token_id, tokens.READ_OUT))
         self._suffix_ids = suffix[0].to(self.device)
         self._forget_graphs()
+        self._forget_media()
+
+    def _forget_media(self) -> None:
         self._features: Kept[Tensor] = Kept(most_bytes=self._vision_cache_bytes, num_bytes=lambda one: one.nbytes)
         self.shared = SharedPrefixes(self.stack, self._prefix_cache_bytes) if self._prefix_cache_bytes else None
 

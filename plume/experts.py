@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from plume.projection import Projection, made_of
+from plume.projection import Projection
 from plume.transition import MixtureOfExperts, TransitionAdapter, weigh
 
 
@@ -49,19 +49,10 @@ class ExpertsTogether:
         self.own = own
         experts = self._experts()
         self.first, self.second = Projection([one.fc1 for one in experts]), Projection([one.fc2 for one in experts])
-        self._made_of = self._parts()
 
     def _experts(self) -> list:
         shared = self.own.shared_expert
         return [*self.own.experts] if shared is None else [shared, *self.own.experts]
-
-    def _parts(self) -> tuple:
-        linear = [layer for one in self._experts() for layer in (one.fc1, one.fc2)]
-        return made_of([*linear, self.own.router, self.own.ln, self.own.step_embed])
-
-    def is_current(self) -> bool:
-        """Whether the adapter still consists of what this was made of."""
-        return self._parts() == self._made_of
 
     def __call__(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `TransitionAdapter.forward`."""

@@ -1,18 +1,27 @@
-"""Images, loaded within limits: upright, RGB, and no larger than the model looks at them."""
+"""Images, loaded within limits: upright, RGB, on a background, and no larger than the model looks at them.
+
+Letters: H and W height and width in pixels.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import http.client
 import io
 import os
+import stat
 import string
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -22,8 +31,14 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_ASPECT_RATIO = 200
 #: More than this is not downloaded.
 MAX_DOWNLOAD_BYTES = 512 * 2**20
+#: What is behind transparent pixels, unless a checkpoint says otherwise.
+BACKGROUND = "white"
 _DOWNLOAD_TIMEOUT_S = 30
 _FACTOR = 28  # patch_size * merge_size of every supported backbone
+
+# What a file holds decides, not its name, and some of Pillow's other decoders start programs (EPS: Ghostscript).
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 class InputError(ValueError):
@@ -31,32 +46,31 @@ class InputError(ValueError):
 
 
 def load_image(
-    image: Image.Image | np.ndarray | str | os.PathLike,
-    name: str = "the input",
-    pixels: tuple[int, int] | None = None,
+    image: Any, name: str = "the input", pixels: tuple[int, int] | None = None, background: str | None = BACKGROUND
 ) -> Image.Image:
     """Load an image as upright RGB, within limits.
 
     Args:
-        image: a PIL image, an array `[height, width, 3]` of uint8, a path, an http(s) or file URL, or a data URI.
+        image: a PIL image, a path, an http(s) or file URL, a data URI, the bytes of a file, a dict with "bytes" or
+            "path", or an array or tensor of uint8: `[H, W]`, `[H, W, C]` or `[C, H, W]` with C = 1, 3 or 4 (RGBA).
         name: how errors call the input.
         pixels: the fewest and the most pixels that the model looks at. A larger image is reduced at once, exactly
             as the image processor would do it later, so that waiting images take little memory.
+        background: colour behind transparent pixels, any name that Pillow knows; None drops transparency and shows
+            the colours that are stored beneath.
 
     Raises:
         InputError: the file is missing, is not a readable image, or is too large or too long to decode safely.
     """
-    if isinstance(image, np.ndarray):
+    if isinstance(image, (np.ndarray, torch.Tensor)):
         image = _from_array(image, name)
-    if not isinstance(image, (Image.Image, str, os.PathLike)):
-        raise InputError(f"{name}: an image is a {type(image).__name__}; expected a PIL image, a path or a URL")
-    source = "the image" if isinstance(image, Image.Image) else brief(image)
+    source = "the image" if isinstance(image, (Image.Image, bytes, bytearray, Mapping)) else brief(image, name)
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(open_source(image, name))
+        opened = image if isinstance(image, Image.Image) else open_image(open_source(image, name))
         check_size(opened.size, f"{name}: {source}")
         if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             opened = ImageOps.exif_transpose(opened)
-        return _reduced(_as_rgb(opened, f"{name}: {source}"), pixels)
+        return _reduced(as_rgb(opened, f"{name}: {source}", background), pixels)
     except FileNotFoundError:
         raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
     except Image.DecompressionBombError as error:
@@ -74,7 +88,7 @@ def check_image_file(path: Path, name: str) -> None:
         InputError: as `load_image`; what is broken behind the header shows only when it is decoded.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(open_source(path, name)) as image:
             check_size(image.size, f"{name}: {path}")
     except InputError:
         raise
@@ -82,38 +96,58 @@ def check_image_file(path: Path, name: str) -> None:
         raise InputError(f"{name}: {path} cannot be read as an image ({error}); replace the file") from None
 
 
-def open_source(source: str | os.PathLike, name: str) -> str | os.PathLike | io.BytesIO:
-    """A path as it is, or the bytes behind a URL or a data URI.
+def open_image(source: str | os.PathLike | io.BytesIO) -> Image.Image:
+    """Open an image of a format that is safe to decode; nothing is decoded yet.
+
+    Args:
+        source: from `open_source`.
+    """
+    if _is_heif(source):
+        _read_heif()
+        return Image.open(source, formats=("HEIF",))
+    return Image.open(source, formats=_FORMATS)
+
+
+def open_source(source: Any, name: str) -> str | os.PathLike | io.BytesIO:
+    """A path as it is, once it is known to be a plain file; or the bytes behind anything else.
+
+    Args:
+        source: a path, an http(s) or file URL, a data URI, bytes, or a dict with "bytes" or "path".
+        name: how errors call the input.
 
     Raises:
-        InputError: the URL does not answer, or holds more than `MAX_DOWNLOAD_BYTES`.
+        InputError: it is of another type, is no plain file, does not answer, or holds more than `MAX_DOWNLOAD_BYTES`.
+        FileNotFoundError: there is no such file.
     """
+    if isinstance(source, Mapping):  # as Hugging Face data sets hold files
+        source = source.get("bytes") or source.get("path") or source
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"{name}: a file is a {type(source).__name__}; expected a path, a URL or bytes")
     text = os.fspath(source)
-    if not isinstance(source, str) or not text.startswith(("http://", "https://", "file://", "data:")):
-        return source
-    if text.startswith("file://"):
-        return urllib.request.url2pathname(text.removeprefix("file://"))
-    if text.startswith("data:"):
-        try:
-            return io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))
-        except binascii.Error as error:
-            raise InputError(f"{name}: {brief(text)} is not valid base64 ({error})") from None
+    if isinstance(source, str) and text.startswith("data:"):
+        return io.BytesIO(_from_data_uri(text, name))
+    if isinstance(source, str) and text.startswith(("http://", "https://")):
+        return _downloaded(text, name)
+    path = urllib.request.url2pathname(text.removeprefix("file://")) if text.startswith("file://") else source
     try:
-        address = urllib.parse.quote(text, safe=string.punctuation)
-        with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer:
-            content = answer.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise InputError(f"{name}: {brief(text)} cannot be downloaded ({error}); save it to a file") from None
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise InputError(f"{name}: {brief(text)} holds more than {MAX_DOWNLOAD_BYTES:,} bytes; save it to a file")
-    return io.BytesIO(content)
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FileNotFoundError(error.errno, error.strerror) from None
+        raise
+    # A pipe or a device would block, or never end.
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{name}: {brief(source)} is not a plain file; expected a path to one")
+    return path
 
 
 def seen_size(width: int, height: int, pixels: tuple[int, int]) -> tuple[int, int]:
     """Width and height at which the model looks at an image or a frame: multiples of 28 within the budget.
 
     Example:
-        >>> seen_size(1920, 1080, (784, 602_112))
+        >>> seen_size(1920, 1080, (3_136, 602_112))
         (1008, 560)
     """
     seen_height, seen_width = smart_resize(height, width, factor=_FACTOR, min_pixels=pixels[0], max_pixels=pixels[1])
@@ -131,21 +165,131 @@ def check_size(size: tuple[int, int], source: str) -> None:
         raise InputError(f"{source} is {width} x {height}; sides may differ by {MAX_ASPECT_RATIO} times at most")
 
 
-def brief(source: str | os.PathLike) -> str:
-    """A path or URL, short enough for a message."""
+def brief(source: Any, name: str = "the input") -> str:
+    """A path or URL, short enough for a message.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"{name}: an image is a {type(source).__name__}; expected a PIL image, a path, a URL, bytes or an array of "
+            "uint8"
+        )
     text = os.fspath(source)
     return text if len(text) <= 200 else f"{text[:60]}... ({len(text):,} characters)"
 
 
+def as_rgb(image: Image.Image, source: str, background: str | None = BACKGROUND) -> Image.Image:
+    """The image in RGB, its transparent pixels on a background; see `load_image`.
+
+    Example:
+        >>> as_rgb(Image.new("LA", (1, 1), (0, 51)), "it").getpixel((0, 0))
+        (204, 204, 204)
+    """
+    if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to 8
+        shades = np.asarray(image)
+        key = image.info.get("transparency")
+        image = Image.fromarray((shades >> 8).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(shades == key, 0, 255).astype(np.uint8)))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{source} has 32 bits per pixel, whose range is not known; save it with 8 bits")
+    image.load()
+    if image.mode in ("La", "RGBa"):  # whose colours are multiplied by their opacity
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if background is None or not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+
+
+def _is_heif(source: str | os.PathLike | io.BytesIO) -> bool:
+    if isinstance(source, io.BytesIO):
+        head = source.getbuffer()[4:12].tobytes()
+    else:
+        with open(source, "rb") as file:
+            head = file.read(12)[4:]
+    return head[:4] == b"ftyp" and head[4:] in _HEIF_BRANDS
+
+
+@cache
+def _read_heif() -> None:
+    """Teach Pillow the format of telephones.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ImportError("it is HEIC, which needs pillow-heif: pip install 'plume-embed[heic]'") from None
+    register_heif_opener()
+
+
+def _from_data_uri(text: str, name: str) -> bytes:
+    """The content of a data URI, whose base64 may be broken into lines, percent-encoded or of the URL-safe alphabet."""
+    header, _, body = text.partition(",")
+    content = urllib.parse.unquote_to_bytes(body)
+    if not header.rstrip().endswith(";base64"):
+        return content
+    content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/"))
+    try:
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except binascii.Error as error:
+        raise InputError(f"{name}: {brief(text)} is not valid base64 ({error}); encode the file again") from None
+
+
+def _downloaded(text: str, name: str) -> io.BytesIO:
+    try:
+        address = urllib.parse.quote(text, safe=string.punctuation)
+        with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer:
+            content = answer.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InputError(f"{name}: {brief(text)} cannot be downloaded ({error}); save it to a file") from None
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise InputError(f"{name}: {brief(text)} holds more than {MAX_DOWNLOAD_BYTES:,} bytes; save it to a file")
+    return io.BytesIO(content)
+
+
 def _reason(error: Exception) -> str:
     """What went wrong; without the path, which an OSError repeats and which may be a whole file in base64."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it holds no image of a format that plume reads"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise InputError(f"{name}: an image is {array.dtype} of shape {array.shape}; expected uint8 [height, width, 3]")
-    return Image.fromarray(array)
+def channels_last(array: np.ndarray, name: str, what: str) -> np.ndarray:
+    """Pixels of uint8 as `[..., H, W, C]`, from that layout or `[..., C, H, W]`; C is 1, 3 or 4.
+
+    Raises:
+        InputError: neither, or both, so that nobody can tell.
+    """
+    layouts = f"uint8 [{what}H, W, C] or [{what}C, H, W] with C = 1, 3 or 4"
+    if array.dtype == np.uint8 and array.ndim >= 3 and array.size:
+        is_first, is_last = array.shape[-3] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
+        if is_first and is_last:
+            raise InputError(
+                f"{name}: an array of shape {array.shape} is {layouts}, and nobody can tell which; pass PIL images"
+            )
+        if is_last:
+            return array
+        if is_first:
+            return np.moveaxis(array, -3, -1)
+    raise InputError(f"{name}: an array is {array.dtype} of shape {array.shape}; expected {layouts}")
+
+
+def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu().numpy()
+    if array.ndim == 2 and array.dtype == np.uint8 and array.size:
+        return Image.fromarray(array)
+    if array.ndim != 3:
+        raise InputError(
+            f"{name}: an image is {array.dtype} of shape {array.shape}; expected uint8 [H, W], [H, W, C] or [C, H, W]"
+        )
+    pixels = channels_last(array, name, "")
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def _reduced(image: Image.Image, pixels: tuple[int, int] | None) -> Image.Image:
@@ -154,12 +298,3 @@ def _reduced(image: Image.Image, pixels: tuple[int, int] | None) -> Image.Image:
     size = seen_size(image.width, image.height, pixels)
     # Budgets whose ends nearly meet do not map every size to itself; then the image waits as it is.
     return image.resize(size, Image.Resampling.BICUBIC) if seen_size(*size, pixels) == size else image
-
-
-def _as_rgb(image: Image.Image, source: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to 8
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise InputError(f"{source} has 32 bits per pixel, whose range is not known; save it with 8 bits")
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")

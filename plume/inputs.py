@@ -14,13 +14,12 @@ from torch import Tensor
 
 from plume.documents import Page, pages
 from plume.files import SUFFIXES, VIDEO_SUFFIXES, Kind, kind_of
-from plume.images import InputError, load_image
-from plume.tokens import RESERVED
+from plume.images import BACKGROUND, InputError, load_image
 from plume.video import Sampling, Video, load_video
 
 _ACCEPTED = (
-    'a string, a PIL image, a plume.Page, a pathlib.Path, chat messages, or a dict with "text", "image", "video" and '
-    '"instruction"'
+    "a string, a PIL image, a plume.Page, a pathlib.Path, an array of pixels, the bytes of an image, chat messages, or "
+    'a dict with "text", "image", "video" and "instruction"'
 )
 _KEYS = ("text", "image", "video", "instruction", "fps", "max_frames")
 
@@ -36,10 +35,12 @@ class Budget:
     """What media may cost.
 
     pixels: the fewest and the most pixels of an image or a page; None leaves images as they are.
+    background: colour behind transparent pixels; see `load_image`.
     sampling: frames of a video.
     """
 
     pixels: tuple[int, int] | None = None
+    background: str | None = BACKGROUND
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -82,21 +83,23 @@ class Item:
         Args:
             raw: one of
 
-                - a string: always text, never a path;
-                - a PIL image; a `Page` of a document;
-                - a `pathlib.Path` to an image, a video, or a text file (an animated GIF is a video);
+                - a string: always text, never a path; tokens that steer the model are text too where it mentions them;
+                - a PIL image; a `Page` of a document; the bytes of an image file, or a dict with "bytes" or "path";
+                - a `pathlib.Path` to an image, a video, or a text file (an animated GIF or WebP is a video);
+                - an array or tensor of uint8: of two or three axes an image, `[H, W]`, `[H, W, C]` or `[C, H, W]`; of
+                  four axes one video, `[T, H, W, C]` or `[T, C, H, W]`, never a batch of images;
                 - a dict with any of "text", "image" and "video" (each one or a list) and "instruction"; media stand
                   before text, whatever the order of the keys. "fps" and "max_frames" sample its videos;
                 - chat messages: a message with "role" and "content", or a list of them, with parts such as
                   `{"type": "image", "image": ...}` in any order. System messages are instructions.
 
-                An image is a PIL image, a path, a URL, a data URI or an array; a video is a file, or its frames.
+                An image is a PIL image, a path, a URL, a data URI, bytes or an array; a video is a file, or its frames.
             name: how errors call the input, for example "input 3".
             budget: what media may cost; larger ones are reduced as they are loaded.
 
         Raises:
             InputError: an unsupported type, an empty input, unknown keys, a file that is missing, unreadable or
-                too large, or text that holds one of the model's own tokens.
+                too large.
 
         Example:
             >>> item = Item.parse({"text": "a red kite", "instruction": "Find the bird:"})
@@ -108,24 +111,20 @@ class Item:
         budget = budget or Budget()
         if is_messages(raw):
             item = _from_messages([raw] if isinstance(raw, Mapping) else raw, name, budget)
-        elif isinstance(raw, Mapping):
+        elif isinstance(raw, Mapping) and not _is_file(raw):
             item = _from_dict(raw, name, budget)
         elif isinstance(raw, str):
             item = cls((raw,))
         elif isinstance(raw, Path):
             item = cls((_load_path(raw, name, budget),))
-        elif isinstance(raw, Page):
+        elif isinstance(raw, Video) or (isinstance(raw, (np.ndarray, Tensor)) and raw.ndim == 4):
+            item = cls((load_video(raw, budget.sampling, name, budget.background),))
+        elif isinstance(raw, (Image.Image, Page, np.ndarray, Tensor, bytes, bytearray, Mapping)):
             item = cls((_load_image(raw, name, budget),))
-        elif isinstance(raw, Video):
-            item = cls((raw,))
-        elif isinstance(raw, (Image.Image, np.ndarray)) and not (isinstance(raw, np.ndarray) and raw.ndim == 4):
-            item = cls((_load_image(raw, name, budget),))
-        elif isinstance(raw, (np.ndarray, Tensor)):
-            item = cls((load_video(raw, budget.sampling, name),))
         else:
             raise InputError(f"{name} is a {type(raw).__name__}; expected {_ACCEPTED}")
         for text in (*(part for part in item.content if isinstance(part, str)), item.instruction):
-            check_text(text, name)
+            check_unicode(text, name)
         if not any(part.strip() if isinstance(part, str) else part for part in item.content):
             raise InputError(f"{name} is empty; expected text that is not blank, an image, a page or a video")
         return item
@@ -134,7 +133,7 @@ class Item:
         """The same input with this instruction, unless it has one of its own."""
         if self.instruction or not instruction:
             return self
-        check_text(instruction, "the instruction")
+        check_unicode(instruction, "the instruction")
         return replace(self, instruction=instruction)
 
     def messages(self) -> list[dict]:
@@ -151,21 +150,50 @@ def is_messages(raw: Any) -> bool:
     return isinstance(raw, list) and bool(raw) and all(isinstance(one, Mapping) and is_messages(one) for one in raw)
 
 
-def check_text(text: str, name: str) -> None:
-    """Refuse text that holds a token which steers the model.
+def inputs_of_call(inputs: Any) -> tuple[Sequence[Any], bool]:
+    """The inputs of a call, and whether it is one alone.
 
     Raises:
-        InputError: names the token.
+        InputError: a container whose items are no inputs, or whose order means nothing.
+
+    Example:
+        >>> inputs_of_call("a"), inputs_of_call(("a", "b"))
+        ((['a'], True), (['a', 'b'], False))
+    """
+    one = (str, bytes, bytearray, Mapping, Path, Image.Image, Item, Page, Video)
+    # The items of a one-dimensional array are inputs; with more axes it is one, made of pixels.
+    is_pixels = isinstance(inputs, (np.ndarray, Tensor)) and inputs.ndim > 1
+    if isinstance(inputs, one) or is_messages(inputs) or is_pixels:
+        return [inputs], True
+    kind = type(inputs).__name__
+    if hasattr(inputs, "columns"):
+        raise InputError(
+            f"the inputs are a {kind}, whose items are its columns; expected a list of inputs: pass one column, or "
+            'rows as dicts, for example frame["text"].tolist() or frame.to_dict("records")'
+        )
+    if isinstance(inputs, (set, frozenset)):
+        raise InputError(f"the inputs are a {kind}, which has no order; expected a list of inputs: pass sorted(inputs)")
+    try:
+        return list(inputs), False
+    except TypeError:
+        raise InputError(f"the inputs are a {kind}; expected one input or a list of them, each {_ACCEPTED}") from None
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Refuse text that no tokenizer can read.
+
+    Raises:
+        InputError: it is not valid Unicode.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"{name}: the text is not valid Unicode ({error.reason}); clean it") from None
-    if "<" not in text:  # as every token that steers begins
-        return
-    for token in RESERVED:
-        if token in text:
-            raise InputError(f"{name}: the text holds {token!r}, a token that plume places itself; remove it")
+
+
+def _is_file(raw: Any) -> bool:
+    """Whether this is a file as Hugging Face data sets hold it."""
+    return isinstance(raw, Mapping) and "bytes" in raw and set(raw) <= {"bytes", "path"}
 
 
 def _from_dict(raw: Mapping, name: str, budget: Budget) -> Item:
@@ -178,10 +206,15 @@ def _from_dict(raw: Mapping, name: str, budget: Budget) -> Item:
         budget = replace(budget, sampling=_sampled(raw, budget.sampling, name))
     media: list[Any] = []
     for key in raw:
+        if key in ("image", "video") and isinstance(raw[key], (list, tuple)) and not raw[key]:
+            raise InputError(
+                f'{name}: "{key}" is an empty {type(raw[key]).__name__}; expected one {key} or several; where there is '
+                "none leave it out"
+            )
         if key == "image" and raw[key] is not None:
             media += [_load_image(one, name, budget) for one in _images_of(raw[key], name)]
         elif key == "video" and raw[key] is not None:
-            media += [load_video(one, budget.sampling, name) for one in _videos_of(raw[key])]
+            media += [load_video(one, budget.sampling, name, budget.background) for one in _videos_of(raw[key])]
     texts = raw.get("text") or ""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -234,7 +267,7 @@ def _from_part(part: Mapping, name: str, budget: Budget) -> list[Part]:
         return [_load_image(one, name, budget) for one in _images_of(value, name)]
     if part.get("fps") is not None or part.get("max_frames") is not None:
         budget = replace(budget, sampling=_sampled(part, budget.sampling, name))
-    return [load_video(one, budget.sampling, name) for one in _videos_of(value)]
+    return [load_video(one, budget.sampling, name, budget.background) for one in _videos_of(value)]
 
 
 def _load_path(path: Path, name: str, budget: Budget) -> Part:
@@ -242,9 +275,9 @@ def _load_path(path: Path, name: str, budget: Budget) -> Part:
         raise InputError(f"{name}: no file at {path}; expected a file of text, an image or a video")
     kind = kind_of(path)
     if kind is Kind.IMAGE:
-        return load_image(path, name, budget.pixels)
+        return _load_image(path, name, budget)
     if kind is Kind.VIDEO:
-        return load_video(path, budget.sampling, name)
+        return load_video(path, budget.sampling, name, budget.background)
     if kind is Kind.TEXT:
         return read_text(path, name)
     if kind is Kind.PDF:
@@ -276,11 +309,12 @@ def read_text(path: Path, name: str) -> str:
 def _load_image(image: Any, name: str, budget: Budget) -> Image.Image:
     if isinstance(image, Page):
         return image.render(_max_pixels(budget), name)
-    return load_image(image, name, budget.pixels)
+    return load_image(image, name, budget.pixels, budget.background)
 
 
 def _images_of(value: Any, name: str) -> Sequence[Any]:
-    if isinstance(value, (str, os.PathLike, Image.Image, np.ndarray, Page)):
+    one = (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, Tensor, Page)
+    if isinstance(value, one) or _is_file(value):
         return [value]
     if not isinstance(value, Sequence):
         raise InputError(f'{name}: "image" is a {type(value).__name__}; expected an image, a path, or a list')
@@ -299,7 +333,7 @@ def _is_video(value: Any) -> bool:
         return os.fspath(value).lower().endswith(tuple(VIDEO_SUFFIXES))
     if isinstance(value, (np.ndarray, Tensor)):
         return value.ndim == 4
-    return isinstance(value, (Video, Mapping, list, tuple))
+    return isinstance(value, (Video, list, tuple)) or (isinstance(value, Mapping) and not _is_file(value))
 
 
 def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:

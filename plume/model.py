@@ -16,7 +16,7 @@ from plume import card, checkpoint, positions, prompt, published, tokens
 from plume.arguments import check_prefix, last_column, steps_of, suffix_of
 from plume.config import PlumeConfig
 from plume.output import PlumeOutput, unit
-from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor
+from plume.processor import MAX_PIXELS, MIN_PIXELS, PlumeProcessor, check_pixels
 from plume.rollout import Rollout, rollout
 from plume.trace import Trace, trace
 from plume.transition import TransitionAdapter, build_adapter
@@ -97,12 +97,16 @@ class PlumeModel(PreTrainedModel):
             config_fields: fields of `PlumeConfig`.
 
         Raises:
-            ValueError: an unknown field, or a checkpoint that is not a complete Qwen-VL.
+            ValueError: an unknown field, limits of pixels that contradict each other, or a checkpoint that is not a
+                complete Qwen-VL.
         """
         PlumeConfig.check_field_names(list(config_fields))
+        check_pixels(min_pixels, max_pixels)
         hub = {} if revision is None else {"revision": revision}
         attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        weights, head = seam.load(name_or_path, dtype=dtype, **attention, **hub)
+        checkpoint.read_config(name_or_path, **hub)  # says what is wrong with the place
+        with checkpoint.naming_damaged_files(name_or_path):
+            weights, head = seam.load(name_or_path, dtype=dtype, **attention, **hub)
         # A configuration that takes another in resets its attention; so this one begins with a copy.
         config = PlumeConfig(backbone_config=weights.config.to_dict(), **config_fields)
         processor = PlumeProcessor.from_backbone(
@@ -124,7 +128,8 @@ class PlumeModel(PreTrainedModel):
         """Load a plume checkpoint, or a published PLUME one: a folder or a Hub name; keywords as in transformers.
 
         Raises:
-            ValueError: the checkpoint lacks plume's fields, or its weights are not exactly the model's.
+            ValueError: there is no checkpoint, it lacks plume's fields, a file of it is damaged, or its weights are not
+                exactly the model's.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
@@ -134,15 +139,20 @@ class PlumeModel(PreTrainedModel):
             ):
                 return cls._from_published(pretrained_model_name_or_path, wants_info, hub, **kwargs)
             checkpoint.check_is_plume(pretrained_model_name_or_path, **hub)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
+        with checkpoint.naming_damaged_files(pretrained_model_name_or_path):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+            model, info = loaded
+            processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         checkpoint.check_loading(pretrained_model_name_or_path, info)
-        model.processor = PlumeProcessor.from_pretrained(pretrained_model_name_or_path, **hub).adopt(model.config)
+        model.processor = processor.adopt(model.config)
         return (model, info) if wants_info else model
 
     @classmethod
     def _from_published(cls, name_or_path: Any, wants_info: bool, hub: dict, **kwargs) -> Any:
-        config, weights, processor = published.read_published(name_or_path, **hub)
+        with checkpoint.naming_damaged_files(name_or_path):
+            config, weights, processor = published.read_published(name_or_path, **hub)
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = config.dtype
         for name in hub:
@@ -155,15 +165,28 @@ class PlumeModel(PreTrainedModel):
         model.processor = processor.adopt(model.config)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
-        """Save one folder that `PlumeModel`, `AutoModel`, `SentenceTransformer` and `Plume` open."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, *, max_shard_size: int | str = "5GB", **kwargs
+    ) -> None:
+        """Save one folder that `PlumeModel`, `AutoModel`, `SentenceTransformer` and `Plume` open.
+
+        Args:
+            save_directory: created if missing.
+            is_main_process: whether this process writes what all have in common.
+            max_shard_size: weights are cut into files of this size at most, in bytes or as "5GB".
+            kwargs: as in transformers.
+        """
         # transformers empties the state that it is given; the card, which must not ask other processes, reads it after.
         weights = dict(kwargs.get("state_dict") or {})
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
+        )
         if is_main_process and self.processor is not None:
             self.processor.save_pretrained(save_directory)
             checkpoint.write_sentence_transformers_files(save_directory)
             card.write_model_card(self, save_directory, weights=weights)
+        if is_main_process:
+            checkpoint.tidy_weight_files(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -315,7 +338,7 @@ class PlumeModel(PreTrainedModel):
         anchor_column = last_column(input_ids, mask, self.config.anchor_token_id, tokens.ANCHOR)
         check_prefix(self.config, input_ids)
         decoder = seam.CachedDecoder(self.backbone)
-        prefix = seam.embed_prefix(self.backbone, input_ids, mask, vision, **grids)
+        prefix = seam.embed_prefix(self.backbone, input_ids, mask, vision, **grids, rule=self.config.vision_positions)
         result = rollout(
             decoder,
             self.transition,

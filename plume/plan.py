@@ -84,7 +84,7 @@ def plan(
     steps = steps.cpu()
     anchor = last_column(ids, mask, config.anchor_token_id, tokens.ANCHOR)
     timing = {name: batch.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
-    places = prefix_positions(model.backbone, ids, mask, **timing)
+    places = prefix_positions(vision, ids, mask, **timing, rule=config.vision_positions)
 
     # Rows without gaps: a column's new place is the number of real tokens before it.
     order = torch.argsort(~mask, dim=1, stable=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from plume import prompt
+from plume import prompt, tokens
 from plume.config import PlumeConfig
 from plume.images import InputError, load_image, seen_size
 from plume.inputs import Budget, Item
@@ -21,11 +26,12 @@ from plume.patches import Layout, pack_images, pack_videos
 from plume.tokens import IMAGE, VIDEO
 from plume.video import Sampling, Video, load_video
 
-#: Pixels per image of the published evaluation: at least one visual token, at most 3,009.
-MIN_PIXELS, MAX_PIXELS = 784, 2_359_296
+#: Pixels per image of the published evaluation, which enlarges to four visual tokens at least; at most 3,009.
+MIN_PIXELS, MAX_PIXELS = 3_136, 2_359_296
 
 # A tokenizer keeps its padding between calls, so that two threads must not use it at once.
 _TOKENIZING = threading.Lock()
+_RESERVED = re.compile("(" + "|".join(map(re.escape, tokens.RESERVED)) + ")")
 
 
 class PlumeProcessor(ProcessorMixin):
@@ -71,10 +77,17 @@ class PlumeProcessor(ProcessorMixin):
             max_pixels: larger images are reduced to this many pixels.
             images_from: where the image processor comes from, if not from the same place.
             hub_kwargs: `revision`, `token` and the like.
+
+        Raises:
+            ValueError: limits of pixels that contradict each other.
         """
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **hub_kwargs)
+        check_pixels(min_pixels, max_pixels)
+        saved, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(images_from or name_or_path, **hub_kwargs)
+        # Where a file holds them, these override the size that a caller gives, without a word.
+        settings = {name: value for name, value in saved.items() if name not in ("min_pixels", "max_pixels")}
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        images = Qwen2VLImageProcessorPil.from_pretrained(images_from or name_or_path, size=size, **hub_kwargs)
+        images = Qwen2VLImageProcessorPil.from_dict({**settings, "size": size})
         return cls(images, tokenizer, chat_template=prompt.chat_template(config)).adopt(config)
 
     @classmethod
@@ -91,6 +104,7 @@ class PlumeProcessor(ProcessorMixin):
         config, size = self._config, self.image_processor.size
         return Budget(
             pixels=(size["shortest_edge"], size["longest_edge"]),
+            background=config.background,
             sampling=Sampling(
                 num_frames=config.video_num_frames,
                 fps=config.video_fps,
@@ -159,16 +173,10 @@ class PlumeProcessor(ProcessorMixin):
         flat = [one for row in images or [] for one in (row if isinstance(row, (list, tuple)) else [row])]
         if vision is None:
             vision = self.see(flat, videos or (), **(images_kwargs or {}))
-        for placeholder, grid in ((IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw")):
-            texts = self._expand(texts, placeholder, vision.get(grid))
-        with _TOKENIZING:
-            rows = self.tokenizer(texts, padding=True, truncation=False, return_token_type_ids=False)
-        tokens = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
-        self._check_length(tokens["attention_mask"].sum(dim=1).tolist())
-        return BatchFeature({**tokens, **vision})
+        return self._batch(self._tokenize(texts), vision)
 
     def write(self, items: Sequence[Item]) -> list[str]:
-        """The prefixes of some inputs, with one placeholder per image and video."""
+        """The prefixes of some inputs as text, with one placeholder per image and video; for people to read."""
         return [prompt.prefix(self._template, self.complete(item)) for item in items]
 
     def see(
@@ -181,9 +189,11 @@ class PlumeProcessor(ProcessorMixin):
             videos: anything that `load_video` takes.
             size: "shortest_edge" and "longest_edge", pixels of an image at least and at most; None: the checkpoint's.
         """
-        sampling = self.budget.sampling
+        budget = self.budget
         return self._pack(
-            [load_image(image) for image in images], [load_video(video, sampling) for video in videos], size
+            [load_image(image, background=budget.background) for image in images],
+            [load_video(video, budget.sampling, background=budget.background) for video in videos],
+            size,
         )
 
     def _pack(
@@ -208,15 +218,27 @@ class PlumeProcessor(ProcessorMixin):
             temporal=settings.temporal_patch_size,
         )
 
-    def encode(self, items: Sequence[Item], images_kwargs: dict | None = None) -> BatchFeature:
-        """Tensors of some inputs: `write` and `see`, then `__call__`."""
+    def encode(
+        self,
+        items: Sequence[Item],
+        images_kwargs: dict | None = None,
+        vision: Mapping[str, Tensor] | None = None,
+    ) -> BatchFeature:
+        """Tensors of some inputs, as `__call__` returns them.
+
+        A text that mentions a token which steers the model, for example `<gen_emb>`, is spelt as text.
+
+        Args:
+            items: the inputs.
+            images_kwargs: `size` of images, as `see` takes it.
+            vision: what `see` returned for the media, where they have been processed already.
+        """
         complete = [self.complete(item) for item in items]
-        vision = self._pack(
-            [image for item in complete for image in item.images],
-            [video for item in complete for video in item.videos],
-            (images_kwargs or {}).get("size"),
-        )
-        return self(text=[prompt.prefix(self._template, item) for item in complete], vision=vision)
+        if vision is None:
+            images = [image for item in complete for image in item.images]
+            videos = [video for item in complete for video in item.videos]
+            vision = self._pack(images, videos, (images_kwargs or {}).get("size"))
+        return self._batch(self._prefix_ids(complete), vision)
 
     def num_tokens(self, item: Item, name: str = "the input") -> int:
         """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text.
@@ -225,13 +247,13 @@ class PlumeProcessor(ProcessorMixin):
             InputError: it is longer than the model takes; this is decided exactly.
         """
         limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._template
-        visual = self._num_visual_tokens(self.complete(item))
+        item = self.complete(item)
+        visual = self._num_visual_tokens(item)
         num_bytes = len(text.encode())
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if num_bytes + visual > limit:
-            written = prompt.prefix(self._template, item)
-            with _TOKENIZING:
-                length = len(self.tokenizer(written, verbose=False)["input_ids"]) + visual
+            # One placeholder per medium is among the tokens.
+            length = len(self._prefix_ids([item])[0]) + visual - len(item.images) - len(item.videos)
             if length > limit:
                 raise InputError(f"{name} has {_too_long(length, limit)}")
         return visual + 1 + num_bytes // 4
@@ -256,25 +278,100 @@ class PlumeProcessor(ProcessorMixin):
             num_pixels += -(-frames // settings.temporal_patch_size) * height * width
         return num_pixels // (settings.patch_size * settings.merge_size) ** 2
 
-    def _expand(self, texts: list[str], placeholder: str, grids: Tensor | None) -> list[str]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        settings = {"truncation": False, "return_attention_mask": False, "return_token_type_ids": False}
+        with _TOKENIZING:
+            return self.tokenizer(texts, verbose=False, **settings)["input_ids"] if texts else []
+
+    def _prefix_ids(self, items: Sequence[Item]) -> list[list[int]]:
+        """Token ids of the prefixes, with one placeholder per image and video."""
+        runs = [prompt.prefix_runs(self._template, item) for item in items]
+        texts = ["".join(run.text for run in of) for of in runs]
+        rows = self._tokenize(texts)
+        for index, (of, text) in enumerate(zip(runs, texts, strict=True)):
+            if any("<" in run.text for run in of if not run.is_own) and _num_reserved(text) > sum(
+                _num_reserved(run.text) for run in of if run.is_own
+            ):
+                rows[index] = self._spelt(of)
+        return rows
+
+    def _spelt(self, runs: Sequence[prompt.Run]) -> list[int]:
+        """Token ids of a prefix whose user's text mentions reserved tokens, which are read as text there."""
+        vocabulary, speller = self.tokenizer.get_vocab(), _speller(self.tokenizer, len(self.tokenizer))
+        ids: list[int] = []
+        text = ""
+        for run in runs:
+            # Text and tokens in turn; text on both sides of a border between runs is tokenised as one.
+            for piece in _RESERVED.split(run.text) if run.is_own else [run.text]:
+                if run.is_own and piece in tokens.RESERVED:
+                    ids += [vocabulary[token] for token in speller.encode(text, add_special_tokens=False).tokens]
+                    ids.append(vocabulary[piece])
+                    text = ""
+                else:
+                    text += piece
+        return ids + [vocabulary[token] for token in speller.encode(text, add_special_tokens=False).tokens]
+
+    def _batch(self, rows: Sequence[Sequence[int]], vision: Mapping[str, Tensor]) -> BatchFeature:
+        """Left-padded tensors of prefixes that hold one placeholder per image and video."""
+        for placeholder, grid in ((IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw")):
+            rows = self._expand(rows, placeholder, vision.get(grid))
+        self._check_length([len(row) for row in rows])
+        ids = [torch.tensor(row) for row in rows]
+        pad = {"batch_first": True, "padding_side": "left"}
+        return BatchFeature(
+            {
+                "input_ids": pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **pad),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad),
+                **vision,
+            }
+        )
+
+    def _expand(self, rows: Sequence[Sequence[int]], placeholder: str, grids: Tensor | None) -> Sequence[Sequence[int]]:
         # One placeholder stands for all visual tokens of its image or video: patches / merge_size ** 2.
+        token = self.tokenizer.convert_tokens_to_ids(placeholder)
         num_media = 0 if grids is None else len(grids)
-        if (found := sum(row.count(placeholder) for row in texts)) != num_media:
+        if (found := sum(row.count(token) for row in rows)) != num_media:
             raise ValueError(f"the texts hold {found} times {placeholder} for {num_media} of them; expected one each")
         if grids is None:
-            return texts
+            return rows
         counts = iter((grids.prod(dim=-1) // self.image_processor.merge_size**2).tolist())
-        expanded = []
-        for text in texts:
-            first, *rest = text.split(placeholder)
-            expanded.append(first + "".join(placeholder * next(counts) + piece for piece in rest))
-        return expanded
+        return [[one for each in row for one in ([token] * next(counts) if each == token else [each])] for row in rows]
 
     def _check_length(self, lengths: list[int]) -> None:
         limit = self.tokenizer.model_max_length
         for row, length in enumerate(lengths):
             if length > limit:
                 raise ValueError(f"row {row} of the batch has {_too_long(length, limit)}")
+
+
+def check_pixels(min_pixels: int, max_pixels: int) -> None:
+    """Refuse limits of an image's pixels that cannot be met.
+
+    Raises:
+        ValueError: says what was received and what is possible.
+    """
+    if not 1 <= min_pixels <= max_pixels:
+        raise ValueError(
+            f"min_pixels must be at least 1 and at most max_pixels; received min_pixels={min_pixels} and "
+            f"max_pixels={max_pixels}"
+        )
+
+
+def _num_reserved(text: str) -> int:
+    return len(_RESERVED.findall(text))
+
+
+@lru_cache(maxsize=2)
+def _speller(tokenizer: Any, num_tokens: int) -> Tokenizer:
+    """The tokenizer without the reserved tokens; its own ids are not to be used.
+
+    Args:
+        tokenizer: of the checkpoint.
+        num_tokens: that it has; others have been added when it changes.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in tokens.RESERVED]
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _too_long(length: int, limit: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +11,12 @@ from torch.nn import functional as F
 from plume.parts import UnsupportedModelError
 
 
-def made_of(modules: Sequence[nn.Module], *, with_values: bool = False) -> tuple:
-    """Tells whether modules, weights and biases are still the same ones in the same memory.
-
-    Args:
-        modules: with a weight, and perhaps a bias.
-        with_values: also whether they have been written to since (through their `.data` goes unnoticed).
-    """
-    parts: list[Any] = []
-    for module in modules:
-        parameters = module.weight, getattr(module, "bias", None)
-        for one in parameters:
-            if one is not None:
-                parts.append((id(module), one.data_ptr(), one._version if with_values else 0))  # type: ignore[union-attr]
-    return tuple(parts)
-
-
 class Projection:
     """`x W^T + b` in the model's dtype.
 
     The weights of several layers over the same input stand below each other in one tensor, of which the layers' own
     parameters become views: nothing is held twice, and what is learnt in place is seen here too.
     """
-
-    #: Whether it holds values of its own, which do not follow the layers'.
-    copies_values = False
 
     def __init__(self, layers: Sequence[nn.Module]):
         """Join some layers.
@@ -73,8 +53,6 @@ class Int8Projection(Projection):
 
     A row's result depends on that row alone. Weights in the model's dtype are kept, so that they can be trained on.
     """
-
-    copies_values = True
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__(layers)

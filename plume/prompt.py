@@ -7,7 +7,7 @@ too and saved with the processor, for those who render checkpoints without plume
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from plume.config import PlumeConfig
 from plume.tokens import IMAGE, READ_OUT, VIDEO, VISION_END, VISION_START
@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from plume.inputs import Item
 
 # Media and text keep the order of the message. An instruction arrives as a system message (that is how
-# sentence-transformers passes prompts); the published models expect it in the user turn, before the text.
+# sentence-transformers passes prompts); the published models expect it in the user turn, before the text. Outer white
+# space of a text is dropped, as in training.
 _CHAT_TEMPLATE = """\
 {%- macro written(content) -%}
     {%- if content is string -%}{{ content }}
     {%- else -%}{%- for part in content if part.type == "text" -%}{{ part.text }}{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- set ns = namespace(instruction="", content="") -%}
+{%- set ns = namespace(instruction="", content="", texts=0, seen=0) -%}
+{%- for message in messages if message.role == "user" -%}
+    {%- if message.content is string -%}{%- set ns.texts = ns.texts + (1 if message.content else 0) -%}
+    {%- else -%}{%- for part in message.content if part.type == "text" and part.text -%}
+        {%- set ns.texts = ns.texts + 1 -%}
+    {%- endfor -%}
+    {%- endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
     {%- if message.role == "system" -%}
         {%- set ns.instruction = (ns.instruction ~ " " ~ written(message.content)) | trim -%}
@@ -34,10 +42,15 @@ _CHAT_TEMPLATE = """\
         {%- for part in parts -%}
             {%- if part.type == "image" -%}{%- set ns.content = ns.content ~ @IMAGE@ -%}
             {%- elif part.type == "video" -%}{%- set ns.content = ns.content ~ @VIDEO@ -%}
-            {%- else -%}
-                {%- set space = " " if ns.instruction and part.text else "" -%}
-                {%- set ns.content = ns.content ~ ns.instruction ~ space ~ part.text -%}
-                {%- set ns.instruction = "" -%}
+            {%- elif part.text -%}
+                {%- set ns.seen = ns.seen + 1 -%}
+                {%- set text = part.text.lstrip() if ns.seen == 1 else part.text -%}
+                {%- set text = text.rstrip() if ns.seen == ns.texts else text -%}
+                {%- if text -%}
+                    {%- set space = " " if ns.instruction else "" -%}
+                    {%- set ns.content = ns.content ~ ns.instruction ~ space ~ text -%}
+                    {%- set ns.instruction = "" -%}
+                {%- endif -%}
             {%- endif -%}
         {%- endfor -%}
     {%- else -%}{{ raise_exception("plume embeds system and user messages; received role " ~ message.role) }}
@@ -66,29 +79,47 @@ def chat_template(config: PlumeConfig) -> str:
     return template
 
 
-def prefix(prompt_template: str, item: Item) -> str:
-    r"""The text up to `<bot>`, with one placeholder per image and video.
+class Run(NamedTuple):
+    """A piece of a prefix. is_own: whether plume wrote it; else it is a user's text, in which nothing is a token."""
+
+    text: str
+    is_own: bool
+
+
+def prefix_runs(prompt_template: str, item: Item) -> list[Run]:
+    """The prefix up to `<bot>` in pieces, with one placeholder per image and video.
 
     Args:
         prompt_template: of the configuration.
-        item: the input; its instruction stands before its first text, or last without any.
+        item: the input. Its instruction stands before its first text, or last without any; white space around its
+            texts is dropped.
+    """
+    instruction = item.instruction.strip()
+    texts = [place for place, part in enumerate(item.content) if isinstance(part, str) and part]
+    before, after = prompt_template.split("{content}")
+    runs = [Run(before, True)]
+    for place, part in enumerate(item.content):
+        if not isinstance(part, str):
+            medium = VIDEO if isinstance(part, Video) else IMAGE
+            runs.append(Run(VISION_START + medium + VISION_END, True))
+            continue
+        text = part.lstrip() if texts and place == texts[0] else part
+        text = text.rstrip() if texts and place == texts[-1] else text
+        if text:
+            runs.append(Run(f"{instruction} {text}" if instruction else text, False))
+            instruction = ""
+    return [*runs, Run(instruction, False), Run(after, True)]
+
+
+def prefix(prompt_template: str, item: Item) -> str:
+    r"""The text up to `<bot>`; see `prefix_runs`.
 
     Example:
         >>> from plume import Item
-        >>> prefix("{content}<disc_emb><bot>", Item(("red kite",), instruction="Find:"))
+        >>> prefix("{content}<disc_emb><bot>", Item(("red kite ",), instruction="Find:"))
         'Find: red kite<disc_emb><bot>'
     """
-    instruction = item.instruction.strip()
-    pieces = []
-    for part in item.content:
-        if not isinstance(part, str):
-            medium = VIDEO if isinstance(part, Video) else IMAGE
-            pieces.append(VISION_START + medium + VISION_END)
-        elif part:
-            pieces.append(f"{instruction} {part}" if instruction else part)
-            instruction = ""
-    before, after = prompt_template.split("{content}")
-    return "".join([before, *pieces, instruction, after])
+    return "".join(run.text for run in prefix_runs(prompt_template, item))
 
 
 def suffix(config: PlumeConfig, rationale: str = "", answer: str = "", end_turn: bool = False) -> str:

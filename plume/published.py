@@ -2,7 +2,8 @@
 
 They are Qwen2-VL checkpoints of transformers 4 with the adapter's tensors beside the backbone's, and without what plume
 needs to know: sizes are read from shapes, the rest follows from how those checkpoints were trained and evaluated
-(latent positions count tokens, text alone has a white image before it, one fixed prompt).
+(latent positions count tokens, text alone has a white image before it, one fixed prompt, and images and frames of at
+least 3,136 pixels, to which the published evaluation enlarges them before its processor sees them).
 """
 
 from __future__ import annotations

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers.util import quantize_embeddings
 
-from plume.documents import Page
 from plume.images import InputError
-from plume.inputs import Budget, Item, is_messages
+from plume.inputs import Budget, Item
 from plume.processor import PlumeProcessor
-from plume.video import Video
 
 Window = list[tuple[int, Item, int]]
 """Place, item and number of tokens of some inputs."""
@@ -72,14 +68,27 @@ def image_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     return (kwargs.get("processing_kwargs") or {}).get("image")
 
 
-def is_single(inputs: Any) -> bool:
-    """Whether this is one input rather than several."""
-    one = (str, Mapping, Path, Image.Image, Item, Page, Video)
-    return (
-        isinstance(inputs, one)
-        or is_messages(inputs)
-        or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim in (3, 4))
-    )
+def comparable(vectors: Any, dim: int | None) -> Any:
+    """Quantised vectors as numbers that similarities can be computed of; others as they are.
+
+    Args:
+        vectors: `[N, D]`, `[D]` or a list, of any precision; bits are packed, D / 8 bytes.
+        dim: D.
+
+    Example:
+        >>> comparable(np.array([0b10100000], np.uint8), 8).tolist()
+        [1.0, -1.0, 1.0, -1.0, -1.0, -1.0, -1.0, -1.0]
+    """
+    if isinstance(vectors, list) and vectors and isinstance(vectors[0], (np.ndarray, torch.Tensor)):
+        vectors = torch.stack([torch.as_tensor(one) for one in vectors])
+    array = torch.as_tensor(vectors)
+    if array.dtype not in (torch.int8, torch.uint8):
+        return vectors
+    if dim is None or array.shape[-1] * 8 != dim:
+        return array.float()
+    packed = array.cpu().numpy()
+    packed = (packed.astype(np.int16) + 128).astype(np.uint8) if packed.dtype == np.int8 else packed
+    return torch.from_numpy(np.unpackbits(packed, axis=-1).astype(np.float32) * 2 - 1)
 
 
 def converted(

@@ -14,7 +14,6 @@ G key/value heads, C channels per head.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from plume.backbone import Segment
 from plume.parts import TextParts
-from plume.projection import Projection, made_of
+from plume.projection import Projection
 from plume.static_cache import StaticCache
 from plume.transition import Adapter
 
@@ -46,8 +45,6 @@ class Layer:
     def __init__(self, own: Any, projection: type[Projection]):
         self.own = own
         self.qkv, self.out, self.gate_up, self.down = (projection(layers) for layers in self._linear())
-        self._copies_values = projection.copies_values
-        self._made_of = self._parts()
 
     @property
     def norm(self) -> Tensor:
@@ -68,14 +65,6 @@ class Layer:
             [mlp.down_proj],
         ]
 
-    def _parts(self) -> tuple:
-        norms = [self.own.input_layernorm, self.own.post_attention_layernorm]
-        return made_of([*chain(*self._linear()), *norms], with_values=self._copies_values)
-
-    def is_current(self) -> bool:
-        """Whether the layer still consists of what this was made of."""
-        return self._parts() == self._made_of
-
 
 class TextStack:
     """All layers, and the final norm."""
@@ -92,15 +81,9 @@ class TextStack:
         """
         self.parts = parts
         self.layers = [Layer(own, projection) for own in parts.layers]
-        self._norm_made_of = made_of([parts.norm])
         self.axis = torch.repeat_interleave(torch.tensor(parts.rotary_sections)).to(
             self.norm.device
         )  # [C/2] of 0, 1, 2
-
-    def is_current(self) -> bool:
-        """Whether the text model still shares its weights with this."""
-        same_norm = made_of([self.parts.norm]) == self._norm_made_of
-        return same_norm and all(layer.is_current() for layer in self.layers)
 
     @property
     def norm(self) -> Tensor:

@@ -32,11 +32,12 @@ SPECIAL_TOKENS = (READ_OUT, ANCHOR, LATENT_START, LATENT_END, LATENT)
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 
-#: Strings with a meaning to the model; a user's text must not contain them.
+#: Strings with a meaning to the model. Where a user's text mentions one it is spelt as text, never read as the token.
 RESERVED = (
     *SPECIAL_TOKENS,
     VISION_START,
     VISION_END,
+    "<|vision_pad|>",
     IMAGE,
     VIDEO,
     "<|im_start|>",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume.parts import TowerParts
-from plume.projection import Projection, made_of
+from plume.projection import Projection
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -57,21 +57,9 @@ class Block:
     """One layer: attention and MLP, each behind a LayerNorm and around a residual."""
 
     def __init__(self, own: Any, projection: type[Projection]):
-        self.own = own
         self.norm, self.mlp_norm, self.act = own.norm1, own.norm2, own.mlp.act
-        self.qkv, self.out, self.up, self.down = (projection([layer]) for layer in self._linear())
-        self._copies_values = projection.copies_values
-        self._made_of = self._parts()
-
-    def _linear(self) -> list[Any]:
-        return [self.own.attn.qkv, self.own.attn.proj, self.own.mlp.fc1, self.own.mlp.fc2]
-
-    def _parts(self) -> tuple:
-        return made_of([*self._linear(), self.own.norm1, self.own.norm2], with_values=self._copies_values)
-
-    def is_current(self) -> bool:
-        """Whether the layer still consists of what this was made of."""
-        return self._parts() == self._made_of
+        linear = own.attn.qkv, own.attn.proj, own.mlp.fc1, own.mlp.fc2
+        self.qkv, self.out, self.up, self.down = (projection([layer]) for layer in linear)
 
 
 class Tower:
@@ -85,10 +73,6 @@ class Tower:
         """
         self.parts = parts
         self.blocks = [Block(block, projection) for block in parts.blocks]
-
-    def is_current(self) -> bool:
-        """Whether the tower still shares its weights with this."""
-        return all(block.is_current() for block in self.blocks)
 
     def rotation(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each patch's angles, float32, `[N, 1, C]`; the first half of the sines is negated."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume import backbone as seam
-from plume.inputs import Item
+from plume.inputs import Item, inputs_of_call
 
 if TYPE_CHECKING:
     from plume.model import PlumeModel
@@ -87,10 +87,10 @@ class Trace:
 @torch.no_grad()
 def trace(
     model: PlumeModel,
-    inputs: Sequence[Any],
+    inputs: Any,
     *,
     num_latent_steps: int | None = None,
-    candidates: Sequence[Any] | Tensor | None = None,
+    candidates: Any = None,
     num_words: int = 5,
     names: Sequence[str] | None = None,
 ) -> list[Trace]:
@@ -98,9 +98,9 @@ def trace(
 
     Args:
         model: with its processor.
-        inputs: what `Item.parse` accepts.
+        inputs: one input or a list of them, each what `Item.parse` accepts.
         num_latent_steps: K; None is the checkpoint's own.
-        candidates: inputs, embedded with the same K, or their embeddings `[M, D]`.
+        candidates: one input or several, embedded with the same K, or their embeddings `[M, D]`.
         num_words: nearest vocabulary tokens per state.
         names: of the inputs; their texts, or their places in the list, if not given.
 
@@ -108,7 +108,8 @@ def trace(
         InputError: an input or candidate that cannot be embedded.
     """
     assert model.processor is not None
-    items = [model.processor.parse(raw, f"input {index}") for index, raw in enumerate(inputs)]
+    raws, _ = inputs_of_call(inputs)
+    items = [model.processor.parse(raw, f"input {index}") for index, raw in enumerate(raws)]
     names = list(names) if names is not None else [_name(item, index) for index, item in enumerate(items)]
     compared, called = _candidates(model, candidates, num_latent_steps)
     traces: list[Trace] = []
@@ -159,7 +160,8 @@ def _candidates(model: PlumeModel, candidates: Any, num_latent_steps: int | None
     if isinstance(candidates, Tensor):
         return F.normalize(candidates.float().cpu(), dim=-1), [str(index) for index in range(len(candidates))]
     assert model.processor is not None
-    items = [model.processor.parse(raw, f"candidate {index}") for index, raw in enumerate(candidates)]
+    raws, _ = inputs_of_call(candidates)
+    items = [model.processor.parse(raw, f"candidate {index}") for index, raw in enumerate(raws)]
     vectors = [
         model(**model.processor.encode([item]).to(model.device), num_latent_steps=num_latent_steps).embedding.cpu()
         for item in items

@@ -12,6 +12,7 @@ from plume import content
 from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.requests import Window, image_settings
+from plume.weights import Weights
 
 
 class Vectors:
@@ -21,22 +22,23 @@ class Vectors:
     may differ in rounding, as between any two batches.
     """
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, model: PlumeModel, max_bytes: int):
+        self._model, self._weights = model, Weights(model)
         self._kept: Kept[Tensor] = Kept(most_bytes=max_bytes, num_bytes=attrgetter("nbytes"))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Forget all, after weights were written through `.data`."""
+        """Forget all."""
         self._kept = self._kept.emptied()
 
-    def of_call(self, model: PlumeModel, settings: Mapping[str, Any], truncate_dim: int | None) -> VectorsOfCall:
+    def of_call(self, settings: Mapping[str, Any]) -> VectorsOfCall:
         """The cache as one call of `encode` sees it: with all that decides a vector beside the input."""
         size = (image_settings(settings) or {}).get("size")
-        steps = settings.get("num_latent_steps", model.config.num_latent_steps)
-        form = settings.get("truncate_dim") or truncate_dim, settings.get("normalize_embeddings")
-        return VectorsOfCall(self._kept, size, (steps, form, content.revision(model)))
+        steps = settings.get("num_latent_steps", self._model.config.num_latent_steps)
+        form = settings.get("truncate_dim"), settings.get("normalize_embeddings")
+        return VectorsOfCall(self._kept, size, (steps, form, self._weights.revision()))
 
 
 class VectorsOfCall:

@@ -1,14 +1,17 @@
 """Video: which frames are taken, and how they are decoded.
 
 Frames are chosen evenly, `linspace(0, N - 1, n)` cut to whole numbers, as the published evaluation does (8 of N; all
-of a shorter clip), or at a number of frames per second. Each is resized as it is decoded, so that a clip never takes
-more memory than the model looks at, as Qwen2-VL's video processor resizes it (the rest is in `plume/patches.py`).
+of a shorter clip), or at a number of frames per second of presentation time. Each is resized as it is decoded, so that
+a clip never takes more memory than the model looks at, as Qwen2-VL's video processor resizes it (the rest is in
+`plume/patches.py`).
 
-Letters: T frames, h and w the resized height and width in pixels.
+Letters: T frames, N frames of the source, h and w the resized height and width in pixels.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +21,33 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from plume.images import InputError, brief, check_size, load_image, open_source, seen_size
+from plume.images import (
+    BACKGROUND,
+    InputError,
+    as_rgb,
+    brief,
+    channels_last,
+    check_size,
+    load_image,
+    open_image,
+    open_source,
+    seen_size,
+)
 
+#: Pixels of an animated image that are decoded at most: frames of such files build on each other.
+MAX_ANIMATION_PIXELS = 2**31
+#: Pixels of a video file that are decoded at most, those on the way to the frames that are taken included.
+MAX_VIDEO_PIXELS = 2**38
+#: Frames of a fixed rate are counted from here on; a time stamp that is early by less than this is on time.
+_CLOSE_S = 1e-6
 # Where the next frame is further ahead than this, the decoder jumps to the key frame before it.
 _JUMP_FRAMES = 250
+# Containers that hold their own content. Playlists and session descriptions open other files and the network.
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,ogg,flv,asf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,44 +78,56 @@ class Video:
         return Image.fromarray(rearrange(self.frames[index], "c h w -> h w c").numpy())
 
 
-def sample_frames(total: int, sampling: Sampling, source_fps: float | None = None) -> list[int]:
+def sample_frames(total: int, sampling: Sampling, times: Sequence[float] | None = None) -> list[int]:
     """Indices of the frames to take from `total` frames.
 
+    At a number of frames per second those are taken that are on the screen 0, 1, 2, ... intervals after the first.
+
+    Args:
+        total: N.
+        sampling: a number of frames, or of frames per second.
+        times: when each frame appears, in seconds, ascending, `[N]`; None where that is not known.
+
     Raises:
-        ValueError: frames per second are asked for, but those of the source are unknown.
+        ValueError: frames per second are asked for, but the times are not known.
 
     Example:
         >>> sample_frames(100, Sampling())
         [0, 14, 28, 42, 56, 70, 84, 99]
         >>> sample_frames(3, Sampling())
         [0, 1, 2]
-        >>> sample_frames(100, Sampling(fps=1), source_fps=25)
+        >>> sample_frames(100, Sampling(fps=1), times=[i / 25 for i in range(100)])
         [0, 25, 50, 75]
     """
     if sampling.fps is None:
         wanted = sampling.num_frames
-    elif not source_fps:
+        return list(range(total)) if total <= wanted else np.linspace(0, total - 1, wanted).astype(int).tolist()
+    if times is None:
         raise ValueError("frames per second are unknown for this video; give a number of frames (video_num_frames)")
-    else:
-        step = max(source_fps / sampling.fps, 1.0)
-        indices = [int(i * step) for i in range(int((total - 1) / step) + 1)]
-        if len(indices) <= sampling.max_frames:
-            return indices
-        wanted = sampling.max_frames
-    if total <= wanted:
-        return list(range(total))
-    return np.linspace(0, total - 1, wanted).astype(int).tolist()
+    if not total:
+        return []
+    at = np.asarray(times)
+    # Frame i is on the screen at the intervals begin[i] .. begin[i + 1] - 1.
+    begin = np.ceil((at - at[0] - _CLOSE_S) * sampling.fps)
+    end = np.append(begin[1:], np.floor((at[-1] - at[0] + _CLOSE_S) * sampling.fps) + 1)
+    shown = np.flatnonzero(end > begin)
+    if len(shown) > sampling.max_frames:
+        moments = np.linspace(at[0], at[-1], sampling.max_frames)
+        shown = np.unique(np.searchsorted(at, moments + _CLOSE_S, side="right") - 1)
+    return shown.tolist()
 
 
-def load_video(video: Any, sampling: Sampling, name: str = "the input") -> Video:
+def load_video(video: Any, sampling: Sampling, name: str = "the input", background: str | None = BACKGROUND) -> Video:
     """Sample, decode and resize one video.
 
     Args:
-        video: a path or URL of a file (PyAV decodes it; an animated GIF needs no extra), a sequence of frames (PIL
-            images or paths), an array `[T, height, width, 3]` or a tensor `[T, 3, height, width]` of uint8, or a dict
-            with "array" and "video_metadata" as sentence-transformers takes it.
+        video: a path or URL of a file, its bytes, or a dict with "bytes" or "path" (PyAV decodes it; an animated GIF
+            or WebP needs no extra); a sequence of frames, each as `load_image` takes it; an array or tensor of uint8,
+            `[T, H, W, C]` or `[T, C, H, W]` with C = 1, 3 or 4; or a dict with "array" and "video_metadata" as
+            sentence-transformers takes it.
         sampling: which frames, and how large.
         name: how errors call the input.
+        background: colour behind transparent pixels; see `load_image`.
 
     Raises:
         InputError: no frames, frames of several sizes, or a file that cannot be decoded.
@@ -101,17 +135,26 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input") -> Video
     if isinstance(video, Video):
         return video
     fps = None
-    if isinstance(video, Mapping):
+    if isinstance(video, Mapping) and "array" in video:
         metadata = video.get("video_metadata") or {}
         video, fps = video.get("array"), metadata.get("fps")
     try:
-        if isinstance(video, (str, os.PathLike)):
-            return _load_file(video, sampling, name)
+        if isinstance(video, (str, os.PathLike, bytes, bytearray, Mapping)):
+            return _load_file(video, sampling, name, background)
         if isinstance(video, (np.ndarray, Tensor)):
-            frames = _as_frames(video, name)
-            return _gather(lambda index: frames[index], len(frames), fps, sampling, name)
+            array = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
+            if array.ndim != 4:
+                raise InputError(f"{name}: a video is {_described(video)}; expected uint8 [T, H, W, C] or [T, C, H, W]")
+            frames = channels_last(array, name, "T, ")
+            video = [frame[..., 0] if frame.shape[-1] == 1 else frame for frame in frames]
         if isinstance(video, Sequence) and len(video):
-            return _gather(lambda index: _to_tensor(load_image(video[index], name)), len(video), fps, sampling, name)
+            return _gather(
+                lambda index: _to_tensor(load_image(video[index], name, background=background)),
+                len(video),
+                fps,
+                sampling,
+                name,
+            )
     except InputError:
         raise
     except ValueError as error:
@@ -121,13 +164,14 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input") -> Video
 
 def is_animated(path: str | os.PathLike) -> bool:
     """Whether an image file moves."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return getattr(image, "is_animated", False)
 
 
 def _gather(frame_at: Callable[[int], Tensor], total: int, fps: float | None, sampling: Sampling, name: str) -> Video:
     """The sampled frames of a source that gives any frame `[3, H, W]`, all of one size."""
-    indices = sample_frames(total, sampling, fps)
+    times = [index / fps for index in range(total)] if fps else None
+    indices = sample_frames(total, sampling, times)
     frames = []
     size = None
     for index in indices:
@@ -136,60 +180,69 @@ def _gather(frame_at: Callable[[int], Tensor], total: int, fps: float | None, sa
             raise InputError(f"{name}: frames of a video differ in size, {_size(size)} and {_size(frame.shape)}")
         size = frame.shape
         frames.append(_resize(frame, sampling, name))
-    return Video(torch.stack(frames), _spacing(indices, fps))
+    return Video(torch.stack(frames), _spacing(indices, times))
 
 
-def _load_file(source: str | os.PathLike, sampling: Sampling, name: str) -> Video:
-    opened = open_source(source, name)
-    if isinstance(opened, (str, os.PathLike)) and not os.path.isfile(opened):
-        raise InputError(f"{name}: no file at {brief(source)}; expected a path to a video")
-    if os.fspath(source).lower().endswith(".gif"):
-        return _load_gif(opened, sampling, f"{name}: {brief(source)}")
+def _load_file(source: Any, sampling: Sampling, name: str, background: str | None) -> Video:
+    called = brief(source) if isinstance(source, (str, os.PathLike)) else "the video"
+    where = f"{name}: {called}"
+    try:
+        opened = open_source(source, name)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no file at {called}; expected a path to a video") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror})") from None
+    if _is_animation(opened):
+        return _load_animation(opened, sampling, where, background)
     try:
         import av
         from av.error import FFmpegError
     except ImportError:
         raise InputError(
-            f"{name}: decoding {brief(source)} needs PyAV; pip install 'plume-embed[video]', or pass its frames"
+            f"{name}: decoding {called} needs PyAV; pip install 'plume-embed[video]', or pass its frames"
         ) from None
-    where = f"{name}: {brief(source)}"
     try:
-        with av.open(opened if not isinstance(opened, os.PathLike) else str(opened)) as container:
-            return _decode(container, sampling, where)
+        place = opened if isinstance(opened, io.BytesIO) else os.fspath(opened)
+        with av.open(place, options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}) as container:
+            return _decode(container, sampling, where, background)
     except InputError:
         raise
     except FFmpegError as error:
-        raise InputError(f"{where} cannot be decoded as a video ({error.strerror}); replace the file") from None
+        reason = "it is of no format that plume reads" if error.errno == errno.EINVAL else error.strerror
+        raise InputError(f"{where} cannot be decoded as a video ({reason}); replace the file") from None
     except Exception as error:  # decoders of broken files raise anything
         raise InputError(f"{where} cannot be decoded as a video ({error}); replace the file") from None
 
 
-def _decode(container: Any, sampling: Sampling, where: str) -> Video:
+def _decode(container: Any, sampling: Sampling, where: str, background: str | None) -> Video:
     if not container.streams.video:
         raise InputError(f"{where} has no video stream; replace the file")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     check_size((stream.width, stream.height), where)
-    fps = float(stream.average_rate) if stream.average_rate else None
+    budget = _PixelBudget(MAX_VIDEO_PIXELS, where)
     packets = [packet.pts for packet in container.demux(stream) if packet.size]
     # Frames are known by their time stamps, or by counting where those are missing.
     timed = None not in packets and len(set(packets)) == len(packets)
     moments = sorted(packets) if timed else list(range(len(packets)))
     jumping = timed
+    tick = float(stream.time_base) if timed else 1 / float(stream.average_rate) if stream.average_rate else None
     while moments:
-        indices = sample_frames(len(moments), sampling, fps)
+        times = None if tick is None else [(moment - moments[0]) * tick for moment in moments]
+        indices = sample_frames(len(moments), sampling, times)
         frames, seen = _frames_at(
             container,
             stream,
             [(i, moments[i]) for i in indices],
             timed,
             jumping,
-            lambda one: _resize(one, sampling, where),
+            lambda one: _resize(_upright(one, where, background), sampling, where),
+            budget,
         )
         if len(frames) == len(indices):
             if len({frame.shape for frame in frames}) > 1:
                 raise InputError(f"{where} changes its size on the way; replace the file")
-            return Video(torch.stack(frames), _spacing(indices, fps))
+            return Video(torch.stack(frames), _spacing(indices, times))
         if not jumping and len(seen) == len(moments):
             break
         # A jump that missed is made good by reading from the start. Packets may hold no frame of their own; then the
@@ -199,15 +252,50 @@ def _decode(container: Any, sampling: Sampling, where: str) -> Video:
     raise InputError(f"{where} has no frames; replace the file")
 
 
+class _PixelBudget:
+    """Stops a file that would cost more than any video that people make."""
+
+    def __init__(self, most: int, where: str):
+        self.left, self.where = most, where
+
+    def take(self, pixels: int) -> None:
+        """Count a frame that has been decoded."""
+        self.left -= pixels
+        if self.left < 0:
+            raise InputError(f"{self.where} takes too long to decode; cut it, scale it down, or pass frames of it")
+
+
+def _upright(frame: Any, where: str, background: str | None) -> Tensor:
+    """A decoded frame in RGB, `[3, H, W]`."""
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+    if has_alpha:
+        pixels = np.asarray(as_rgb(Image.fromarray(pixels), where, background))
+    # Phones store frames sideways, and how far to turn them, in degrees against the clock.
+    upright = np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
+    return rearrange(torch.from_numpy(upright), "h w c -> c h w")
+
+
 def _frames_at(
     container: Any,
     stream: Any,
     wanted: list[tuple[int, int]],
     timed: bool,
     jumping: bool,
-    resize: Callable[[Tensor], Tensor],
+    look_at: Callable[[Any], Tensor],
+    budget: _PixelBudget,
 ) -> tuple[list[Tensor], list[int]]:
-    """The frames at these indices and moments, resized, as far as they are found, and the moments gone through."""
+    """The frames at these indices and moments, as far as they are found, and the moments gone through.
+
+    Args:
+        container: of the file.
+        stream: of video.
+        wanted: index and moment of each frame, ascending.
+        timed: whether moments are time stamps; else they count frames.
+        jumping: whether to jump to key frames.
+        look_at: makes what is kept of a frame.
+        budget: counts what is decoded.
+    """
     frames: list[Tensor] = []
     seen: list[int] = []
     todo, jump = deque(wanted), False
@@ -220,11 +308,10 @@ def _frames_at(
             if moment is None or (jump and moment > todo[0][1]):
                 return frames, seen
             jump = False
+            budget.take(frame.width * frame.height)
             seen.append(moment)
             if moment >= todo[0][1]:
-                # Phones store frames sideways, and how far to turn them, in degrees against the clock.
-                upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-                frames.append(resize(rearrange(torch.from_numpy(upright), "h w c -> c h w")))
+                frames.append(look_at(frame))
                 index, _ = todo.popleft()
                 jump = jumping and bool(todo) and todo[0][0] - index > _JUMP_FRAMES
             if jump or not todo:
@@ -234,24 +321,56 @@ def _frames_at(
     return frames, seen
 
 
-def _load_gif(source: Any, sampling: Sampling, where: str) -> Video:
+def _is_animation(opened: Any) -> bool:
+    """Whether Pillow decodes a file, as its content tells."""
+    if isinstance(opened, io.BytesIO):
+        head = opened.getvalue()[:12]
+    else:
+        with open(opened, "rb") as file:
+            head = file.read(12)
+    return head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def _load_animation(source: Any, sampling: Sampling, where: str, background: str | None) -> Video:
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             check_size(image.size, where)
             total = getattr(image, "n_frames", 1)
-            milliseconds = image.info.get("duration") or 0
-            fps = 1000 / milliseconds if milliseconds else None
-            indices = sample_frames(total, sampling, fps)
-            frames = [
-                _resize(_to_tensor(frame.convert("RGB")), sampling, where)
-                for index, frame in enumerate(ImageSequence.Iterator(image))
-                if index in indices
-            ]
+            if total * image.width * image.height > MAX_ANIMATION_PIXELS:
+                raise InputError(
+                    f"{where} has {total:,} frames of {image.width} x {image.height} pixels, more than "
+                    f"{MAX_ANIMATION_PIXELS:,} pixels in all are not decoded; cut it or scale it down"
+                )
+            indices = sample_frames(total, sampling, None if sampling.fps is None else _times(image, total))
+            frames, times, now = [], [], 0.0
+            for index in range(indices[-1] + 1):  # frames build on each other
+                image.seek(index)
+                frame = as_rgb(image, where, background)
+                if index in indices:
+                    frames.append(_resize(_to_tensor(frame), sampling, where))
+                times.append(now)
+                now += _duration(image)
     except InputError:
         raise
     except Exception as error:  # decoders of broken files raise anything
         raise InputError(f"{where} cannot be read as an animation ({error}); replace the file") from None
-    return Video(torch.stack(frames), _spacing(indices, fps))
+    return Video(torch.stack(frames), _spacing(indices, times if now else None))
+
+
+def _times(image: Image.Image, total: int) -> list[float] | None:
+    """When each frame of an animation appears, in seconds; None where it does not say."""
+    times, now = [], 0.0
+    for index in range(total):
+        image.seek(index)
+        image.load()
+        times.append(now)
+        now += _duration(image)
+    return times if now else None
+
+
+def _duration(image: Image.Image) -> float:
+    """Seconds for which the current frame stands; known once it is loaded."""
+    return (image.info.get("duration") or 0) / 1000
 
 
 def _resize(frame: Tensor, sampling: Sampling, where: str) -> Tensor:
@@ -266,27 +385,15 @@ def _resize(frame: Tensor, sampling: Sampling, where: str) -> Tensor:
     )[0]
 
 
-def _as_frames(video: np.ndarray | Tensor, name: str) -> Tensor:
-    """`[T, 3, H, W]`, uint8, from the two layouts in use."""
-    array = torch.from_numpy(video) if isinstance(video, np.ndarray) else video
-    if array.dtype == torch.uint8 and array.ndim == 4 and len(array):
-        if array.shape[1] == 3:
-            return array
-        if array.shape[3] == 3:
-            return rearrange(array, "t h w c -> t c h w")
-    raise InputError(
-        f"{name}: a video is {_described(video)}; expected uint8 [T, height, width, 3] or [T, 3, height, width], T > 0"
-    )
-
-
 def _to_tensor(image: Image.Image) -> Tensor:
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
 
-def _spacing(indices: list[int], fps: float | None) -> float | None:
-    if not fps or len(indices) < 2:
+def _spacing(indices: list[int], times: Sequence[float] | None) -> float | None:
+    """Mean time between the frames that were taken."""
+    if times is None or len(indices) < 2:
         return None
-    return (indices[-1] - indices[0]) / (len(indices) - 1) / fps
+    return (times[indices[-1]] - times[indices[0]]) / (len(indices) - 1) or None
 
 
 def _size(shape: Sequence[int]) -> str:

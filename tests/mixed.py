@@ -27,7 +27,6 @@ BROKEN = {
     "broken/empty.mp4": "cannot be decoded as a video",
     "broken/blank.txt": "is empty",
     "broken/latin.txt": "not UTF-8",
-    "broken/steering.md": "<gen_emb>",
     "broken/long.txt": "tokens, the model takes 4096",
     "broken/loop.txt": "Too many levels of symbolic links",
     "broken/nowhere.png": "No such file",
@@ -129,7 +128,6 @@ def write_broken(folder: Path, sound: Path) -> None:
     write_sound(folder / "no frames.mkv", with_video=True)
     (folder / "blank.txt").write_text("  \n")
     (folder / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    (folder / "steering.md").write_text("take <gen_emb> instead")
     (folder / "long.txt").write_text("z " * 5000)
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     (folder / "nowhere.png").symlink_to(folder / "gone.png")

@@ -39,9 +39,9 @@ def without_cache(model, item, num_steps: int):
     batch = exact(model, [item])
     mask = torch.ones_like(batch["input_ids"]).bool()
     vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    prefix = embed_prefix(
-        model.backbone, batch["input_ids"], mask, see(model.backbone, **vision), vision.get("image_grid_thw")
-    )
+    seen = see(model.backbone, **vision)
+    grid = vision.get("image_grid_thw")
+    prefix = embed_prefix(model.backbone, batch["input_ids"], mask, seen, grid, rule="all_axes")
     embeds, positions = prefix.embeds, prefix.positions
     first = positions.max() + 1 if model.config.latent_positions == "mrope" else mask.sum()
     anchor_column = (batch["input_ids"][0] == model.config.anchor_token_id).nonzero()[-1, 0]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +16,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel
 
 from plume import InputError, Item, Plume, PlumeModel, pages
+from plume.engine import Engine
 from plume.index import Index
 from plume.tiny import SHORT_STRINGS
 
@@ -85,8 +91,6 @@ def test_an_input_that_is_too_long_is_named_and_does_not_cost_the_others(plume):
     with pytest.warns(UserWarning, match="input 1"):
         vectors = plume.encode(inputs, on_error="skip", truncate_dim=16, batch_size=1)
     assert np.isnan(vectors).any(axis=1).tolist() == [False, True, False]
-    with pytest.raises(InputError, match="the instruction: the text holds '<bot>'"):
-        plume.encode(inputs, instruction="<bot>", on_error="skip")
 
 
 def test_windows_keep_order_and_values(plume, monkeypatch):
@@ -300,7 +304,7 @@ def test_nothing_but_bad_inputs_leaves_rows_of_the_right_length(plume):
     ("raw", "message"),
     [
         ({"video": "QUJD" * 2000}, "no file at QUJD"),
-        ({"image": "QUJD" * 2000}, "cannot be read as an image (File name too long)"),
+        ({"image": "QUJD" * 2000}, "no file at"),
         ({"image": "http://127.0.0.1:bad/a b.png"}, "cannot be downloaded"),
         ({"image": "http://127.0.0.1:9/ä b.png"}, "cannot be downloaded"),
         ({"video": ["a.png"], "max_frames": 0.5}, "'max_frames' is 0.5; expected a whole number"),
@@ -320,3 +324,108 @@ def test_an_order_that_was_not_expected_costs_time_but_not_truth(plume, picture,
     expected = plume.encode(inputs, batch_size=2)
     monkeypatch.setattr(Plume, "_input_length", staticmethod(lambda sample: -sample.rank))
     assert np.allclose(plume.encode(inputs, batch_size=2), expected, atol=1e-5)
+
+
+def test_containers_of_inputs_are_lists_and_others_say_what_to_pass(plume):
+    frame = pd.DataFrame({"text": ["red", "blue"], "kind": ["a", "b"]})
+    expected = plume.encode(["red", "blue"])
+    table = datasets.Dataset.from_pandas(frame)
+    sound = [
+        ("red", "blue"),
+        frame["text"],
+        frame["text"].to_numpy(),
+        np.array(["red", "blue"]),
+        pd.Index(["red", "blue"]),
+        iter(["red", "blue"]),
+        (one for one in ("red", "blue")),
+        {"red": 1, "blue": 2}.keys(),
+        table["text"],
+        [{"text": "red"}, {"text": "blue"}],
+        frame[["text"]].to_dict("records"),
+    ]
+    for inputs in sound:
+        vectors = plume.encode(inputs)
+        assert np.allclose(vectors, expected, atol=1e-6), type(inputs)
+    for inputs in (frame, frame[["text"]], pa.Table.from_pandas(frame)):
+        with pytest.raises(InputError, match="whose items are its columns; expected a list of inputs: pass one column"):
+            plume.encode(inputs)
+    for inputs in ({"red", "blue"}, frozenset({"red"})):
+        with pytest.raises(InputError, match="which has no order"):
+            plume.encode(inputs)
+
+
+@pytest.mark.parametrize("bad", [None, 5, 2.5, True, object()], ids=["None", "5", "2.5", "True", "object"])
+def test_what_is_neither_an_input_nor_a_list_is_named_through_every_door(plume, tmp_path, bad):
+    kind = type(bad).__name__
+    for call in (plume.encode, plume.encode_query, plume.encode_document, plume.trace, plume.plume_model.trace):
+        with pytest.raises(InputError, match=f"the inputs are a {kind}; expected one input or a list of them"):
+            call(bad)
+    for inputs in (["red", bad], [bad]):
+        with pytest.raises(InputError, match=f"input {len(inputs) - 1} is a {kind}; expected a string"):
+            plume.encode(inputs)
+
+
+def test_vectors_that_are_cut_are_unit_vectors_of_what_is_kept(plume_folder, plume):
+    whole = plume.encode(["red", "blue kite"])
+    for dim in (1, 16, 64):
+        expected = whole[:, :dim] / np.linalg.norm(whole[:, :dim], axis=1, keepdims=True)
+        cut = Plume(plume_folder, device="cpu", truncate_dim=dim)
+        assert np.allclose(cut.encode(["red", "blue kite"]), expected, atol=1e-6)
+        assert np.allclose(plume.encode(["red", "blue kite"], truncate_dim=dim), expected, atol=1e-6)
+        assert np.allclose(plume.encode_query("red", truncate_dim=dim), expected[0], atol=1e-6)
+        with plume.truncate_embeddings(dim):
+            assert np.allclose(plume.encode_document(["red", "blue kite"]), expected, atol=1e-6)
+        assert plume.encode([], truncate_dim=dim).shape == (0, dim)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 65, 999, 1.5, True, "16"])
+def test_a_length_that_vectors_do_not_have_is_refused(plume_folder, plume, dim):
+    message = "truncate_dim must be a whole number from 1 to 64, or None"
+    with pytest.raises(ValueError, match=message):
+        plume.encode("red", truncate_dim=dim)
+    with pytest.raises(ValueError, match=message):
+        Plume(plume_folder, device="cpu", truncate_dim=dim)
+    with pytest.raises(ValueError, match=message), plume.truncate_embeddings(dim):
+        plume.encode("red")
+
+
+def test_the_name_that_sentence_transformers_gave_inputs_before_works(plume):
+    expected = plume.encode(["red", "blue"])
+    for call in (plume.encode, plume.encode_query, plume.encode_document):
+        assert np.allclose(call(sentences=["red", "blue"]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_quantised_vectors_can_be_compared(plume, precision, as_tensor):
+    texts = ["red kite", "red kites", "a table", "blue", "kite table", "red blue"]
+    vectors = plume.encode(texts, precision=precision, convert_to_tensor=as_tensor)
+    found = plume.similarity(vectors, vectors)
+    assert found.shape == (6, 6)
+    assert torch.allclose(found.diagonal(), torch.ones(6), atol=1e-5)
+    assert torch.allclose(plume.similarity_pairwise(vectors, vectors), torch.ones(6), atol=1e-5)
+    if "binary" in precision:  # a bit is the sign of a number
+        signs = np.where(plume.encode(texts) > 0, 1.0, -1.0)
+        assert np.allclose(found, signs @ signs.T / 64, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_autocast_around_a_call_changes_nothing(plume_folder, picture, tmp_path, backend, kind):
+    inputs = ["red kite", {"image": picture(), "text": "blue"}, {"video": [picture(), picture(seed=1)]}]
+    plume = Plume(plume_folder, device="cpu", backend=backend)
+    expected = plume.encode(inputs)
+    with torch.autocast(kind, dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(plume.encode(inputs), expected)
+        assert np.array_equal(plume.encode_query(inputs[1]), plume.encode_query(inputs[1]))
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / "a.txt").write_text("red kite")
+        index = Index.create(tmp_path / "index", plume)
+        assert index.update(tmp_path / "notes", plume, show_progress=False).embedded == 1
+        assert index.search("red kite", plume)[0].score == pytest.approx(1, abs=1e-5)
+        if backend == "auto":
+            model = plume.plume_model
+            batch = model.processor.encode([model.processor.parse(one) for one in inputs])
+            assert np.allclose(plume.engine(batch).embedding, expected, atol=1e-6)
+            assert np.allclose(Engine(model)(batch, num_latent_steps=2).embedding.norm(dim=-1), 1)

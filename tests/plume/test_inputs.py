@@ -60,7 +60,6 @@ BAD_INPUTS = {
     "image of a wrong type": ({"image": 3}, 'input 7: "image" is a int'),
     "image in a list of a wrong type": ({"image": [3]}, "input 7: an image is a int"),
     "broken Unicode": ("a\ud800b", "input 7: the text is not valid Unicode"),
-    "own token": ("a <gen_emb> b", "input 7: the text holds '<gen_emb>', a token that plume places itself"),
 }
 
 
@@ -183,7 +182,10 @@ def test_an_image_behind_a_url_is_downloaded(picture, tmp_path):
         ({"role": "user", "content": [{"type": "image", "base64": "%"}]}, "not valid base64"),
         ({"role": "user", "content": []}, "is empty"),
         ({"video": [Path("a.png")], "fps": -1}, "'fps' is -1; expected a number above 0"),
-        ({"image": np.zeros((4, 4), np.uint8)}, "expected uint8 [height, width, 3]"),
+        (
+            {"image": np.zeros((4, 4), np.float32)},
+            "an image is float32 of shape (4, 4); expected uint8 [H, W], [H, W, C]",
+        ),
         (Path("report.pdf"), "pass plume.pages('report.pdf')"),
         (Path("archive.zip"), "of no kind that plume reads"),
         (Path("latin.txt"), "is not UTF-8 text"),

@@ -15,6 +15,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from plume import Plume, PlumeModel
+from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 
 WIDTH, EXPERTS, STEPS_TABLE = 32, 4, 32
 NEW_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")
@@ -346,3 +347,56 @@ def test_the_embedder_says_how_to_convert(tmp_path):
     folder = save_published(tmp_path / "published")
     with pytest.raises(ValueError, match="plume convert"):
         Plume(folder)
+
+
+def edit_json(file: Path, **fields) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"min_pixels": 3136, "max_pixels": 12_845_056}, {"min_pixels": 3136}, {"max_pixels": 1}]
+)
+def test_pixel_limits_of_a_file_yield_to_the_callers(tmp_path, keys):
+    """transformers 4.52 writes them, and inside the library's processor they override the size that it is given."""
+    folder = save_published(tmp_path / "published")
+    edit_json(folder / "preprocessor_config.json", **keys, size={"shortest_edge": 9, "longest_edge": 99})
+    imported = PlumeModel.from_pretrained(folder)
+    assert dict(imported.processor.image_processor.size) == {"shortest_edge": 3136, "longest_edge": 2_359_296}
+    grid = imported.processor.encode([imported.processor.parse(Image.new("RGB", (2000, 1600)))])["image_grid_thw"]
+    assert grid.tolist() == [[1, 98, 122]]
+
+    save_tiny_backbone(tmp_path / "stock", ["red"])
+    processor_file = next((tmp_path / "stock").glob("p*processor_config.json"))
+    edit_json(processor_file, **keys)
+    for limits in ((784, 100_000), (56 * 56, 56 * 56), (28 * 28, 28 * 28 * 4)):
+        chosen = {"min_pixels": limits[0], "max_pixels": limits[1]}
+        model = PlumeModel.from_backbone(str(tmp_path / "stock"), **chosen, **SHORT_STRINGS)
+        model.save_pretrained(tmp_path / "saved")
+        for processor in (model.processor, PlumeModel.from_pretrained(tmp_path / "saved").processor):
+            assert processor.budget.pixels == limits
+            patches = processor.encode([processor.parse(noise(700, 500))])["image_grid_thw"].prod().item()
+            assert patches * 14 * 14 <= limits[1]
+
+
+@pytest.mark.parametrize("limits", [(0, 100), (-1, 100), (200, 100)])
+def test_pixel_limits_that_contradict_each_other_are_refused(tmp_path, limits):
+    save_tiny_backbone(tmp_path / "stock", ["red"])
+    with pytest.raises(ValueError, match=f"received min_pixels={limits[0]} and max_pixels={limits[1]}"):
+        PlumeModel.from_backbone(str(tmp_path / "stock"), min_pixels=limits[0], max_pixels=limits[1])
+
+
+def test_small_images_and_frames_are_enlarged_to_four_visual_tokens(tmp_path):
+    processor = PlumeModel.from_pretrained(save_published(tmp_path / "published")).processor
+    for size, grid in (((40, 40), [1, 4, 4]), ((28, 28), [1, 4, 4]), ((10, 90), [1, 12, 2]), ((56, 84), [1, 6, 4])):
+        assert processor.encode([processor.parse(noise(*size))])["image_grid_thw"].tolist() == [grid], size
+    frames = [noise(48, 36)] * 3
+    assert processor.encode([processor.parse({"video": frames})])["video_grid_thw"].tolist() == [[2, 4, 6]]
+
+
+def test_imported_checkpoints_strip_texts_and_put_transparent_images_on_white(tmp_path):
+    model = PlumeModel.from_pretrained(save_published(tmp_path / "published")).eval()
+    processor = model.processor
+    seen_through = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    for raw, same in (("\n a red kite ", "a red kite"), (seen_through, Image.new("RGB", (56, 56), "white"))):
+        first, second = (processor.encode([processor.parse(one)]) for one in (raw, same))
+        assert all(torch.equal(first[name], second[name]) for name in first)

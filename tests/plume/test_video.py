@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -61,7 +62,10 @@ def test_eight_frames_are_taken_evenly_from_the_first_to_the_last():
     [(1, 64, [0, 10, 20, 30]), (2.5, 64, list(range(0, 40, 4))), (100, 64, list(range(40))), (5, 3, [0, 19, 39])],
 )
 def test_frames_per_second_are_taken_up_to_a_limit(fps, max_frames, expected):
-    assert sample_frames(40, Sampling(fps=fps, max_frames=max_frames), source_fps=10) == expected
+    assert (
+        sample_frames(40, Sampling(fps=fps, max_frames=max_frames), times=[index / 10 for index in range(40)])
+        == expected
+    )
 
 
 def test_frames_per_second_of_a_source_without_any_are_refused(picture):
@@ -279,3 +283,100 @@ def test_a_saved_checkpoint_keeps_its_frames(backbone_folder, tmp_path):
         (video,) = processor.parse({"video": noise(9, 300, 400)}).videos
         assert len(video.frames) == 2
         assert video.frames[0, 0].numel() <= 56 * 56 * 32
+
+
+def numbered_clip(path: Path, times: list[float], codec: str = "mpeg4") -> Path:
+    """A clip whose frames appear at these times and bear their numbers, in stripes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, moment in enumerate(times):
+            frame = np.zeros((64, 64, 3), np.uint8)
+            for bit in range(11):
+                frame[:, 5 * bit : 5 * bit + 5] = 255 * (index >> bit & 1)
+            picture = av.VideoFrame.from_ndarray(frame)
+            picture.pts, picture.time_base = round(moment * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(video: Video) -> list[int]:
+    return [
+        sum((frame[0, :, int(56 * (5 * bit + 2.5) / 64)].float().mean() > 128).item() << bit for bit in range(11))
+        for frame in video.frames
+    ]
+
+
+RHYTHMS = {
+    "a burst, then one a second": [index / 30 for index in range(30)] + [float(second) for second in range(1, 11)],
+    "one a second, then a burst": [float(second) for second in range(10)] + [10 + index / 30 for index in range(31)],
+    "ever slower": [0.05 * index**1.5 for index in range(40)],
+}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize("rhythm", RHYTHMS)
+def test_frames_per_second_follow_presentation_times(tmp_path, suffix, rhythm):
+    """At each second that frame is taken which is on the screen, whatever the average rate of the file is."""
+    times = RHYTHMS[rhythm]
+    clip = numbered_clip(tmp_path / f"clip.{suffix}", times)
+    video = load_video(clip, Sampling(fps=1, min_pixels=784, max_pixels=64 * 64))
+    seconds = range(int(times[-1]) + 1)
+    expected = list(dict.fromkeys(max(i for i, at in enumerate(times) if at <= second + 1e-3) for second in seconds))
+    assert numbers(video) == expected
+    spacing = (times[expected[-1]] - times[expected[0]]) / (len(expected) - 1)
+    assert video.seconds_per_frame == pytest.approx(spacing, abs=0.02)
+    few = load_video(clip, Sampling(fps=1, max_frames=3, min_pixels=784, max_pixels=64 * 64))
+    middle = max(i for i, moment in enumerate(times) if moment <= times[-1] / 2 + 0.001)
+    assert numbers(few) == [0, middle, len(times) - 1]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_animations_with_frames_of_unequal_duration_are_sampled_by_time(tmp_path, suffix):
+    sheets = [Image.new("RGB", (56, 56), (index * 20,) * 3) for index in range(12)]
+    durations = [100] * 10 + [2000, 1000]  # ten frames in the first second, then two that stand
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    sheets[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=sheets[1:], duration=durations, **lossless)
+    video = load_video(tmp_path / f"a.{suffix}", Sampling(fps=1, min_pixels=784, max_pixels=56 * 56))
+    assert np.allclose(greys(video), [0, 200, 220], atol=3)
+    assert video.seconds_per_frame == pytest.approx(1.5)
+
+
+def test_a_file_that_opens_others_or_the_network_is_refused(tmp_path):
+    write_clip(tmp_path / "neighbour.mp4", 10)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile neighbour.mp4\n")
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nneighbour.mp4\n#EXT-X-ENDLIST\n"
+    (tmp_path / "playlist.mp4").write_text(playlist)
+    session = (
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 50044 RTP/AVP 96\n"
+        b"a=rtpmap:96 H264/90000\n"
+    )
+    uri = "data:video/mp4;base64," + base64.b64encode(session).decode()
+    for raw in (str(tmp_path / "list.mp4"), str(tmp_path / "playlist.mp4"), uri, session):
+        with pytest.raises(InputError, match="cannot be decoded as a video"):
+            load_video(raw, SMALL)
+
+
+def test_what_would_take_without_end_to_decode_is_refused(tmp_path, monkeypatch):
+    """Each frame of such a file is a few bytes; its pixels are what costs."""
+    sheets = [Image.new("L", (60, 60), index) for index in range(9)]
+    sheets[0].save(tmp_path / "a.gif", save_all=True, append_images=sheets[1:])
+    clip = write_clip(tmp_path / "a.mp4", 60)
+    monkeypatch.setattr("plume.video.MAX_ANIMATION_PIXELS", 60 * 60 * 8)
+    monkeypatch.setattr("plume.video.MAX_VIDEO_PIXELS", 64 * 48 * 50)
+    with pytest.raises(InputError, match="has 9 frames of 60 x 60 pixels, more than 28,800 pixels in all"):
+        load_video(tmp_path / "a.gif", SMALL, "input 1")
+    with pytest.raises(InputError, match=r"input 1: .*a.mp4 takes too long to decode"):
+        load_video(clip, SMALL, "input 1")
+
+
+def test_bytes_of_a_video_are_a_video(tmp_path):
+    content = write_clip(tmp_path / "a.mp4", 20).read_bytes()
+    expected = load_video(tmp_path / "a.mp4", SMALL).frames
+    ways = [content, {"bytes": content, "path": "a.mp4"}, {"bytes": None, "path": str(tmp_path / "a.mp4")}]
+    for raw in ways:
+        assert torch.equal(load_video(raw, SMALL).frames, expected)
+        (video,) = Item.parse({"video": raw}).videos
+        assert len(video.frames) == 8

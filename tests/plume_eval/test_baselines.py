@@ -34,6 +34,7 @@ def written_by_hand(model, item, limit):
         ids["attention_mask"].bool(),
         seam.see(model.backbone, ids.get("pixel_values"), ids.get("image_grid_thw")),
         ids.get("image_grid_thw"),
+        rule="all_axes",
     )
     embeds, positions = prefix.embeds, prefix.positions
     token, count = torch.tensor([[model.config.latent_end_token_id]]), 0

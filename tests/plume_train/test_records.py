@@ -69,10 +69,6 @@ BAD = {
         row(qry={**SIDE, "conversations": [SIDE["conversations"][0], {"from": "gpt", "value": "<answer>x"}]}),
         "<answer> is not closed by </answer>; close it",
     ),
-    "token in the text": (
-        row(pos={"conversations": [{"from": "human", "value": "a <bot> b"}]}),
-        "the text holds '<bot>', a token that plume places itself",
-    ),
     "empty side": (row(pos={"conversations": [{"from": "human", "value": " "}]}), "neither text nor media"),
     "no conversations": (row(pos={"text": "x"}), "has no list 'conversations'"),
     "unknown role": (row(pos={"conversations": [{"from": "cat", "value": "x"}]}), "role 'cat'"),
@@ -90,7 +86,7 @@ BAD = {
                 "conversations": [SIDE["conversations"][0], {"from": "gpt", "value": "<think>a<gen_emb></think>"}],
             }
         ),
-        "'qry': the rationale: the text holds '<gen_emb>'",
+        "'qry': the rationale holds '<gen_emb>'",
     ),
     "no object": ("[1]", "a list; expected an object"),
     "broken JSON": ('{"qry": ', "not a JSON object"),

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from plume import prompt
+from plume.checkpoint import read_config
 from plume.config import PlumeConfig
 from plume.images import InputError
 from plume.processor import PlumeProcessor
@@ -170,15 +171,13 @@ class Report:
             return len(self._written(side).encode()) // 4, len(explicit.encode()) // 4
         suffix = len(self.processor.suffix_ids(explicit))
         if not self.load_media:
-            prefix, limit = (
-                len(self.processor.suffix_ids(self._written(side))),
-                self.processor.tokenizer.model_max_length,
-            )
+            limit = self.processor.tokenizer.model_max_length
+            prefix = len(self.processor.suffix_ids(self._written(side)))
             if prefix > limit:
                 raise InputError(f"{where} has {prefix} tokens, the model takes {limit}; shorten it or drop the row")
             return prefix, suffix
         item, vision = self.media.see(side, where)
-        tokens = self.processor(text=self.processor.write([item]), vision=vision)
+        tokens = self.processor.encode([item], vision=vision)
         return tokens["input_ids"].shape[1], suffix
 
     def _written(self, side: Side) -> str:
@@ -211,7 +210,7 @@ def _model(args: PlumeTrainingArguments) -> tuple[PlumeConfig, PlumeProcessor | 
     assert isinstance(args.plume_config, dict)
     if not args.model:
         return PlumeConfig(**args.plume_config), None
-    found, _ = PlumeConfig.get_config_dict(args.model)
+    found = read_config(args.model)
     if found.get("model_type") == PlumeConfig.model_type:
         return PlumeConfig.from_pretrained(args.model), PlumeProcessor.from_pretrained(args.model)
     config = PlumeConfig(**args.plume_config)

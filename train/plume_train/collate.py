@@ -213,7 +213,7 @@ class PairCollator:
         keys = dict.fromkeys(key for place in places for key in place.vision)
         vision = {key: torch.cat([place.vision[key] for place in places if key in place.vision]) for key in keys}
         inputs = {
-            **self.processor(text=self.processor.write([place.item for place in places]), vision=vision),
+            **self.processor.encode([place.item for place in places], vision=vision),
             **self._written(role, places),
             "max_latent_steps": most_steps,
             "touch_all": self.touch_all,
@@ -281,7 +281,7 @@ class Media:
         """
         if side.key in self._kept:
             return self._kept[side.key]
-        images = [load_image(image, where) for image in side.images]
+        images = [load_image(image, where, background=self.processor.budget.background) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
         item = self.processor.complete(Item((*images, *videos, side.text)))
         self.processor.num_tokens(item, where)  # raises where it is too long
@@ -293,10 +293,11 @@ class Media:
 
     def _load_video(self, video: VideoSource, where: str) -> Video:
         """A file, sampled as the checkpoint says, or all frames of a list."""
-        sampling = self.processor.budget.sampling
+        budget = self.processor.budget
         if len(video) == 1 and video[0].suffix.lower() in VIDEO_SUFFIXES:
-            return load_video(video[0], sampling, where)
-        return load_video(list(video), replace(sampling, num_frames=len(video), fps=None), where)
+            return load_video(video[0], budget.sampling, where, budget.background)
+        every = replace(budget.sampling, num_frames=len(video), fps=None)
+        return load_video(list(video), every, where, budget.background)
 
 
 def _stand_in(part: Any) -> Any:

@@ -12,7 +12,6 @@ Everything is checked here: what is wrong with a row is said with its file and l
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from plume.files import VIDEO_SUFFIXES
-from plume.images import InputError, check_image_file
-from plume.inputs import check_text
-from plume.tokens import ANCHOR, READ_OUT
+from plume.images import InputError, check_image_file, open_image, open_source
+from plume.inputs import check_unicode
+from plume.tokens import ANCHOR, READ_OUT, RESERVED
 from plume_train.target import UnclosedTag, parse_written
 
 UnclosedAnswerPolicy = Literal["error", "accept"]
@@ -193,9 +192,9 @@ class RecordFormat:
         roots: Sequence[Path],
         where: str,
     ) -> Side:
-        check_text(text, where)
-        check_text(written["rationale"], f"{where}: the rationale")
-        check_text(written["answer"].replace(READ_OUT, ""), f"{where}: the answer")
+        check_unicode(text, where)
+        _check_written(written["rationale"], f"{where}: the rationale")
+        _check_written(written["answer"].replace(READ_OUT, ""), f"{where}: the answer")
         if not text and not images and not clips:
             raise RowError(f"{where} has neither text nor media; add one or drop the row")
         return Side(
@@ -205,6 +204,14 @@ class RecordFormat:
             written["rationale"].strip(),
             written["answer"].strip(),
         )
+
+
+def _check_written(text: str, where: str) -> None:
+    """Refuse words to be learnt that hold a token which steers the model; in a query or target it is read as text."""
+    check_unicode(text, where)
+    for token in RESERVED:
+        if token in text:
+            raise RowError(f"{where} holds {token!r}, a token that plume places itself; remove it")
 
 
 def _from_columns(row: Mapping) -> dict[str, Any]:
@@ -265,7 +272,7 @@ def _image(image: Any, roots: Sequence[Path], where: str) -> ImageSource:
         return image
     if isinstance(image, Mapping) and image.get("bytes"):  # an image of a Hugging Face data set
         try:
-            return Image.open(io.BytesIO(image["bytes"]))
+            return open_image(open_source(image, where))
         except (OSError, ValueError) as error:
             raise RowError(f"{where}: an image cannot be read ({error}); drop the row") from None
     if isinstance(image, Mapping):

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from plume.checkpoint import read_config
 from plume.config import PlumeConfig
 from plume.model import PlumeModel
 from plume_train.callbacks import Evaluate, named_evaluation
@@ -143,7 +144,7 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
         SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
     """
     assert isinstance(args.plume_config, dict)
-    found, _ = PlumeConfig.get_config_dict(args.model)
+    found = read_config(args.model)
     if found.get("model_type") != PlumeConfig.model_type:
         return PlumeModel.from_backbone(args.model, dtype="float32", **args.plume_config)
     model = PlumeModel.from_pretrained(args.model, dtype="float32")

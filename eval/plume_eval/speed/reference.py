@@ -33,9 +33,9 @@ class OneByOne:
             batch.get("pixel_values_videos"),
             media["video_grid_thw"],
         )
-        prefix = seam.embed_prefix(
-            model.backbone, ids, mask, vision, **media, second_per_grid_ts=batch.get("second_per_grid_ts")
-        )
+        media["second_per_grid_ts"] = batch.get("second_per_grid_ts")
+        rule = model.config.vision_positions
+        prefix = seam.embed_prefix(model.backbone, ids, mask, vision, **media, rule=rule)
         self.place = positions.latent_start(prefix.positions, mask, model.config.latent_positions)
         self.decoder = seam.CachedDecoder(model.backbone)
         self.hidden = self._read(prefix)

@@ -250,10 +250,9 @@ class Compiled(Way):
         pixels = there.get("pixel_values"), there.get("pixel_values_videos")
         vision = seam.see(self.model.backbone, pixels[0], media["image_grid_thw"], pixels[1], media["video_grid_thw"])
         mask = there["attention_mask"].bool()
-        timing = there.get("second_per_grid_ts")
-        prefix = seam.embed_prefix(
-            self.model.backbone, there["input_ids"], mask, vision, **media, second_per_grid_ts=timing
-        )
+        media["second_per_grid_ts"] = there.get("second_per_grid_ts")
+        rule = self.model.config.vision_positions
+        prefix = seam.embed_prefix(self.model.backbone, there["input_ids"], mask, vision, **media, rule=rule)
         return prefix, mask
 
 
