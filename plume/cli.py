@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
+import signal
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -21,6 +27,8 @@ Steps = Annotated[int | None, typer.Option(help="K; 0 is a single pass; the chec
 BatchSize = Annotated[int, typer.Option(help="Inputs per pass.", min=1)]
 
 _DEMO = "runs/demo/latent"
+# What a number of a vector takes in a file, by its kind.
+_NUMBER_BYTES = {".npz": 4, ".npy": 4, ".jsonl": 24}
 
 
 @app.command()
@@ -43,22 +51,25 @@ def encode(
     A text file is one input, a page of a PDF too. Inputs that cannot be embedded are named, the others are written all
     the same, and the exit status is 1.
     """
-    if out.suffix not in (".npz", ".npy", ".jsonl"):
+    if out.suffix not in _NUMBER_BYTES:
         _stop(f"--out {out}: expected a name that ends with .npz, .npy or .jsonl")
     names, inputs, refused = _collect(files or [], text or [])
     if refused and on_error == "raise":
         _stop(refused[0])
     if not inputs:
         _stop("\n".join(refused) or "nothing to encode; name files, or give --text")
+    _check_writable(out)
 
     from plume import InputError, Plume
     from plume.threads import use_physical_cores
 
+    skipped: list[str] = []
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with _running(lambda: f"nothing was written to {out}", skipped):
             use_physical_cores()
-            vectors = Plume(model, int8=int8).encode(
+            plume = Plume(model, int8=int8)
+            _check_writable(out, _NUMBER_BYTES[out.suffix] * len(inputs) * plume.plume_config.hidden_size)
+            vectors = plume.encode(
                 inputs,
                 num_latent_steps=num_latent_steps,
                 instruction=instruction,
@@ -68,22 +79,16 @@ def encode(
             )
     except (InputError, ValueError, OSError) as error:
         _stop(_named(str(error), names))
-    skipped = [
-        line
-        for one in caught
-        if "inputs were skipped" in str(one.message)
-        for line in str(one.message).splitlines()[1:]
-    ]
     good = [row for row in range(len(names)) if vectors[row, 0] == vectors[row, 0]]  # NaN marks a skipped row
     if len(good) + len(skipped) != len(names):
         _stop(f"{model} gave NaN for {len(names) - len(skipped) - len(good)} inputs; its weights are broken")
-    _write(out, [names[row] for row in good], vectors[good])
-    typer.echo(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
-    for one in caught:
-        if "inputs were skipped" not in str(one.message):
-            typer.echo(f"warning: {one.message}", err=True)
+    try:
+        _write(out, [names[row] for row in good], vectors[good])
+    except OSError as error:
+        _stop(f"{out} cannot be written ({error.strerror}), and is as it was; free space or choose another --out")
+    _say(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
     for line in refused + skipped:
-        typer.echo(f"skipped: {_named(line, names)}", err=True)
+        _say(f"skipped: {_named(line, names)}", err=True)
     if refused or skipped:
         raise typer.Exit(1)
 
@@ -113,28 +118,44 @@ def index(
     from plume.index import Index
     from plume.threads import use_physical_cores
 
+    target: Index | None = None
+
+    def left() -> str:
+        rows = 0 if target is None else len(target)
+        return f"{out} holds {rows} rows, which stay; run the same command again to go on"
+
     try:
-        if forget:
-            typer.echo(f"{Index.open(out).remove(folder)} rows removed from {out}")
-            return
-        use_physical_cores()
-        plume = Plume(model, truncate_dim=truncate_dim)
-        target = Index.create(
-            out,
-            plume,
-            num_latent_steps=num_latent_steps,
-            query_latent_steps=query_latent_steps,
-            instruction=instruction,
-            query_instruction=query_instruction,
-        )
-        report = target.update(folder, plume, batch_size=batch_size)
+        with _running(left):
+            if forget:
+                _say(f"{Index.open(out).remove(folder)} rows removed from {out}")
+                return
+            use_physical_cores()
+            plume = Plume(model, truncate_dim=truncate_dim)
+            target = Index.create(
+                out,
+                plume,
+                num_latent_steps=num_latent_steps,
+                query_latent_steps=query_latent_steps,
+                instruction=instruction,
+                query_instruction=query_instruction,
+            )
+            report = target.update(folder, plume, batch_size=batch_size)
     except (ValueError, OSError) as error:
         _stop(str(error))
     for skipped in report.skipped:
-        typer.echo(_printable(f"skipped: {skipped.name}: {skipped.reason}"), err=True)
-    typer.echo(
-        f"{len(target)} rows in {out}: {report.embedded} embedded, {report.reused} reused, {report.removed} removed; "
-        f"{report.unchanged} files unchanged, {len(report.skipped)} skipped"
+        _say(f"skipped: {skipped.name}: {skipped.reason}", err=True)
+    if report.others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.others.most_common())
+        _say(f"passed over, of other kinds: {kinds}", err=True)
+    for place, count in report.gone.items():
+        _say(
+            f"gone: {place}, to which {count} rows lead; if it has moved, index it where it is now, and forget the "
+            f"old place: plume index {shlex.quote(place)} --forget --out {shlex.quote(str(out))}",
+            err=True,
+        )
+    _say(
+        f"{len(target)} rows in {out}: {report.embedded} embedded, {report.reused} reused, "
+        f"{report.removed} removed; {report.unchanged} files unchanged, {len(report.skipped)} skipped"
     )
 
 
@@ -161,34 +182,45 @@ def search(
     from plume.threads import use_physical_cores
 
     try:
-        source = Index.open(index)
-        dim, made_with = source.identity.dim, source.identity.model
-        if model is None and Path(made_with).is_absolute() and not Path(made_with).is_dir():
-            _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
-        use_physical_cores()
-        plume = Plume(model or made_with)
-        if dim < (plume.get_embedding_dimension() or 0):
-            plume.truncate_dim = dim
-        hits = source.search(query, plume, top_k=top_k, where=where)
+        with _running(lambda: "nothing was changed"):
+            source = Index.open(index)
+            dim, made_with = source.identity.dim, source.identity.model
+            if model is None and Path(made_with).is_absolute() and not Path(made_with).is_dir():
+                _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
+            use_physical_cores()
+            plume = Plume(model or made_with)
+            if dim < (plume.get_embedding_dimension() or 0):
+                plume.truncate_dim = dim
+            hits = source.search(query, plume, top_k=top_k, where=where)
     except (ValueError, OSError) as error:
         _stop(str(error).replace("input 0", "the query"))
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
         title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
-        html.write_text(gallery(hits, title), encoding="utf-8")
-        typer.echo(f"{len(hits)} results in {html}", err=as_json)
+        try:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(gallery(hits, title), encoding="utf-8")
+        except OSError as error:
+            _stop(f"--html {html} cannot be written ({error.strerror}); choose another place")
+        _say(f"{len(hits)} results in {html}", err=as_json)
     if hits and not as_json and html is None:
         typer.echo("  #   score  kind   file")
     for rank, hit in enumerate(hits, start=1):
         if as_json:
-            typer.echo(json.dumps({"rank": rank, **hit.to_dict()}, ensure_ascii=False))
+            typer.echo(_json({"rank": rank, **hit.to_dict()}))
         elif html is None:
             place = f"{hit.path}#page={hit.page}" if hit.page else hit.path
+            place += "" if hit.is_there else "  (gone)"
             excerpt = " ".join(hit.excerpt.split())[:60]
             line = f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else "")
-            typer.echo(_printable(line))
+            _say(line)
+    if lost := [hit for hit in hits if not hit.is_there]:
+        _say(
+            f"{len(lost)} of the results are not there any more, for example {lost[0].path}; index their folder "
+            "again, or forget it with `plume index FOLDER --forget`",
+            err=True,
+        )
     if not hits:
-        typer.echo("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
+        _say("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
 
 
 @app.command()
@@ -214,26 +246,34 @@ def trace(
 
     from plume import PlumeModel
     from plume.draw import draw_expert_use, draw_trace
+    from plume.threads import slow_on_cpu
     from plume.trace import expert_use
 
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = PlumeModel.from_pretrained(model).to(device).eval()
-        traces = loaded.trace(inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
+        with _running(lambda: f"nothing was written to {out}"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            # On a CPU in float32, as everywhere: few have fast products of bfloat16.
+            loaded = PlumeModel.from_pretrained(model, dtype="auto" if device == "cuda" else torch.float32)
+            if device == "cpu" and (warning := slow_on_cpu(loaded)):
+                warnings.warn(warning, stacklevel=1)
+            loaded = loaded.to(device).eval()
+            traces = loaded.trace(inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
     except (ValueError, OSError) as error:
         _stop(_named(str(error), names))
-    out.mkdir(parents=True, exist_ok=True)
     use = {modality: share.tolist() for modality, share in expert_use(traces).items()}
     whole = {"model": model, "expert_use": use, "traces": [one.to_dict() for one in traces]}
-    (out / "trace.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "trace.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for number, one in enumerate(traces):
             draw_trace(one, out / f"{number:03}.png")
         if len(traces) > 1 and use:
             draw_expert_use(traces, out / "experts.png")
     except ImportError as error:
         _stop(f"{out / 'trace.json'} is written, pictures are not: {error}")
-    typer.echo(f"{len(traces)} traces in {out}")
+    except OSError as error:
+        _stop(f"{out} cannot be written ({error.strerror}); choose another --out")
+    _say(f"{len(traces)} traces in {out}")
 
 
 @app.command()
@@ -245,18 +285,26 @@ def convert(
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         _stop(f"{destination} is not empty; name a new folder")
 
+    from safetensors import SafetensorError
+
     from plume import PlumeModel
     from plume.published import is_published
 
     try:
         if not is_published(source):
             _stop(f"{source} holds no adapter of the published format (latent_moe_transition.*); nothing to convert")
-        model = PlumeModel.from_pretrained(source)
-        model.save_pretrained(destination)
-    except (ValueError, OSError) as error:
+        beside = destination.with_name(f".{destination.name}.part{os.getpid()}") / destination.name
+        with _running(lambda: f"nothing was written to {destination}"):
+            try:
+                model = PlumeModel.from_pretrained(source)
+                model.save_pretrained(beside)
+                beside.replace(destination)
+            finally:
+                shutil.rmtree(beside.parent, ignore_errors=True)
+    except (ValueError, OSError, SafetensorError) as error:
         _stop(str(error))
     config = model.config
-    typer.echo(
+    _say(
         f"{destination}: K = {config.num_latent_steps}, {config.num_experts} experts, "
         f"positions {config.latent_positions}, {sum(p.numel() for p in model.parameters()):,} parameters"
     )
@@ -274,7 +322,8 @@ def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], li
             found += inputs_of(file)
         except InputError as error:
             refused.append(str(error))
-    return [*(name for name, _ in found), *texts], [*(one for _, one in found), *texts], refused
+    named = [text if text.strip() else f"--text {text!r}" for text in texts]
+    return [*(name for name, _ in found), *named], [*(one for _, one in found), *texts], refused
 
 
 def _named(message: str, names: Sequence[str]) -> str:
@@ -284,29 +333,94 @@ def _named(message: str, names: Sequence[str]) -> str:
     )
 
 
+def _say(line: str, err: bool = False) -> None:
+    typer.echo(_printable(line), err=err)
+
+
 def _printable(line: str) -> str:
     """The line without what would steer a terminal; names of files and texts may hold anything."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
+def _json(content: dict[str, Any]) -> str:
+    """One line of JSON, in which what would steer a terminal is escaped."""
+    line = json.dumps(content, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def _check_writable(out: Path, num_bytes: int = 4096) -> None:
+    """Stop before the work if its result, of so many bytes, could not be written."""
+    if out.is_dir():
+        _stop(f"--out {out} is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        _stop(f"--out {out} cannot be written ({error.strerror}); choose another place")
+
+
 def _write(out: Path, names: list[str], vectors: Any) -> None:
+    """Write a file whole or not at all: beside its place, and renamed at the end."""
     import numpy as np
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npz":
-        np.savez(out, embeddings=vectors, names=np.array(names))
-    elif out.suffix == ".npy":
-        np.save(out, vectors)
-    else:
-        lines = (
-            json.dumps({"name": name, "embedding": vector.tolist()}, ensure_ascii=False)
-            for name, vector in zip(names, vectors, strict=True)
-        )
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    beside = out.with_name(f".{out.name}.part{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            if out.suffix == ".npz":
+                np.savez(file, embeddings=vectors, names=np.array(names))
+            elif out.suffix == ".npy":
+                np.save(file, vectors)
+            else:
+                for name, vector in zip(names, vectors, strict=True):
+                    line = json.dumps({"name": name, "embedding": vector.tolist()}, ensure_ascii=False)
+                    file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _running(state: Callable[[], str], skipped: list[str] | None = None) -> Iterator[None]:
+    """Say warnings in a line as they come; where SIGINT or SIGTERM stops the work, say what it leaves.
+
+    Args:
+        state: what is left, if it is stopped.
+        skipped: gets the inputs that `Plume.encode` skips instead.
+    """
+    caught = signal.SIGINT
+
+    def terminate(number: int, frame: Any) -> NoReturn:
+        nonlocal caught
+        caught = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    def show(message: Any, *args: Any, **kwargs: Any) -> None:
+        first, *rest = str(message).splitlines() or [""]
+        if skipped is not None and "inputs were skipped" in first:
+            skipped.extend(rest)
+        else:
+            _say(f"warning: {' '.join([first, *rest]).removeprefix('plume: ')}", err=True)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = show
+            yield
+    except KeyboardInterrupt:
+        _say(f"plume: stopped; {state()}", err=True)
+        sys.exit(128 + caught)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(message: str) -> NoReturn:
-    typer.echo(f"plume: {message}", err=True)
+    for number, line in enumerate(message.splitlines() or [""]):
+        _say(line if number else f"plume: {line}", err=True)
     sys.exit(1)
 
 

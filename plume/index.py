@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from plume import checkpoint
+from plume.images import InputError
 
 if TYPE_CHECKING:
     from plume.embedder import Plume
@@ -28,6 +33,19 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _TABLE, _IDENTITY = "items", "index.json"
+# What an interrupted creation leaves: it is made anew.
+_LEFTOVERS = {f"{_IDENTITY}.part", f"{_TABLE}.lance", "lock"}
+#: How often a read is tried while another process takes files away.
+_TRIES = 6
+_IDS_PER_DELETION = 1024
+# A row is there once for each of these.
+_KEYS = ["root", "name", "page", "sha256"]
+
+T = TypeVar("T")
+
+
+class IndexStorageError(OSError):
+    """An index that cannot be read or written: no space, no permission, a damaged file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +91,7 @@ class Hit:
     """One row that a search found, best first.
 
     score: cosine to the query, in [-1, 1].
+    path: where the file was when it was indexed; see `is_there`.
     """
 
     score: float
@@ -82,6 +101,11 @@ class Hit:
     num_pages: int | None
     excerpt: str
     thumbnail: bytes = field(repr=False)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a file still is at this path."""
+        return os.path.isfile(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the thumbnail."""
@@ -132,6 +156,7 @@ class Index:
 
         Raises:
             ValueError: there is an index made with other settings.
+            IndexStorageError: it cannot be written.
         """
         path = Path(path)
         identity = Identity(
@@ -149,12 +174,24 @@ class Index:
             index = cls.open(path)
             index.identity.check_same(identity, path)
             return index
-        if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} holds files but no {_IDENTITY}; choose a folder that is empty or new")
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{_IDENTITY}.part"
-        temporary.write_text(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path / _IDENTITY)
+        if path.is_dir() and (others := sorted({one.name for one in path.iterdir()} - _LEFTOVERS)):
+            raise ValueError(
+                f"{path} holds {others[0]} but no {_IDENTITY}; choose a folder that is empty or new for the index"
+            )
+        shutil.rmtree(path / f"{_TABLE}.lance", ignore_errors=True)
+        fields = {"format": _FORMAT, **asdict(identity)}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            temporary = path / f"{_IDENTITY}.part"
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(fields, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path / _IDENTITY)
+        except OSError as error:
+            raise IndexStorageError(
+                f"the index {path} cannot be written ({error.strerror}); choose another --out"
+            ) from None
         return cls.open(path)
 
     @classmethod
@@ -175,10 +212,17 @@ class Index:
             raise ValueError(f"{path / _IDENTITY} is damaged ({error}); index the folder again") from None
         if identity is None:
             raise ValueError(f"{path} has format {found}, this version reads {_FORMAT}; index the folder again")
-        return cls(path, identity, _connect(path).create_table(_TABLE, schema=_schema(identity.dim), exist_ok=True))
+        database, schema = _connect(path), _schema(identity.dim)
+        table = _trying(path, lambda: database.create_table(_TABLE, schema=schema, exist_ok=True))
+        return cls(path, identity, table)
 
     def __len__(self) -> int:
-        return self._table.count_rows()
+        return self._read(lambda table: table.count_rows())
+
+    def gone(self) -> dict[str, int]:
+        """Folders in the index that are not there any more, and how many rows lead to them."""
+        rows = Counter(row["root"] for row in self.rows(["root"]))
+        return {root: count for root, count in sorted(rows.items()) if not os.path.isdir(root)}
 
     def check_embedder(self, plume: Plume) -> None:
         """Refuse an embedder whose vectors do not compare with those of this index.
@@ -210,6 +254,7 @@ class Index:
 
         Raises:
             ValueError: another embedder, or no such folder.
+            IndexStorageError: the index cannot be written; what is committed stays.
         """
         from plume.indexing import update_index
 
@@ -223,8 +268,8 @@ class Index:
         """
         where = f"root = {_quoted(str(Path(folder).resolve()))}"
         with self.locked():
-            count = self._table.count_rows(where)
-            self._table.delete(where)
+            count = self._read(lambda table: table.count_rows(where))
+            self._write(lambda table: table.delete(where))
             self.compact(wipe=True)
         return count
 
@@ -241,40 +286,83 @@ class Index:
         except Timeout:
             raise ValueError(f"another run is writing to the index {self.path}; wait until it is done") from None
         try:
+            self._read(lambda table: table.checkout_latest())  # of who held the lock before
             yield
         finally:
             lock.release()
 
+    def _read(self, work: Callable[[Any], T]) -> T:
+        """Read from the newest version; again where another process has just taken files of the one before away."""
+        return _trying(self.path, lambda: work(self._table), self._table.checkout_latest)
+
+    def _write(self, work: Callable[[Any], Any]) -> None:
+        """Write; `locked` keeps others out, so that a failure is one of storage."""
+        _trying(self.path, lambda: work(self._table), tries=1)
+
     def rows(self, columns: Sequence[str], root: Path | None = None) -> list[dict[str, Any]]:
         """Some columns of all rows, or of those of one folder."""
-        search = self._table.search().select(list(columns)).limit(None)
-        return (search if root is None else search.where(f"root = {_quoted(str(root))}")).to_arrow().to_pylist()
+
+        def select(table: Any) -> list[dict[str, Any]]:
+            search = table.search().select(list(columns)).limit(None)
+            return (search if root is None else search.where(f"root = {_quoted(str(root))}")).to_arrow().to_pylist()
+
+        return self._read(select)
 
     def rows_with(self, contents: Sequence[str]) -> list[dict[str, Any]]:
         """All columns of the rows with one of these SHA-256."""
         where = f"sha256 IN ({', '.join(map(_quoted, contents))})"
-        return self._table.search().where(where).limit(None).to_arrow().to_pylist()
+        return self._read(lambda table: table.search().where(where).limit(None).to_arrow().to_pylist())
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Commit rows, all or none of them."""
         import pyarrow as pa
 
-        self._table.add(pa.Table.from_pylist(list(rows), schema=_schema(self.identity.dim)))
+        table = pa.Table.from_pylist(list(rows), schema=_schema(self.identity.dim))
+        self._write(lambda own: own.add(table))
 
     def delete(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
         """Delete the rows of some files, given by name and SHA-256."""
         each = (f"(name = {_quoted(name)} AND sha256 = {_quoted(sha)})" for name, sha in files)
-        self._table.delete(f"root = {_quoted(str(root))} AND ({' OR '.join(each)})")
+        where = f"root = {_quoted(str(root))} AND ({' OR '.join(each)})"
+        self._write(lambda table: table.delete(where))
+
+    def touch(self, root: Path, stats: dict[str, tuple[int, int]]) -> None:
+        """Take note of the size and time of change of files whose content is as it was, by name."""
+        import pyarrow as pa
+
+        names = list(stats)
+        for start in range(0, len(names), _IDS_PER_DELETION):
+            part = names[start : start + _IDS_PER_DELETION]
+            where = f"root = {_quoted(str(root))} AND name IN ({', '.join(map(_quoted, part))})"
+            rows = self._read(lambda table, where=where: table.search().where(where).limit(None).to_arrow().to_pylist())
+            seen = [{**row, "size": stats[row["name"]][0], "mtime_ns": stats[row["name"]][1]} for row in rows]
+            table = pa.Table.from_pylist(seen, schema=_schema(self.identity.dim))
+            self._write(lambda own, new=table: own.merge_insert(_KEYS).when_matched_update_all().execute(new))
+
+    def drop_doubled(self) -> int:
+        """Delete rows that are there more than once; the number deleted."""
+        found = self._read(
+            lambda table: table.search().with_row_id(True).select(_KEYS).limit(None).to_arrow().to_pylist()
+        )
+        seen: set[tuple] = set()
+        doubled = [
+            row["_rowid"] for row in found if (key := tuple(row[name] for name in _KEYS)) in seen or seen.add(key)
+        ]
+        for start in range(0, len(doubled), _IDS_PER_DELETION):
+            ids = ", ".join(map(str, doubled[start : start + _IDS_PER_DELETION]))
+            self._write(lambda table, ids=ids: table.delete(f"_rowid IN ({ids})"))
+        return len(doubled)
 
     def compact(self, wipe: bool) -> None:
         """Join the many small pieces that commits leave behind.
 
         Args:
-            wipe: also take off the disk what was deleted; a search that runs at this moment may fail.
+            wipe: also take off the disk what was deleted. A search that runs at this moment reads again.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it says what is said above
-            self._table.optimize(cleanup_older_than=timedelta(0) if wipe else None, delete_unverified=wipe)
+            older = timedelta(0) if wipe else None
+            self._write(lambda table: table.optimize(cleanup_older_than=older, delete_unverified=wipe))
 
     def search(
         self,
@@ -308,24 +396,91 @@ class Index:
         self.identity.check_same(asked, self.path)
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
+        condition = None if where is None else _condition(where)
         vector = plume.encode_query(
             query, instruction=asked.query_instruction, num_latent_steps=asked.query_latent_steps
         )
         if vector.ndim != 1:
-            raise ValueError("search takes one query at a time")
-        search = (
-            self._table.search(vector / np.linalg.norm(vector))
-            .distance_type("cosine")
-            .bypass_vector_index()
-            .limit(top_k)
-        )
+            raise InputError(
+                f"the query is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
+            )
+        vector = vector / np.linalg.norm(vector)
+        limit = top_k
+        while True:
+            found = self._nearest(vector, limit, condition, where)
+            # While a folder is brought up to date a changed file has two rows, the older of which is about to go.
+            newest: dict[tuple[str, int], dict[str, Any]] = {}
+            for row in found:
+                known = newest.get(key := (row["path"], row["page"]))
+                if known is None or row["mtime_ns"] > known["mtime_ns"]:
+                    newest[key] = row
+            if len(newest) >= top_k or len(found) < limit:
+                best = sorted(newest.values(), key=lambda row: row["_distance"])
+                return [_hit(row) for row in best[:top_k]]
+            limit *= 2
+
+    def _nearest(
+        self, vector: np.ndarray, limit: int, condition: str | None, where: str | None
+    ) -> list[dict[str, Any]]:
+        def select(table: Any) -> list[dict[str, Any]]:
+            search = table.search(vector).distance_type("cosine").bypass_vector_index().limit(limit)
+            return (search.where(condition, prefilter=True) if condition else search).to_list()
+
         try:
-            found = (search.where(where, prefilter=True) if where else search).to_list()
-        except (ValueError, RuntimeError) as error:
+            return self._read(select)
+        except (ValueError, IndexStorageError) as error:
             if not where:
                 raise
-            raise ValueError(f"where={where!r} is not understood: {str(error).splitlines()[0]}") from None
-        return [_hit(row) for row in found]
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"where={where!r} is not understood: {reason}; expected a condition in SQL") from None
+
+
+def _trying(path: Path, work: Callable[[], T], refresh: Callable[[], Any] | None = None, tries: int = _TRIES) -> T:
+    """Do something with LanceDB, several times if files go away meanwhile; its errors become ours."""
+    for left in reversed(range(tries)):
+        try:
+            return work()
+        except (RuntimeError, OSError) as error:
+            if left and "not found" in str(error).lower():
+                time.sleep(0.02 * 2 ** (tries - left))
+                if refresh is not None:
+                    refresh()
+                continue
+            reason = _reason(error)
+            raise IndexStorageError(
+                f"the index {path} cannot be used ({reason}); what was committed before is safe: make sure that the "
+                "disk has space and may be written to, and run it again"
+            ) from error
+    raise AssertionError
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause that LanceDB names."""
+    text = " ".join(str(error).split())
+    for sign in ("No space left on device", "Permission denied", "Read-only file system", "Disk quota exceeded"):
+        if sign.lower() in text.lower():
+            return sign
+    return text[:300]
+
+
+def _condition(where: str) -> str:
+    r"""A condition that LanceDB reads to its end; it drops whatever follows a condition, without a word.
+
+    Raises:
+        ValueError: it is blank, or its parentheses do not pair.
+
+    Example:
+        >>> _condition("kind = ')'")
+        "(kind = ')'\n)"
+    """
+    depth = 0
+    for sign in re.sub(r"'(?:[^']|'')*'|\"[^\"]*\"", "", where):
+        depth += (sign == "(") - (sign == ")")
+        if depth < 0:
+            break
+    if depth or not where.strip():
+        raise ValueError(f"where={where!r} is not understood: expected one condition in SQL, such as \"kind = 'pdf'\"")
+    return f"({where}\n)"
 
 
 def _hit(row: dict[str, Any]) -> Hit:
@@ -368,7 +523,8 @@ def _connect(path: Path) -> Any:
             import lancedb
     except ImportError:
         raise ValueError("an index needs LanceDB; pip install 'plume-embed[index]'") from None
-    return lancedb.connect(str(path))
+    # Other processes may write meanwhile: every read takes the newest version.
+    return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 
 
 def _quoted(text: str) -> str:

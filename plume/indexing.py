@@ -8,7 +8,7 @@ the walk is done, so that a run that is killed goes on where it stopped and lose
 from __future__ import annotations
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from plume.documents import pages
-from plume.files import Found, Kind, Skipped, digest, kind_of, walk
+from plume.files import Found, Kind, Other, Skipped, digest, kind_of, walk
 from plume.images import InputError
-from plume.inputs import Item, read_text
+from plume.inputs import MAX_TEXT_BYTES, Item, read_text
 
 if TYPE_CHECKING:
     from plume.embedder import Plume
@@ -42,6 +42,9 @@ class Report:
     embedded: rows that were embedded. reused: rows whose vector was there already, under another name.
     removed: rows of files that are gone or have changed. unchanged: files that needed nothing.
     skipped: files and pages that could not be read, with the reason.
+    others: files of kinds that plume does not read, how many of each.
+    gone: folders in the index that are not there any more, with their rows, which lead nowhere. Where one has moved to
+    the folder that was indexed, its rows were reused; `Index.remove` forgets the old ones.
     """
 
     embedded: int = 0
@@ -49,20 +52,22 @@ class Report:
     removed: int = 0
     unchanged: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    gone: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Content:
     """Files with the same bytes and kind, which are embedded once.
 
-    stats: size and time of change of each file.
+    stats: size, time of change of the content and of the entry of each file, from before its content was looked at.
     rows: pages that have a row in the index, and the files whose rows they are.
     """
 
     sha256: str
     kind: Kind
     files: list[Found] = field(default_factory=list)
-    stats: list[tuple[int, int]] = field(default_factory=list)
+    stats: list[tuple[int, int, int]] = field(default_factory=list)
     rows: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
@@ -91,6 +96,7 @@ def update_index(
         raise ValueError(f"{folder} is no folder; expected one with files to index")
     with index.locked():
         _check_root(index, root)
+        index.drop_doubled()
         return _update(index, root, plume, batch_size, None if show_progress is None else not show_progress)
 
 
@@ -108,7 +114,8 @@ def _check_root(index: Index, root: Path) -> None:
 def _update(index: Index, root: Path, plume: Plume, batch_size: int, hide_progress: bool | None) -> Report:
     report = Report()
     rows = index.rows(["name", "sha256", "page", "num_pages", "size", "mtime_ns"], root)
-    contents, current = _find_work(index, root, rows, report, hide_progress)
+    contents, current, touched = _find_work(index, root, rows, report, hide_progress)
+    index.touch(root, touched)
     report.reused += _copy_known(index, root, contents)
     processor = plume.plume_model.processor
     assert processor is not None
@@ -124,6 +131,10 @@ def _update(index: Index, root: Path, plume: Plume, batch_size: int, hide_progre
             except InputError as error:
                 _skip(report, unit.names, error, content)
                 continue
+            if _has_changed(content):
+                # What was read need not be what was hashed, whose vector the hash would be for all times.
+                _leave_for_later(report, content, current)
+                break
             window.append((unit, item))
             tokens += length
             if len(window) == _ROWS_PER_WINDOW or tokens > _TOKENS_PER_WINDOW:
@@ -133,15 +144,35 @@ def _update(index: Index, root: Path, plume: Plume, batch_size: int, hide_progre
         _add(index, root, window, plume, batch_size, report)
     report.removed = _remove_stale(index, root, rows, current)
     index.compact(wipe=report.removed > 0)
+    report.gone = index.gone()
     return report
+
+
+def _stats_of(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _has_changed(content: _Content) -> bool:
+    """Whether the file that is read for a content has been written to since its content was hashed."""
+    try:
+        return _stats_of(content.files[0].path) != content.stats[0]
+    except OSError:
+        return True
+
+
+def _leave_for_later(report: Report, content: _Content, current: dict[str, str | None]) -> None:
+    for file in content.files:
+        report.skipped.append(Skipped(file.name, "was written to while it was read; run this again"))
+        current[file.name] = None  # what the index has of it stays
 
 
 def _find_work(
     index: Index, root: Path, rows: Sequence[dict[str, Any]], report: Report, hide_progress: bool | None
-) -> tuple[list[_Content], dict[str, str | None]]:
-    """The contents that need work; and the content of every file by name, None where it cannot be told.
+) -> tuple[list[_Content], dict[str, str | None], dict[str, tuple[int, int]]]:
+    """The contents that need work; the content of every file by name; and files that were touched without a change.
 
-    What cannot be told of a folder stands under the name of the folder.
+    A content is None where it cannot be told. What cannot be told of a folder stands under the name of the folder.
     """
     pages_of: dict[tuple[str, str], set[int]] = defaultdict(set)
     num_pages: dict[tuple[str, str], int] = {}
@@ -154,16 +185,26 @@ def _find_work(
 
     contents: dict[tuple[str, Kind], _Content] = {}
     current: dict[str, str | None] = {}
+    touched: dict[str, tuple[int, int]] = {}
     found_files = walk(root, leave_out=index.path.resolve())
     for found in tqdm(found_files, desc="Looking", unit="file", disable=hide_progress):
+        if isinstance(found, Other):
+            report.others[found.kind] += 1
+            continue
         if isinstance(found, Skipped):
             report.skipped.append(found)
             if not found.is_known:
                 current[found.name] = None
             continue
         try:
-            stats = found.path.stat()
-            sha = by_stat.get((found.name, stats.st_size, stats.st_mtime_ns)) or digest(found.path)
+            stats = _stats_of(found.path)
+            kind = kind_of(found.path)
+            if kind is Kind.TEXT and stats[0] > MAX_TEXT_BYTES:  # refused later, so that it need not be read
+                reason = f"holds {stats[0]:,} bytes, more than {MAX_TEXT_BYTES:,}; split it"
+                report.skipped.append(Skipped(found.name, reason, is_known=True))
+                continue
+            known = by_stat.get((found.name, *stats[:2]))
+            sha = known or digest(found.path)
         except OSError as error:
             report.skipped.append(Skipped(found.name, f"cannot be read ({error.strerror})"))
             current[found.name] = None
@@ -171,16 +212,17 @@ def _find_work(
         current[found.name] = sha
         if len(pages_of[found.name, sha]) == num_pages.get((found.name, sha)):
             report.unchanged += 1
+            if known is None:
+                touched[found.name] = stats[:2]
             continue
-        kind = kind_of(found.path)
         assert kind is not None  # walk gives no others
         content = contents.setdefault((sha, kind), _Content(sha, kind))
         content.files.append(found)
-        content.stats.append((stats.st_size, stats.st_mtime_ns))
+        content.stats.append(stats)
     for row in index.rows(["sha256", "kind", "page", "path"]) if contents else ():
         if (content := contents.get((row["sha256"], Kind(row["kind"])))) is not None:
             content.rows[row["page"]].add(row["path"])
-    return list(contents.values()), current
+    return list(contents.values()), current, touched
 
 
 def _units(content: _Content, report: Report) -> Iterator[_Unit]:
@@ -218,9 +260,7 @@ def _add(
         show_progress_bar=False,
     )
     rows = [
-        row
-        for (unit, item), vector in zip(window, vectors, strict=True)
-        for row in _rows_of(root, unit, item, vector / np.linalg.norm(vector))  # truncated, it is not of unit length
+        row for (unit, item), vector in zip(window, vectors, strict=True) for row in _rows_of(root, unit, item, vector)
     ]
     index.add(rows)
     report.embedded += len(window)
@@ -229,7 +269,7 @@ def _add(
 
 def _rows_of(root: Path, unit: _Unit, item: Item, vector: np.ndarray) -> Iterator[dict[str, Any]]:
     content, thumbnail = unit.content, _thumbnail(item)
-    for file, (size, mtime_ns) in zip(content.files, content.stats, strict=True):
+    for file, (size, mtime_ns, _) in zip(content.files, content.stats, strict=True):
         yield {
             "root": str(root),
             "name": file.name,
@@ -256,7 +296,7 @@ def _copy_known(index: Index, root: Path, contents: Sequence[_Content]) -> int:
         for row in index.rows_with(keys[start : start + _CONTENTS_PER_COPY]):
             if (content := known.get((row["sha256"], Kind(row["kind"])))) is None:
                 continue
-            for file, (size, time) in zip(content.files, content.stats, strict=True):
+            for file, (size, time, _) in zip(content.files, content.stats, strict=True):
                 path = str(root / file.name)
                 if path not in content.rows[row["page"]]:
                     place = {"root": str(root), "name": file.name, "path": path, "size": size, "mtime_ns": time}

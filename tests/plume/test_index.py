@@ -382,7 +382,7 @@ def test_the_commands_index_and_search_print_what_they_did(folder, plume_folder,
         (["search", "kite", "--index", "none"], "none is no index; make one with `plume index"),
         (["index", "nowhere", "--out", "index"], "nowhere is no folder"),
         (["index", "a.txt", "--out", "index"], "a.txt is no folder"),
-        (["index", ".", "--out", "."], "holds files but no index.json"),
+        (["index", ".", "--out", "."], "holds a.txt but no index.json"),
     ],
 )
 def test_a_wrong_call_stops_with_a_message(plume_folder, tmp_path, monkeypatch, arguments, message):
