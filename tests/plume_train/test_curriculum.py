@@ -67,7 +67,7 @@ def test_the_published_stages_begin_where_the_method_says():
 def test_the_paper_spends_three_epochs_of_five_on_written_rationales():
     curriculum = Curriculum(stages=PAPER, num_segments=8)
     stages = [curriculum.stage_at(step, 5000) for step in range(5000)]
-    assert [stages.count(index) for index in range(5)] == [3000, 333, 334, 333, 1000]
+    assert [stages.count(index) for index in range(5)] == [3000, 334, 333, 333, 1000]
 
 
 def test_a_single_pass_leaves_the_rationale_out_and_takes_no_step():
@@ -109,13 +109,66 @@ def test_an_empty_rationale_still_takes_the_latent_steps_of_its_stage():
 
 def test_written_turns_are_taken_apart():
     assert parse_written("<THINK> why \n so </think><answer> this </answer>") == ("why \n so", "this")
-    assert parse_written("no tags") == ("", "")
+    assert parse_written("<think>why</think>\n<gen_emb>", accept_unclosed=True) == ("why", "")
     with pytest.raises(UnclosedTag, match="<think> is not closed"):
         parse_written("<think>why")
     unclosed = "<think>why</think><answer>A cat.\n<gen_emb>"
     with pytest.raises(UnclosedTag):
         parse_written(unclosed)
     assert parse_written(unclosed, accept_unclosed=True) == ("why", "A cat.\n<gen_emb>")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>R.</think>A cat.\n<gen_emb>", ("R.", "A cat.\n<gen_emb>")),
+        ("A cat. <think>R.</think>", ("R.", "A cat.")),
+        ("A cat.\n<gen_emb>", ("", "A cat.\n<gen_emb>")),
+        ("<think>R.</think>A cat.</answer>", ("R.", "A cat.")),
+        ("no tags", ("", "no tags")),
+    ],
+)
+def test_an_answer_without_its_tags_is_kept_or_named(text, expected):
+    assert parse_written(text, accept_unclosed=True) == expected
+    with pytest.raises(UnclosedTag, match="set unclosed_answer=accept to keep all but the rationale as the answer"):
+        parse_written(text)
+
+
+# S, c, ratio; replaced segments and latent steps: k = min(n // c, S), and k c steps, or n where nothing is left.
+STAGES = [
+    (6, 2, 0.25, 1, 2),
+    (6, 2, 0.5, 3, 6),
+    (6, 2, 0.75, 4, 8),
+    (6, 2, 1.0, 6, 12),
+    (4, 2, 0.1, 0, 0),
+    (4, 3, 0.25, 1, 3),
+    (5, 3, 0.5, 2, 6),
+    (2, 4, 0.4, 0, 0),
+    (3, 3, 1.0, 3, 9),
+    (8, 1, 0.25, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("num_segments", "each", "ratio", "replaced", "steps"), STAGES)
+def test_latent_steps_stand_for_whole_segments(num_segments, each, ratio, replaced, steps):
+    stage = Stage(ratio=ratio, share=1)
+    curriculum = Curriculum(stages=(stage,), num_segments=num_segments, steps_per_segment=each)
+    assert (curriculum.num_replaced_segments(stage), curriculum.num_latent_steps(stage)) == (replaced, steps)
+    rationale = " ".join(f"Sentence {number}." for number in range(num_segments))
+    layout = write_target(PlumeConfig(), curriculum, stage, rationale).layout
+    assert layout.count("<ct>") == steps
+    assert layout.count("Sentence") == num_segments - replaced
+
+
+def test_a_stage_begins_at_the_first_step_whose_share_of_the_run_is_its_own():
+    """As the published code asks: progress = step / max_steps, and a stage below a border ends there."""
+    for num_steps in (7, 10, 100, 1000, 1001):
+        for stages in (PAPER, PUBLISHED):
+            curriculum = Curriculum(stages=stages, num_segments=6)
+            borders = [sum(stage.share for stage in stages[:index]) for index in range(1, len(stages))]
+            for step in range(num_steps):
+                expected = sum(step / num_steps >= border - 1e-9 for border in borders)
+                assert curriculum.stage_at(step, num_steps) == expected, (num_steps, step)
 
 
 @pytest.mark.parametrize(

@@ -194,9 +194,7 @@ def test_a_folder_with_checkpoints_is_not_begun_anew_and_other_folders_are_left_
     assert names == {"checkpoint-best-3", "checkpoint-8", "checkpoint-10"}
     with pytest.raises(RunError, match="holds checkpoints, but resume_from_checkpoint is off"):
         train(settings(tmp_path, start, hops_folder, resume_from_checkpoint=False, **SAVING))
-    with pytest.raises(
-        RunError, match=r"is no checkpoint that training can go on from: it holds no trainer_state\.json"
-    ):
+    with pytest.raises(RunError, match=r"no checkpoint that training can go on from: .* holds no trainer_state\.json"):
         train(settings(tmp_path, start, hops_folder, resume_from_checkpoint=str(tmp_path), **SAVING))
     with pytest.raises(RunError, match=r"adam_beta2 was 0\.999, now 0\.9"):
         train(settings(tmp_path, start, hops_folder, adam_beta2=0.9, **SAVING))

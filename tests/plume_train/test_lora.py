@@ -102,3 +102,48 @@ def test_weights_that_are_shared_out_are_refused(tmp_path, start, hops_folder, m
     args = settings(tmp_path, start, hops_folder, lora_rank=2)
     with pytest.raises(SettingsError, match="lora_rank does not work with ZeRO-3 or FSDP"):
         add_lora(load_model(args), args)
+
+
+def test_what_is_frozen_may_be_bfloat16_and_what_learns_is_float32(tmp_path, start, hops_folder):
+    given = {"max_steps": 4, "bf16": True, **LORA}
+    dtypes = {}
+
+    def spy(trainer):
+        for name, parameter in trainer.model.named_parameters():
+            dtypes.setdefault(parameter.requires_grad, {})[name] = parameter.dtype
+
+    narrow = settings(tmp_path, start, hops_folder, base_dtype="bfloat16", **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plume_train.run.tell_memory", spy)
+        model = train(narrow)
+    assert set(dtypes[True].values()) == {torch.float32}
+    assert any("lora_A" in name for name in dtypes[True])
+    assert any("transition" in name for name in dtypes[True])
+    assert set(dtypes[False].values()) == {torch.bfloat16}
+    # The merged model is what was trained: frozen weights as loaded, what was learnt unrounded.
+    loaded = load_model(narrow).state_dict()
+    after = model.state_dict()
+    assert {one.dtype for one in after.values()} == {torch.float32}
+    frozen = "backbone.visual.blocks.0.attn.qkv.weight"
+    assert torch.equal(after[frozen], loaded[frozen].float())
+    trained = "backbone.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(after[trained], after[trained].bfloat16().float())
+    reopened = PlumeModel.from_pretrained(narrow.output_dir).eval()
+    assert torch.equal(vectors(model), vectors(reopened))
+
+
+@pytest.mark.parametrize("given", [LORA, {"learning_rate": 1e-3}], ids=["LoRA", "a frozen tower"])
+def test_frozen_weights_in_bfloat16_train_as_well(tmp_path, start, hops_folder, given):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        folder.mkdir()
+        train(settings(folder, start, hops_folder, max_steps=3, bf16=True, base_dtype=dtype, **given))
+        lines = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_narrow_base_without_autocast_is_refused(tmp_path, start, hops_folder):
+    with pytest.raises(SettingsError, match="base_dtype=bfloat16 needs bf16=true"):
+        train(settings(tmp_path, start, hops_folder, base_dtype="bfloat16", **LORA))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainingArguments
 
-from plume import PlumeModel
+from plume import Item, PlumeModel
+from plume.tiny import SHORT_STRINGS
 from plume_eval.pairs import PairsEvaluation
 from plume_train.advance import Progress
 from plume_train.callbacks import named_evaluation, reset_optimizer
 from plume_train.check import check
-from plume_train.config import SettingsError
+from plume_train.config import NOT_HONOURED, SettingsError, arguments_from
 from plume_train.curriculum import PAPER, Curriculum
+from plume_train.memory import expected_memory
 from plume_train.records import Records
 from plume_train.run import train
 from tests.mixed import write_clip
@@ -108,11 +113,11 @@ def test_a_stage_that_has_settled_ends_early_and_a_resumed_run_remembers(tmp_pat
 def test_a_border_moves_only_to_steps_that_nobody_has_prepared():
     progress = Progress(Curriculum(stages=PAPER, num_segments=8), 1000)
     progress.lead = 7
-    assert progress.borders == [0, 600, 667, 733, 800]
+    assert progress.borders == [0, 600, 667, 734, 800]
     assert not progress.note_validation(100, 1.0, patience=2, tolerance=0.01)
     assert not progress.note_validation(110, 0.999, patience=2, tolerance=0.01)
     assert progress.note_validation(120, 1.0, patience=2, tolerance=0.01)
-    assert progress.borders == [0, 127, 194, 260, 327]
+    assert progress.borders == [0, 127, 194, 261, 327]
     assert [progress.stage_at(step) for step in (126, 127, 326, 327)] == [0, 1, 3, 4]
 
 
@@ -305,3 +310,133 @@ def test_an_epoch_is_a_pass_over_every_task(tmp_path, start, hops_folder):
 def test_a_setting_without_effect_is_told(tmp_path, start, hops_folder, changes, message):
     with pytest.warns(UserWarning, match=message):
         train(settings(tmp_path, start, hops_folder, **changes, max_steps=1))
+
+
+CANNOT_CONTRAST = {
+    "a batch of one": ({"per_device_train_batch_size": 1}, [("a", "x"), ("b", "y")], "a batch holds one pair"),
+    "one target for all": ({}, [("a", "x"), ("b", "x"), ("c", "x")], "since all its targets are equal"),
+    "one query for all": ({}, [("a", "x"), ("a", "y")], "since all its queries are equal"),
+    "one row": ({}, [("a", "x")], "since all its queries are equal"),
+}
+
+
+def contrast_told(tmp_path, rows, **changes) -> list[str]:
+    file = tmp_path / "rows.jsonl"
+    negatives = changes.pop("negatives", None)
+    extra = {} if negatives is None else {"negatives": negatives}
+    file.write_text("".join(json.dumps({"query": q, "target": t, **extra}) + "\n" for q, t in rows))
+    args = arguments_from(
+        _yaml(tmp_path), **{"train_file": str(file), "output_dir": str(tmp_path / "out"), "use_cpu": True, **changes}
+    )
+    return [told for told in args.without_effect(Records(file)) if told.startswith("contrastive_weight")]
+
+
+def _yaml(tmp_path):
+    (tmp_path / "empty.yaml").write_text("model: none\n")
+    return tmp_path / "empty.yaml"
+
+
+@pytest.mark.parametrize("case", CANNOT_CONTRAST)
+def test_batches_that_cannot_hold_a_negative_are_told(tmp_path, case):
+    changes, rows, message = CANNOT_CONTRAST[case]
+    (told,) = contrast_told(tmp_path, rows, **changes)
+    assert "without effect" in told
+    assert message in told
+    assert contrast_told(tmp_path, rows, contrastive_weight=0, anchor_contrastive_weight=0, **changes) == []
+    assert contrast_told(tmp_path, rows, contrastive_loss="sigmoid", **changes) == []
+    assert contrast_told(tmp_path, rows, negatives=["n"], num_negatives=1, **changes) == []
+    if case != "a batch of one":
+        assert contrast_told(tmp_path, rows, mask_duplicates=False, **changes) == []
+        assert contrast_told(tmp_path, [*rows, ("other", "words")], **changes) == []
+
+
+def test_a_run_of_batches_of_one_says_so(tmp_path, start, hops_folder):
+    with pytest.warns(UserWarning, match="without effect, since a batch holds one pair, which has no negative"):
+        train(settings(tmp_path, start, hops_folder, per_device_train_batch_size=1, max_steps=1))
+
+
+def test_every_argument_of_transformers_is_honoured_or_refused():
+    """A list of those that this trainer, or what it inherits, makes work; a new one must be looked at."""
+    honoured = """
+        output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+        lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+        optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+        activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha
+        torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
+        logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+        trackio_bucket_id trackio_static_space_id save_only_model save_strategy save_steps save_on_each_node
+        save_total_limit restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+        dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order remove_unused_columns ddp_find_unused_parameters
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+        debug skip_memory_metrics do_train resume_from_checkpoint local_rank
+    """.split()  # noqa: SIM905
+    names = {one.name for one in dataclasses.fields(TrainingArguments)}
+    assert names - set(honoured) - set(NOT_HONOURED) == set()
+    assert not set(honoured) & set(NOT_HONOURED)
+
+
+@pytest.mark.parametrize("name", NOT_HONOURED)
+def test_an_argument_that_cannot_be_honoured_is_refused_with_what_to_do(tmp_path, name):
+    values = {
+        "eval_strategy": "steps",
+        "train_sampling_strategy": "group_by_length",
+        "hub_strategy": "end",
+        "accelerator_config": {"split_batches": True},
+        "include_for_metrics": ["loss"],
+        "include_num_input_tokens_seen": "all",
+        "average_tokens_across_devices": False,
+        "eval_do_concat_batches": False,
+        "metric_for_best_model": "loss",
+    }
+    default = next(one for one in dataclasses.fields(TrainingArguments) if one.name == name).default
+    value = values.get(name, True if default in (False, None) else "other" if isinstance(default, str) else 3)
+    with pytest.raises(SettingsError, match=f"{name}=.* is not available here: "):
+        arguments_from(_yaml(tmp_path), output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_what_a_run_needs_is_said_before_it_starts(tmp_path, start, hops_folder, capsys, monkeypatch):
+    args = {"max_steps": 1, "disable_tqdm": False, "optim": "adamw_torch", "per_device_train_batch_size": 4}
+    model = train(settings(tmp_path, start, hops_folder, **args))
+    told = capsys.readouterr().err
+    assert "expected memory: about" in told
+    assert "this machine has free" in told
+    weights = sum(one.nbytes for one in model.parameters())
+    memory = expected_memory(
+        model,
+        model.backbone.config.get_text_config(),
+        num_rows=4,
+        num_tokens=50,
+        num_labels=40,
+        compute_dtype=torch.float32,
+        checkpointing=False,
+        moments=2,
+    )
+    frozen = sum(one.nbytes for one in model.parameters() if not one.requires_grad)
+    assert memory.weights == weights
+    assert memory.gradients == weights - frozen
+    assert memory.optimizer == 2 * (weights - frozen)
+    monkeypatch.setattr("plume_train.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    (tmp_path / "second").mkdir()
+    with pytest.warns(UserWarning, match=r"will probably not fit; lower micro_batch_size"):
+        train(settings(tmp_path / "second", start, hops_folder, **args))
+
+
+def test_the_bound_on_activations_holds_for_what_a_pass_keeps(tmp_path, start, hops_folder):
+    """Against what autograd saves in a pass of the language model, counted once per storage."""
+    model = PlumeModel.from_backbone(str(start), **SHORT_STRINGS)
+    batch = model.processor.encode([Item.parse("red " * 60)] * 4)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch, num_latent_steps=0)
+    found = sum(size for pointer, size in kept.items() if pointer not in own)
+    shapes = {"num_rows": 4, "num_tokens": batch["input_ids"].shape[1] + 2, "num_labels": 0, "moments": 2}
+    text = model.backbone.config.get_text_config()
+    memory = expected_memory(model, text, compute_dtype=torch.float32, checkpointing=False, **shapes)
+    assert 0.4 < memory.activations / found < 2.5

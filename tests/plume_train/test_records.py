@@ -295,3 +295,64 @@ def test_a_json_file_of_lines_is_named(folder):
     (folder / "rows.json").write_text('{"query": "a", "target": "b"}\n' * 2)
     with pytest.raises(RowError, match=r"rows\.json: not a JSON array .* \.jsonl"):
         Records(folder / "rows.json")
+
+
+def test_rows_that_break_parsers_are_named_and_cost_no_others(folder):
+    deep = '{"query": ' + "[" * 3000 + "]" * 3000 + ', "target": "a"}'
+    lines = [
+        json.dumps({"query": "a", "target": "b"}),
+        deep,
+        '{"query": "a", "target": ' + "9" * 5000 + "}",
+        '{"query": {"text": ' * 5000 + "1" + "}}" * 5000,
+        json.dumps({"query": {"text": "a", "image": "x" * 5000}, "target": "b"}),
+        json.dumps({"query": {"text": "a", "image": "a\0b.png"}, "target": "b"}),
+        json.dumps({"query": "c", "target": "d"}),
+    ]
+    file = folder / "odd.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    records = Records(file, on_bad_row="skip")
+    assert [record.query.text for record in records] == ["a", "c"]
+    assert [row.partition(": ")[0] for row in records.bad_rows] == [f"odd.jsonl:{number}" for number in range(2, 7)]
+    for number in range(2, 7):
+        (folder / "one.jsonl").write_text(lines[number - 1] + "\n")
+        with pytest.raises(RowError, match=r"one\.jsonl:1"):
+            Records(folder / "one.jsonl")
+    for whole in ("[" * 3000 + "]" * 3000, "[" + "9" * 5000 + "]"):
+        (folder / "odd.json").write_text(whole)
+        with pytest.raises(RowError, match=r"odd\.json"):
+            Records(folder / "odd.json")
+
+
+def test_media_can_be_restricted_to_their_root(folder):
+    inside, outside = folder / "data", folder / "elsewhere"
+    for place in (inside / "images", outside):
+        place.mkdir(parents=True)
+        Image.new("RGB", (56, 56)).save(place / "a.png")
+    (inside / "link.png").symlink_to(outside / "a.png")
+    (inside / "folder").symlink_to(outside, target_is_directory=True)
+    ways = ["images/a.png", "images/../images/a.png"]
+    forbidden = [str(outside / "a.png"), "../elsewhere/a.png", "link.png", "folder/a.png"]
+    for path in (*ways, *forbidden):
+        for side in ({"image": path}, {"image": ["images/a.png", path]}, {"video": [path, path]}):
+            file = inside / "rows.jsonl"
+            file.write_text(json.dumps({"query": side, "target": "b"}) + "\n")
+            assert len(Records(file)) == 1
+            restricted = RecordFormat(media_root_only=True)
+            if path in ways:
+                assert len(Records(file, row_format=restricted)) == 1
+                continue
+            with pytest.raises(RowError, match=r"which lies outside .*data; move it there"):
+                Records(file, row_format=restricted)
+    published = {"qry": {"conversations": [{"from": "human", "value": "<image>a"}], "image": "a.png"}, "pos": "b"}
+    published = {**published, "pos": published["qry"], "data_path": str(outside)}
+    file.write_text(json.dumps(published) + "\n")
+    assert len(Records(file)) == 1
+    with pytest.raises(RowError, match="which lies outside"):
+        Records(file, row_format=RecordFormat(media_root_only=True))
+
+
+def test_rows_name_files_and_never_addresses(folder):
+    for address in ("http://127.0.0.1/a.png", "file:///etc/passwd", "data:image/png;base64,AAAA"):
+        (folder / "rows.jsonl").write_text(json.dumps({"query": {"image": address}, "target": "b"}) + "\n")
+        with pytest.raises(RowError, match="but there is no file"):
+            Records(folder / "rows.jsonl")

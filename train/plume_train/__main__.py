@@ -1,24 +1,30 @@
 """`plume-train --config FILE [--FIELD VALUE ...]`, `plume-train check DATA`, `plume-train merge CHECKPOINT FOLDER`."""
 
+import signal
 import sys
 
 
 def main() -> None:
     """Parse, work, exit."""
     from plume_train.check import check
-    from plume_train.config import SettingsError, parse_arguments
+    from plume_train.config import parse_arguments
     from plume_train.lora import merge
-    from plume_train.rows import RowError
     from plume_train.run import train
-    from plume_train.saving import RunError
+    from plume_train.saving import RunError, reason, state_of
 
     commands = {"check": check, "merge": merge}
+    folder = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if (command := commands.get(sys.argv[1] if len(sys.argv) > 1 else "")) is not None:
             sys.exit(command(sys.argv[2:]))
-        train(parse_arguments(sys.argv[1:]))
-    except (SettingsError, RowError, RunError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"plume-train: {error}")
+        args = parse_arguments(sys.argv[1:])
+        folder = args.output_folder
+        train(args)
+    except (ValueError, OSError, RunError, ImportError) as error:
+        sys.exit(f"plume-train: {reason(error)}")
+    except KeyboardInterrupt:
+        sys.exit(f"plume-train: stopped; {state_of(folder)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -46,8 +47,15 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero or not self.file.exists():
             return
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if state.global_step else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() if state.global_step else []
+        steps = [_step_of(line) for line in lines]
+        kept = [
+            line + "\n"
+            for line, step in zip(lines, steps, strict=True)
+            if step is not None and step <= state.global_step
+        ]
+        if damaged := steps.count(None):
+            warnings.warn(f"plume: {damaged} lines of {self.file} are damaged and left out", stacklevel=2)
         self.file.write_text("".join(kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -55,6 +63,14 @@ class LogFile(TrainerCallback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The step that a line of the log is of; None where it was cut or damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 #: What a person wants to follow; the log file and the trackers get everything.

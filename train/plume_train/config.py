@@ -8,14 +8,17 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from plume_train.curriculum import PRESETS, Curriculum, Stage
+
+if TYPE_CHECKING:
+    from plume_train.records import Records
 
 
 class SettingsError(ValueError):
@@ -24,6 +27,39 @@ class SettingsError(ValueError):
 
 #: Linear layers of the language model, never those of the vision tower or of the transition adapter.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+_VALIDATE = "set validation_file and validate_every, or evaluation and evaluate_every"
+_BEST = f"no checkpoint is chosen by a metric; {_VALIDATE}, and compare them in log.jsonl"
+_PUSH = "nothing is pushed while training; afterwards call PlumeModel.from_pretrained(output_dir).push_to_hub(name)"
+_ORDER = "the sampler of the curriculum decides the order of rows; use task_weights and mixing_temperature"
+_LOADER = "every process draws its own part of each batch, so that accelerate does not touch the loader"
+#: Arguments of transformers that this trainer cannot honour, and what to do instead.
+NOT_HONOURED = {
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "do_predict"), _VALIDATE),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"), _VALIDATE),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics"), _VALIDATE),
+    **dict.fromkeys(("include_for_metrics", "bf16_full_eval", "fp16_full_eval"), _VALIDATE),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _PUSH),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _PUSH),
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name", "dataloader_drop_last"), _ORDER),
+    "accelerator_config": _LOADER,
+    "parallelism_config": "tensor and context parallel models are not supported; use ZeRO-3 or FSDP2",
+    "ignore_data_skip": "a run goes on in its data where it stopped; remove it",
+    "enable_jit_checkpoint": "a run that is stopped goes on from its last checkpoint; set save_steps",
+    "label_smoothing_factor": "the cross-entropy of the suffix has no smoothing; remove it",
+    "label_names": "the loss reads its own batches; remove it",
+    "average_tokens_across_devices": "the loss averages over rows of all processes; remove it",
+    "include_num_input_tokens_seen": "tokens_per_second is logged; remove it",
+    "auto_find_batch_size": "another batch has other negatives; set micro_batch_size, which bounds the memory instead",
+    "torch_compile": "the cache grows from pass to pass, so that each would be compiled anew; remove it",
+    "torch_compile_backend": "torch_compile is not available; remove it",
+    "torch_compile_mode": "torch_compile is not available; remove it",
+    "use_liger_kernel": "it knows no plume model; remove it",
+    "liger_kernel_config": "it knows no plume model; remove it",
+    "use_cache": "latent steps always use the key/value cache; remove it",
+}
 
 
 @dataclass(kw_only=True)
@@ -41,6 +77,9 @@ class PlumeTrainingArguments(TrainingArguments):
 
     media_root: str | None = None
     """Folder that media paths are relative to; None is the folder of each file."""
+
+    media_root_only: bool = False
+    """Refuse rows whose media lie outside that folder: absolute paths, `..`, links that lead out of it."""
 
     task_weights: dict | str | None = field(default_factory=dict)
     """How often a task is seen, relative to once per pass over the data; JSON on the command line."""
@@ -159,6 +198,10 @@ class PlumeTrainingArguments(TrainingArguments):
     train_merger: bool = True
     """Whether the layer between vision tower and language model learns; the published training let it."""
 
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are frozen, for example of the language model with LoRA; what learns is float32. "bfloat16"
+    halves their memory and needs `bf16`."""
+
     lora_rank: int = 0
     """Rank of LoRA on the language model; 0 trains all its weights. Adapter and new token rows learn in full."""
 
@@ -184,10 +227,19 @@ class PlumeTrainingArguments(TrainingArguments):
     """Steps between evaluations; 0 never."""
 
     def __post_init__(self):
-        super().__post_init__()
+        self._refuse_not_honoured()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise SettingsError(" ".join(str(error).split())) from None
         for name in ("plume_config", "task_weights", "evaluation_arguments"):
             value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+            try:
+                setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+            except json.JSONDecodeError as error:
+                raise SettingsError(f"{name} is {value!r:.80}, which is not JSON ({error})") from None
+            if not isinstance(getattr(self, name), dict):
+                raise SettingsError(f'{name} is {value!r:.80}; expected an object such as {{"name": 1}}')
         for name in ("train_file", "validation_file"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
@@ -212,6 +264,17 @@ class PlumeTrainingArguments(TrainingArguments):
                 raise SettingsError(
                     f"{name} must be a number; received {value!r} (YAML reads 1e-1 as text, 1.0e-1 not)"
                 )
+
+    def _refuse_not_honoured(self) -> None:
+        for one in fields(TrainingArguments):
+            if one.name not in NOT_HONOURED:
+                continue
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            value = getattr(self, one.name)
+            if value != default and not (default == "no" and value is False):  # how YAML and flags read no
+                raise SettingsError(f"{one.name}={value!r} is not available here: {NOT_HONOURED[one.name]}")
+        if self.save_strategy == "best":
+            raise SettingsError(f"save_strategy='best' is not available here: {_BEST}")
 
     @property
     def output_folder(self) -> Path:
@@ -247,15 +310,18 @@ class PlumeTrainingArguments(TrainingArguments):
         weights = self.task_weights or {}
         if bad := [task for task, weight in weights.items() if weight < 0]:  # type: ignore[union-attr]
             raise SettingsError(f"task_weights of {bad[0]!r} is negative; expected 0 or more")
+        if self.base_dtype != "float32" and not self.bf16:
+            raise SettingsError(f"base_dtype={self.base_dtype} needs bf16=true, under which what learns stays float32")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
 
-    def without_effect(self, has_negatives: bool) -> list[str]:
+    def without_effect(self, records: Records) -> list[str]:
         """Settings that change nothing, each with the reason.
 
         Args:
-            has_negatives: whether the data hold hard negatives.
+            records: the data.
         """
+        has_negatives = records.has_negatives
         curriculum = self.build_curriculum()
         steps = [curriculum.num_latent_steps(stage) for stage in curriculum.stages]
         is_latent = any(count and stage.ratio == 1 for count, stage in zip(steps, curriculum.stages, strict=True))
@@ -274,7 +340,27 @@ class PlumeTrainingArguments(TrainingArguments):
             ("negatives of the data", has_negatives and not self.num_negatives, "num_negatives is 0"),
             ("lora_dropout", self.lora_dropout and not self.lora_rank, "lora_rank is 0"),
         ]
-        return [f"{name}: without effect, since {why}" for name, applies, why in reasons if applies]
+        told = [f"{name}: without effect, since {why}" for name, applies, why in reasons if applies]
+        return told + self._without_contrast(records)
+
+    def _without_contrast(self, records: Records) -> list[str]:
+        """Batches that cannot hold a negative, so that nothing in them is told apart."""
+        is_used = self.contrastive_loss == "info_nce" and (self.contrastive_weight or self.anchor_contrastive_weight)
+        if not is_used or (self.num_negatives and records.has_negatives):
+            return []
+        name = "contrastive_weight, anchor_contrastive_weight"
+        if self.per_device_train_batch_size * self.world_size == 1:
+            return [
+                f"{name}: without effect, since a batch holds one pair, which has no negative; raise "
+                "per_device_train_batch_size (micro_batch_size bounds the memory), or use hard negatives"
+            ]
+        if not self.mask_duplicates:
+            return []
+        return [
+            f"{name}: without effect on the task {task!r}, since all its {side} are equal, and equal ones are no "
+            "negatives of each other; give its rows another task's name, hard negatives, or mask_duplicates=false"
+            for task, side in records.uniform_tasks()
+        ]
 
     def build_curriculum(self) -> Curriculum:
         """The curriculum of these settings; the answer is dropped in the last stage that is fully latent."""
@@ -341,7 +427,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     Raises:
         SettingsError: names file, key and the nearest known key.
     """
-    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{file} holds a {type(settings).__name__}; expected lines such as learning_rate: 1.0e-4")
     if (base := settings.pop("extends", None)) is not None:
         settings = {**read_yaml(Path(file).parent / base), **settings}
     known = {one.name for one in fields(PlumeTrainingArguments)}

@@ -1,13 +1,14 @@
 """The curriculum: how much of the rationale is latent, as a function of how far training is.
 
 PLUME (arXiv 2604.02073, section 3; Coconut's stages). The rationale has S segments; c latent steps stand for one
-segment; M = S c is the largest K. A stage with replacement ratio r takes round(M r) latent steps, at least one if
-r > 0, and leaves out the segments they stand for, earliest first. Everything follows from the step count, so a
-resumed run lands in the right stage. No tensors here.
+segment; M = S c is the largest K. A stage with replacement ratio r asks for n = round(M r) latent steps, at least one
+if r > 0. They replace k = min(n // c, S) whole segments, earliest first, with k c latent steps, or n once nothing is
+left. Everything follows from the step count, so a resumed run lands in the right stage. No tensors here.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -81,8 +82,8 @@ class Curriculum:
         return sum(step >= self.first_step(stage, num_steps) for stage in range(1, len(self.stages)))
 
     def first_step(self, stage: int, num_steps: int) -> int:
-        """The step at which a stage begins."""
-        return round(sum(earlier.share for earlier in self.stages[:stage]) * num_steps)
+        """The step at which a stage begins: the first whose share of the run is that of the stages before."""
+        return math.ceil(sum(earlier.share for earlier in self.stages[:stage]) * num_steps - 1e-6)
 
     def draw_stage(self, current: int, rng: random.Random) -> int:
         """Index of the stage of one row while the run is at stage `current`."""
@@ -94,14 +95,19 @@ class Curriculum:
         return rng.randint(1, steps) if self.random_steps and steps and self.stages[stage].ratio == 1 else steps
 
     def num_latent_steps(self, stage: Stage) -> int:
-        """n, the latent steps of a stage; halves round to even, as in the published code."""
-        return max(round(self.max_latent_steps * stage.ratio), int(stage.ratio > 0 and self.max_latent_steps > 0))
+        """K of a stage: c for each segment that it replaces; all that it asks for where no segment is left."""
+        replaced = self.num_replaced_segments(stage)
+        return self._asked(stage) if replaced == self.num_segments else replaced * self.steps_per_segment
 
     def num_replaced_segments(self, stage: Stage) -> int:
         """Segments that the latent steps of a stage stand for."""
         if self.steps_per_segment == 0:
             return round(self.num_segments * stage.ratio)
-        return min(self.num_latent_steps(stage) // self.steps_per_segment, self.num_segments)
+        return min(self._asked(stage) // self.steps_per_segment, self.num_segments)
+
+    def _asked(self, stage: Stage) -> int:
+        """n; halves round to even, as in the published code."""
+        return max(round(self.max_latent_steps * stage.ratio), int(stage.ratio > 0 and self.max_latent_steps > 0))
 
 
 #: The paper's: five epochs, three of them explicit, one for the three middle stages, one fully latent.

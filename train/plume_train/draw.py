@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,14 @@ _PANELS: list[tuple[str, tuple[str, ...]]] = [
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log file; none where nothing was logged."""
+    """The lines of a log file, those that are damaged left out; none where nothing was logged."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    log = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            log.append(json.loads(line))
+    return log
 
 
 def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:

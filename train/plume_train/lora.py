@@ -63,6 +63,8 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
 def merged(trainer: PlumeTrainer) -> PlumeModel:
     """The plain model that the trained LoRA comes to."""
     wrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.base_dtype != "float32":  # what was learnt would be rounded away
+        wrapped = wrapped.cpu().float()
     model = wrapped.merge_and_unload()
     model.loss_scalars = None
     return model

@@ -8,8 +8,10 @@ file only places are kept in memory.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -62,7 +64,9 @@ class JsonLines:
             return json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             return RowError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
-        except json.JSONDecodeError as error:
+        except RecursionError:
+            return RowError(f"{where}: nested deeper than a row can be; expected an object with 'query' and 'target'")
+        except ValueError as error:  # also a number of more digits than Python reads
             cut = not line.endswith(b"\n")
             why = "the file ends in the middle of this line" if cut else "one object per line is expected"
             return RowError(f"{where}: not a JSON object ({error}); {why}")
@@ -100,7 +104,9 @@ def open_source(place: str | Path) -> Source:
     if path.suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except RecursionError:
+            raise RowError(f"{path.name}: nested deeper than rows can be; expected an array of rows") from None
+        except ValueError as error:
             raise RowError(
                 f"{path.name}: not a JSON array ({error}); name a file of one object per line .jsonl"
             ) from None
@@ -172,6 +178,11 @@ class Records:
         self.bad_rows: list[str] = []
         self.tasks: list[str] = []
         self.has_negatives = False
+        #: Of all rows, what they say, and of the media that they name.
+        self.digest = ""
+        self._content = blake2b(digest_size=16)
+        # Of each task up to two queries and two targets, which tell whether its pairs can be told apart.
+        self._variety: dict[str, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
         self._has_target: dict[str, bool] = {}
         self._sources: list[tuple[Source, RecordFormat]] = []
         self._places: list[tuple[int, int]] = []  # index of the source, number of the row
@@ -184,11 +195,20 @@ class Records:
             )
             self._sources.append((source, chosen))
             self._scan(source, chosen, on_bad_row, show_progress)
+        self.digest = self._content.hexdigest()
         if not self._places:
             raise RowError(f"{', '.join(map(str, places))} holds no usable row; {len(self.bad_rows)} were bad")
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def uniform_tasks(self) -> list[tuple[str, str]]:
+        """Tasks in which no pair is unlike another in query and target, and which of them are all equal."""
+        return [
+            (task, "queries" if len(queries) < 2 else "targets")
+            for task, (queries, targets) in sorted(self._variety.items())
+            if self._has_target[task] and min(len(queries), len(targets)) < 2
+        ]
 
     def empty(self, index: int) -> Record:
         """What takes the place of a row that cannot be read any more: the sides that its task has, without content."""
@@ -216,11 +236,17 @@ class Records:
                         f"{record.where} has {has}, unlike the rows of task {record.task!r} before it; give it another "
                         "task"
                     )
-            except RowError as error:
+            except (RowError, RecursionError) as error:
+                if isinstance(error, RecursionError):
+                    error = RowError(f"{source.name}:{number}: nested deeper than a row can be; drop it")
                 if on_bad_row == "error":
-                    raise
+                    raise error from None
                 self.bad_rows.append(str(error))
                 continue
             self._places.append((len(self._sources) - 1, number))
             self.tasks.append(record.task)
             self.has_negatives |= bool(record.negatives)
+            self._content.update(record.digest)
+            for known, side in zip(self._variety[record.task], (record.query, record.target), strict=True):
+                if side is not None and len(known) < 2:
+                    known.add(side.key)

@@ -12,6 +12,7 @@ Everything is checked here: what is wrong with a row is said with its file and l
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _TASK_NAMES = ("task", "dataset_name", "dataset", "subset", "source", "task_name
 _ROOT_NAMES = ("data_path", "media_root", "root")
 _COLUMN = re.compile(r"(query|target|negative)_(text|image|video|rationale|answer)")
 _FIELDS = ("text", "image", "images", "video", "videos", "rationale", "answer")
+_SAMPLED_BYTES = 256
 _MEDIA_TAG = re.compile(r"<(image|video)>\n?")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -66,6 +68,20 @@ class Side:
             digest.update(b"\0\0" + b"\0".join(str(path).encode() for path in video))
         return int.from_bytes(digest.digest(), "little", signed=True)
 
+    def sample(self) -> bytes:
+        """What tells this side from others cheaply: its texts, and of its media the names, sizes and last bytes."""
+        pieces: list[object] = [self.text, self.rationale, self.answer]
+        for medium in (*self.images, *(path for video in self.videos for path in video)):
+            pieces.append(_sample(medium) if isinstance(medium, Path) else (medium.size, medium.mode))
+        return repr(pieces).encode("utf-8", "surrogatepass")
+
+
+def _sample(file: Path) -> tuple[str, int, bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        opened.seek(max(size - _SAMPLED_BYTES, 0))
+        return file.name, size, opened.read()
+
 
 #: What stands in the place of a row that could not be loaded.
 EMPTY = Side("-")
@@ -83,6 +99,14 @@ class Record:
     error: str = ""
     """Why a row that was fine when the data were scanned is not any more."""
 
+    @property
+    def digest(self) -> bytes:
+        """Tells rows apart; see `Side.sample`."""
+        digest = blake2b(self.task.encode(), digest_size=16)
+        for side in (self.query, self.target, *self.negatives):
+            digest.update(b"\0" if side is None else side.sample())
+        return digest.digest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordFormat:
@@ -90,6 +114,8 @@ class RecordFormat:
 
     media_root: Path | None = None
     """Folder that media paths are relative to; None: the folder of the data."""
+    media_root_only: bool = False
+    """Whether media outside that folder are refused: absolute paths, `..`, links that lead out of it."""
     needs_target: bool = True
     """Whether a row without a target is an error."""
     unclosed_answer: UnclosedAnswerPolicy = "error"
@@ -195,12 +221,13 @@ class RecordFormat:
         check_unicode(text, where)
         _check_written(written["rationale"], f"{where}: the rationale")
         _check_written(written["answer"].replace(READ_OUT, ""), f"{where}: the answer")
+        inside = self._root if self.media_root_only else None
         if not text and not images and not clips:
             raise RowError(f"{where} has neither text nor media; add one or drop the row")
         return Side(
             text,
-            tuple(_image(image, roots, where) for image in images),
-            tuple(tuple(_video(path, roots, where) for path in clip) for clip in clips),
+            tuple(_image(image, roots, where, inside) for image in images),
+            tuple(tuple(find_media(path, roots, where, inside) for path in clip) for clip in clips),
             written["rationale"].strip(),
             written["answer"].strip(),
         )
@@ -267,7 +294,7 @@ def _turns(turns: list, where: str) -> tuple[str, str]:
     return texts["user"], texts["assistant"]
 
 
-def _image(image: Any, roots: Sequence[Path], where: str) -> ImageSource:
+def _image(image: Any, roots: Sequence[Path], where: str, inside: Path | None) -> ImageSource:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Mapping) and image.get("bytes"):  # an image of a Hugging Face data set
@@ -279,20 +306,22 @@ def _image(image: Any, roots: Sequence[Path], where: str) -> ImageSource:
         image = image.get("path")
     if not isinstance(image, str):
         raise RowError(f"{where}: an image is a {type(image).__name__}; expected a path")
-    found = find_media(image, roots, where)
+    found = find_media(image, roots, where, inside)
     check_image_file(found, where)
     return found
 
 
-def _video(path: str, roots: Sequence[Path], where: str) -> Path:
-    return find_media(path, roots, where)
-
-
-def find_media(path: str, roots: Sequence[Path], where: str) -> Path:
+def find_media(path: str, roots: Sequence[Path], where: str, inside: Path | None = None) -> Path:
     """The file that a row means: spelling variants of the published data, in each folder, in order.
 
+    Args:
+        path: as the row has it; never a URL.
+        roots: folders that it may be relative to.
+        where: how errors call the row.
+        inside: a folder that it must lie in, all links followed; None lets it be anywhere.
+
     Raises:
-        RowError: names every candidate.
+        RowError: names every candidate, or the folder that it leads out of.
     """
     name = path.removeprefix("./")
     for wrong in (".jpgg", ".jpegg"):
@@ -300,7 +329,12 @@ def find_media(path: str, roots: Sequence[Path], where: str) -> Path:
     variants = [name, f"MMEB-train/{name}"] if name.startswith("images/") else [name]
     candidates = [root / variant for root in dict.fromkeys(roots) for variant in variants]
     for candidate in candidates:
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False too for names that no file can have
+            if inside is not None and not candidate.resolve().is_relative_to(inside.resolve()):
+                raise RowError(
+                    f"{where} names {path}, which lies outside {inside}; move it there, drop the row, or set "
+                    "media_root_only=false"
+                )
             return candidate
     tried = ", ".join(map(str, candidates))
     raise RowError(f"{where} names {path}, but there is no file {tried}; set media_root or drop the row")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from plume.checkpoint import read_config
@@ -18,6 +19,7 @@ from plume_train.collate import StagedRecords
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.draw import draw_run, read_log
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
+from plume_train.memory import tell_memory
 from plume_train.records import Records
 from plume_train.rows import RecordFormat
 from plume_train.saving import checkpoint_to_resume, move_into, remember_run, whole_or_nothing
@@ -48,13 +50,17 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if unknown := sorted(set(args.task_weights or {}) - set(records.tasks)):
         known = ", ".join(sorted(set(records.tasks)))
         raise SettingsError(f"task_weights names {unknown[0]!r}, which is no task of the data; they are {known}")
-    for useless in args.without_effect(records.has_negatives):
+    for useless in args.without_effect(records):
         warnings.warn(f"plume: {useless}", stacklevel=2)
+    held_out = load_records(args, args.validation_file) if args.validation_file else None
     if args.max_steps < 0:
         batches = sampler_of(args, records.tasks, curriculum, num_steps=1).batches_per_pass()
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+    data = {"num_rows": len(records), "data_digest": records.digest}
+    if held_out is not None:
+        data["validation_digest"] = held_out.digest
+    remember_run(args, data)
     checkpoint = checkpoint_to_resume(args)
-    remember_run(args, len(records))
     if records.bad_rows:
         _list_bad_rows(args, records.bad_rows)
     if evaluate is None and args.evaluation:
@@ -71,12 +77,13 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     freeze(model, args)
     if args.lora_rank:
         model = add_lora(model, args)
+    widen_what_learns(model)
 
-    held_out = load_records(args, args.validation_file) if args.validation_file else None
     if held_out is not None and held_out.bad_rows:
         _list_bad_rows(args, held_out.bad_rows)
     validation = StagedRecords(held_out) if held_out is not None else None
     trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate, validation)
+    tell_memory(trainer)
     if checkpoint is not None:
         trainer.go_on_from(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -88,6 +95,13 @@ def freeze(model: PlumeModel, args: PlumeTrainingArguments) -> None:
     tower = model.backbone.visual
     tower.requires_grad_(args.train_vision)
     tower.merger.requires_grad_(args.train_merger or args.train_vision)
+
+
+def widen_what_learns(model: Any) -> None:
+    """Give the parameters that learn at least float32, whatever the frozen ones have."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def finish(trainer: PlumeTrainer) -> PlumeModel:
@@ -120,6 +134,7 @@ def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
         data,
         row_format=RecordFormat(
             media_root=Path(args.media_root) if args.media_root else None,
+            media_root_only=args.media_root_only,
             needs_target=args.needs_target,
             unclosed_answer=args.unclosed_answer,
         ),
@@ -146,8 +161,8 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
     assert isinstance(args.plume_config, dict)
     found = read_config(args.model)
     if found.get("model_type") != PlumeConfig.model_type:
-        return PlumeModel.from_backbone(args.model, dtype="float32", **args.plume_config)
-    model = PlumeModel.from_pretrained(args.model, dtype="float32")
+        return PlumeModel.from_backbone(args.model, dtype=args.base_dtype, **args.plume_config)
+    model = PlumeModel.from_pretrained(args.model, dtype=args.base_dtype)
     for name, value in args.plume_config.items():
         if (saved := getattr(model.config, name, None)) != value:
             raise SettingsError(

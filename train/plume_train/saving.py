@@ -1,30 +1,40 @@
 """Checkpoints that an interruption cannot harm, and the run that they belong to.
 
-A checkpoint is written under another name and renamed when it is whole; so what is called `checkpoint-N` is whole, and
-the ones before it are deleted only then. `run.json` beside them says with what settings the run began: the same command
-goes on with it, another one is refused.
+A checkpoint is written under another name, with checksums, and renamed once it is on the disk; so what is called
+`checkpoint-N` is whole, and the ones before it are deleted only then. What a disk or a copy damages later is noticed by
+the checksums, and the run goes on from the newest checkpoint that is whole. `run.json` beside them says with what
+settings and data the run began: the same command goes on with it, another one is refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
+from plume.checkpoint import tidy_weight_files
+from plume.gather import is_distributed
 from plume_train.config import PlumeTrainingArguments
 
 UNFINISHED = "unfinished"
 # How torch.save says that a file could not be written to its end.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "file write failed", "No space left")
 RUN_FILE = "run.json"
+CHECKSUMS_FILE = "checksums.json"
+_BLOCK_BYTES = 1 << 24
 
 # What may differ between the start of a run and its continuation: what changes no result.
 _FREE = {
@@ -52,18 +62,18 @@ class RunError(RuntimeError):
     """A run that cannot begin, go on or save; says what to do, and that nothing is lost."""
 
 
-def remember_run(args: PlumeTrainingArguments, num_rows: int) -> None:
+def remember_run(args: PlumeTrainingArguments, data: dict[str, Any]) -> None:
     """Write `run.json`, or compare with it where the folder already holds a run.
 
     Args:
         args: of the run.
-        num_rows: rows that it trains on.
+        data: what tells its data from others: number and digest of the rows.
 
     Raises:
         RunError: the folder cannot be written to, or it holds checkpoints of another run.
     """
     folder = args.output_folder
-    wanted = settings_of(args) | {"num_rows": num_rows}
+    wanted = settings_of(args) | data
     file = folder / RUN_FILE
     if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
         if args.resume_from_checkpoint in (None, "no"):
@@ -71,22 +81,41 @@ def remember_run(args: PlumeTrainingArguments, num_rows: int) -> None:
                 f"{folder} holds checkpoints, but resume_from_checkpoint is off; set it to auto to go on, choose "
                 "another output_dir, or remove the folder"
             )
-        begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        begun = read_run(folder) if file.exists() else {}
         changed = [name for name in sorted(wanted) if begun.get(name, wanted[name]) != wanted[name]]
         if changed:
             listed = "; ".join(f"{name} was {begun[name]!r}, now {wanted[name]!r}" for name in changed[:5])
             raise RunError(
-                f"{folder} holds checkpoints of a run with other settings: {listed}. Start it with the same settings "
-                "to go on, choose another output_dir, or remove the folder"
+                f"{folder} holds checkpoints of a run with other settings or data: {listed}. Start it with the same "
+                "ones to go on, choose another output_dir, or remove the folder"
             )
         return
     if not args.should_save:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        beside = folder / f"{RUN_FILE}.part"
+        beside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        _to_disk(beside)
+        beside.replace(file)
     except OSError as error:
         raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    file = folder / RUN_FILE
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise RunError(
+            f"{file} is damaged ({error}); it says with what settings and data the run began: copy it back, or delete "
+            "it to go on with those that are set now"
+        ) from None
 
 
 def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
@@ -97,29 +126,128 @@ def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
 
 
 def checkpoint_to_resume(args: PlumeTrainingArguments) -> Path | None:
-    """The checkpoint that the settings ask for; None to begin.
+    """The checkpoint that the settings ask for, "auto" the newest that is whole; None to begin. A collective call.
 
     Raises:
-        RunError: it does not exist, or is not a checkpoint of this trainer.
+        RunError: it does not exist, is damaged, or is not a checkpoint of this trainer; or none of several is whole.
     """
     asked = args.resume_from_checkpoint
     if asked in (None, "no"):
         return None
-    folder = args.output_folder
-    found = asked if asked != "auto" else get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        return None
-    needed = ("trainer_state.json", "progress.json", *(() if _is_deepspeed(Path(found)) else ("scheduler.pt",)))
-    if missing := [name for name in needed if not (Path(found) / name).exists()]:
+    # One process reads the files, which may be gigabytes, and the others follow it.
+    answer: list[Any] = [_choose(args.output_folder, str(asked)) if args.process_index == 0 else None]
+    if is_distributed():
+        answer = broadcast_object_list(answer)
+    chosen, damaged = answer[0]
+    if chosen is None and damaged:
         raise RunError(
-            f"{found} is no checkpoint that training can go on from: it holds no {missing[0]}; expected "
-            "resume_from_checkpoint to be auto, no, or a folder checkpoint-N of a run without save_only_model"
+            f"no checkpoint that training can go on from: {'; '.join(damaged)}. Expected resume_from_checkpoint to be "
+            "auto, no, or a folder checkpoint-N of a run without save_only_model; copy the files back, or remove the "
+            "folder to begin anew"
         )
-    return Path(found)
+    if damaged and args.should_save:
+        warnings.warn(f"plume: {'; '.join(damaged)}. The run goes on from {chosen}", stacklevel=3)
+    return chosen
 
 
-def _is_deepspeed(checkpoint: Path) -> bool:
-    return (checkpoint / "latest").exists()
+def _choose(folder: Path, asked: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is wrong with those that come before it."""
+    candidates = checkpoints(folder)[::-1] if asked == "auto" else [Path(asked)]
+    damaged = []
+    for one in candidates:
+        if (reason := damage(one)) is None:
+            return one, damaged
+        damaged.append(f"{one} {reason}")
+    return None, damaged
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders checkpoint-N of a run, the newest last."""
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why training cannot go on from a checkpoint, with the file; None where it is whole."""
+    if not checkpoint.is_dir():
+        return "is no folder"
+    needed = ["trainer_state.json", "progress.json"]
+    if not (checkpoint / "latest").exists():  # DeepSpeed keeps its own files
+        needed.append("scheduler.pt")
+        if not any(checkpoint.glob("optimizer*")):
+            needed.append("optimizer.pt")
+    if missing := [name for name in needed if not (checkpoint / name).exists()]:
+        return f"holds no {missing[0]}"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "holds no rng_state.pth"
+    if not (checkpoint / CHECKSUMS_FILE).exists():  # of an earlier version of this trainer
+        return next((why for file in sorted(checkpoint.rglob("*")) if (why := _visible_damage(file))), None)
+    try:
+        expected = dict(json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return f"has a damaged {CHECKSUMS_FILE} ({error})"
+    for name, checksum in expected.items():
+        try:
+            if _checksum(checkpoint / name) != checksum:
+                return f"has a damaged {name}, which is not what was written"
+        except OSError as error:
+            return f"has a {name} that cannot be read ({error.strerror})"
+    return None
+
+
+def _visible_damage(file: Path) -> str | None:
+    """What is wrong with a file that has no checksum, as far as its format tells."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(file) as archive:
+                archive.testzip()
+    except (ValueError, SafetensorError, zipfile.BadZipFile, OSError) as error:
+        return f"has a damaged {file.name} ({error})"
+    return None
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Note what the files of a checkpoint hold; everything is on the disk afterwards."""
+    names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
+    sums = {name: _checksum(checkpoint / name) for name in names if name != CHECKSUMS_FILE}
+    (checkpoint / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def _checksum(file: Path) -> str:
+    value = 0
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _to_disk(place: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def state_of(folder: Path | None) -> str:
+    """What a run that is stopped leaves."""
+    if folder is None or not (found := checkpoints(folder)):
+        return "nothing was saved"
+    return f"the last checkpoint is {found[-1]}; start the same command again to go on from it"
+
+
+def reason(error: Exception) -> str:
+    """An error in a line or a few; one of a data-loader worker without the worker's traceback."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text
 
 
 def begun_with(folder: Path) -> PlumeTrainingArguments:
@@ -131,7 +259,7 @@ def begun_with(folder: Path) -> PlumeTrainingArguments:
     file = folder / RUN_FILE
     if not file.exists():
         raise RunError(f"{folder} holds no {RUN_FILE}; expected the folder of a run")
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = read_run(folder)
     own = {name: value for name, value in known.items() if name in PlumeTrainingArguments.__annotations__}
     return PlumeTrainingArguments(**own, output_dir=str(folder), report_to="none", use_cpu=True)
 
@@ -162,12 +290,17 @@ def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
 
 
 def move_into(unfinished: Path, folder: Path) -> None:
-    """Move what `whole_or_nothing` yielded into its place, replacing what has the same name."""
+    """Move what `whole_or_nothing` yielded into its place, once it is on the disk, replacing what has the same name."""
+    for inner in (unfinished, *(one for one in unfinished.iterdir() if one.is_dir())):
+        tidy_weight_files(inner)
+    for one in sorted(unfinished.rglob("*")):
+        _to_disk(one)
     for entry in sorted(unfinished.iterdir()):
         place = folder / entry.name
         if entry.is_dir() and place.exists():
             shutil.rmtree(place)
         os.replace(entry, place)
+    _to_disk(folder)
     shutil.rmtree(unfinished.parent)
 
 

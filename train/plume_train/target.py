@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plume import prompt
 from plume.config import PlumeConfig
-from plume.tokens import LATENT, LATENT_START
+from plume.tokens import LATENT, LATENT_START, READ_OUT
 from plume_train.curriculum import Curriculum, Stage
 from plume_train.segment import segments
 
@@ -26,15 +26,17 @@ def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
 
     Args:
         text: `<think>rationale</think><answer>answer</answer>`; either part may be absent.
-        accept_unclosed: keep all that follows an `<answer>` which is never closed, as the published data need; it
-            then holds their `<gen_emb>` too.
+        accept_unclosed: take all but the rationale for the answer where no `<answer>` is closed, as the published data
+            need; it then holds their `<gen_emb>` too.
 
     Raises:
-        UnclosedTag: an open `<think>`, or an open `<answer>` unless that is accepted.
+        UnclosedTag: an open `<think>`; an open `<answer>`, or an answer without any, unless that is accepted.
 
     Example:
         >>> parse_written("<think>It purrs.</think><answer>A cat.</answer>\n<gen_emb>")
         ('It purrs.', 'A cat.')
+        >>> parse_written("<think>It purrs.</think>A cat.\n<gen_emb>", accept_unclosed=True)
+        ('It purrs.', 'A cat.\n<gen_emb>')
     """
     think = _THINK.search(text)
     if think is None and _THINK_TAG.search(text):
@@ -42,14 +44,18 @@ def parse_written(text: str, accept_unclosed: bool = False) -> tuple[str, str]:
     rationale = think.group(1).strip() if think else ""
     if answer := _ANSWER.search(text):
         return rationale, answer.group(1).strip()
-    if not _ANSWER_TAG.search(text):
+    # Without a closed tag, all but the rationale is the answer, and may hold the read-out.
+    rest = _ANSWER_TAG.sub("", _THINK.sub("", text)).strip()
+    is_open = _ANSWER_TAG.search(text) is not None
+    if not is_open and not rest.replace(READ_OUT, "").strip():
         return rationale, ""
     if not accept_unclosed:
+        what = "<answer> is not closed by </answer>" if is_open else f"{rest!r:.60} stands outside <answer>...</answer>"
         raise UnclosedTag(
-            "<answer> is not closed by </answer>; close it, or set unclosed_answer=accept to keep all that follows, as "
-            "the published data need"
+            f"{what}; close it, or set unclosed_answer=accept to keep all but the rationale as the answer, as the "
+            "published data need"
         )
-    return rationale, _ANSWER_TAG.sub("", _THINK.sub("", text)).strip()
+    return rationale, rest
 
 
 @dataclass(frozen=True)

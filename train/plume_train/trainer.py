@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,7 +29,7 @@ from plume_train.gradcache import Step
 from plume_train.metrics import Meter
 from plume_train.objective import Objective
 from plume_train.sampler import StagedBatchSampler
-from plume_train.saving import RunError, move_into, whole_or_nothing
+from plume_train.saving import RunError, checkpoints, move_into, whole_or_nothing, write_checksums
 
 
 class PlumeTrainer(Trainer):
@@ -126,6 +126,9 @@ class PlumeTrainer(Trainer):
         parts = step.direct(batch) if is_one_pass else step.cached(batch)
         loss = self.objective.weighted(parts).to(self.args.device)
         self.meter.see_step(batch, parts, loss)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return loss * step.scale
 
     def _step(self, model: nn.Module) -> Step:
@@ -220,6 +223,9 @@ class PlumeTrainer(Trainer):
             collate_fn=self.collate,
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            in_order=self.args.dataloader_in_order,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
@@ -240,10 +246,12 @@ class PlumeTrainer(Trainer):
                 self._saving_in = str(unfinished)
                 super()._save_checkpoint(model, trial)
                 scalars = self._loss_scalars()
+                checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
                 if self.args.should_save:
-                    self.progress.save(unfinished / f"checkpoint-{self.state.global_step}", steps, scalars)
+                    self.progress.save(checkpoint, steps, scalars)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    write_checksums(checkpoint)
                     move_into(unfinished, folder)
         finally:
             self._saving_in = None
@@ -315,6 +323,5 @@ def bare_model(model: Any) -> PlumeModel:
 
 
 def _delete_old_checkpoints(folder: Path, limit: int) -> None:
-    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for old in sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))[:-limit]:
+    for old in checkpoints(folder)[:-limit]:
         shutil.rmtree(old, ignore_errors=True)
