@@ -32,6 +32,13 @@ def _seed():
 
 
 @pytest.fixture
+def exact_products(monkeypatch):
+    """Products and convolutions of float32 in float32: cuDNN else takes TF32, which has 10 bits."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
 def tokenizer_without_plume_tokens():
     return tiny_tokenizer(["red", "kite"])
 

@@ -18,7 +18,11 @@ from plume_train.run import train
 from plume_train.throughput import pairs_per_second
 from tests.plume_train.runs import settings
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 
 def items(picture):

@@ -30,7 +30,11 @@ TRUE_SHAPES = "2b"
 #: One text model of the shapes of 2B serves all; its vision tower is small, since no image is embedded.
 LAYERS = 28
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 
 @pytest.fixture(scope="module")

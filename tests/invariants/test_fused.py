@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -21,6 +20,7 @@ from plume.stack import TextStack
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_kernels import MODULES
 from plume_kernels.cases import Shapes, arguments
+from tests.processes import run
 
 
 def built(tmp_path_factory, family: str = "qwen2_vl", **fields) -> PlumeModel:
@@ -227,4 +227,5 @@ def test_dependent_launch_belongs_to_the_kernels(model):
 
 def test_running_without_kernels_loads_none():
     code = "import sys, plume, plume.engine; sys.exit('plume_kernels.launch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from plume.checkpoint import fingerprint
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_train.config import PlumeTrainingArguments
 from plume_train.run import load_model
+from tests.processes import run
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 4401\n"
 
@@ -92,7 +92,7 @@ def test_commands_end_with_a_line_where_the_checkpoint_is_damaged(folder, tmp_pa
         "convert": [str(folder), str(tmp_path / "converted")],
     }[command]
     code = f"import sys; sys.argv = ['plume', {command!r}, *{words!r}]; from plume.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "plume: " in done.stderr.splitlines()[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from huggingface_hub import HfApi
 
 from plume import Plume, PlumeModel
 from plume.tiny import SHORT_STRINGS
+from tests.processes import run
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -73,7 +73,8 @@ def test_what_is_pushed_opens_by_its_name_through_every_door(model, hub, tmp_pat
     assert hub.settings["revision"] == "v1"
     put_into_cache(hub.store / "org" / "kite", tmp_path / "cache" / "hub", "org/kite")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", _LOAD, str(tmp_path / "vector.pt")], env=environment, check=True)
+    done = run([sys.executable, "-c", _LOAD, tmp_path / "vector.pt"], env=environment)
+    assert done.returncode == 0, done.stderr
     expected = model(**model.processor.encode([model.processor.parse("a red kite")])).embedding[0]
     assert torch.equal(torch.load(tmp_path / "vector.pt"), expected)
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from plume.cli import app
 from plume.index import Index
 from plume.tiny import SHORT_STRINGS
 from tests.mixed import BROKEN, write_mixed_folder
+from tests.processes import run as run_command
 
 _COLUMNS = ["name", "kind", "page", "num_pages", "sha256", "excerpt", "thumbnail"]
 
@@ -96,8 +96,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_where_an_uninterrupted_one_does(
 ):
     out = tmp_path / "index"
     arguments = ["index", str(folder[0]), "--model", str(plume_folder), "--out", str(out)]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = run_command([sys.executable, "-c", _KILLED, *arguments])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     index = Index.open(out)
     committed = len(index)
     assert 0 < committed < len(whole[0])

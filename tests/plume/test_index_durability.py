@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,8 @@ from plume.cli import app
 from plume.files import Found, Other, walk
 from plume.index import Index, IndexStorageError
 from plume.inputs import MAX_TEXT_BYTES
+from tests.processes import run as run_command
+from tests.processes import started
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +105,16 @@ def test_readers_go_on_while_another_process_updates(plume, plume_folder, notes,
     """An open reader and one that opens anew each time; each update takes the files of the version before away."""
     index = Index.create(tmp_path / "index", plume)
     update(index, notes, plume)
-    writer = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(tmp_path / "index"), str(notes), str(plume_folder)],
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
+    arguments = [tmp_path / "index", notes, plume_folder]
+    with started([sys.executable, "-c", _WRITER, *arguments]) as writer:
         searches = 0
         while writer.poll() is None or searches < 20:
             for reader in (index, Index.open(tmp_path / "index")):
                 hits = reader.search("kite number 2", plume, top_k=9)
                 assert len(hits) == len({hit.path for hit in hits}) == 5
                 searches += 1
-        assert writer.communicate()[0].strip().endswith(b"done")
-    finally:
-        if writer.poll() is None:
-            os.killpg(writer.pid, signal.SIGKILL)
+        out, errors = writer.communicate()
+        assert out.strip().endswith("done"), errors
     assert index.search("kite number 2 of turn 7", plume, top_k=1)[0].excerpt == "kite number 2 of turn 7"
 
 
@@ -198,7 +193,7 @@ def test_an_index_can_be_made_wherever_its_creation_was_killed(plume, plume_fold
     for step in range(1, 5):
         place = tmp_path / f"index {step}"
         arguments = [str(place), str(plume_folder), str(step)]
-        killed = subprocess.run([sys.executable, "-c", _STOPPED_WHILE_MADE, *arguments], capture_output=True)
+        killed = run_command([sys.executable, "-c", _STOPPED_WHILE_MADE, *arguments])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert update(Index.create(place, plume), notes, plume).embedded == 5
 
@@ -290,7 +285,7 @@ def test_folders_nested_deeper_than_python_calls_are_walked(tmp_path):
     (tmp_path / "z" / "y").mkdir(parents=True)
     (tmp_path / "z" / "y" / "last.md").write_text("a")
     assert [one.name for one in walk(tmp_path)][-1] == "z/y/last.md"
-    subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+    run_command(["rm", "-rf", tmp_path / "d"])
 
 
 def test_a_walk_lists_in_the_order_of_names_and_says_what_it_leaves_out(tmp_path):
@@ -428,7 +423,7 @@ encode = embedder.Plume.encode
 def slow(self, *args, **kwargs):
     result = encode(self, *args, **kwargs)
     print("working", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
     return result
 embedder.Plume.encode = slow
 sys.argv = ["plume", *sys.argv[1:]]
@@ -446,20 +441,10 @@ def test_a_command_that_is_stopped_says_what_it_leaves(plume_folder, notes, tmp_
             "holds 0 rows, which stay; run the same command again",
         ),
     ):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SLOW, *words, "--model", str(plume_folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
+        with started([sys.executable, "-c", _SLOW, *words, "--model", plume_folder]) as process:
             assert process.stdout.readline() == "working\n"
             process.send_signal(signal_sent)
-            _, errors = process.communicate()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            errors = process.communicate()[1]
         assert process.returncode == code
         assert "Traceback" not in errors
         assert f"plume: stopped; {message}" in errors or message in errors

@@ -80,4 +80,4 @@ def test_modes_cost_what_they_say(model, picture):
 
 
 def test_latency_is_measured_per_query(model):
-    assert 0 < latency_ms(model, [Item.parse("red")] * 2, "latent", num_runs=3, num_warm_up=1) < 10_000
+    assert latency_ms(model, [Item.parse("red")] * 2, "latent", num_runs=3, num_warm_up=1) > 0

@@ -28,7 +28,9 @@ CPU_WAYS = ("reference", "transformers", "compiled", "eager")
 
 @pytest.fixture(scope="module")
 def config() -> LatencyConfig:
-    return replace(read_config(CONFIGS / "latency_tiny.yaml"), num_runs=2, num_written_tokens=6)
+    return replace(
+        read_config(CONFIGS / "latency_tiny.yaml"), num_runs=2, num_written_tokens=6, max_seconds_per_case=3600.0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from plume_train.__main__ import main
 from plume_train.run import train
 from plume_train.saving import CHECKSUMS_FILE, RunError, damage
 from tests.plume_train.runs import settings
+from tests.processes import started
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": None}
 FILES = [
@@ -168,17 +168,11 @@ def words(args, *more) -> list[str]:
 def test_a_command_that_is_stopped_says_where_it_would_go_on(tmp_path, start, hops_folder):
     args = settings(tmp_path, start, hops_folder)
     saving = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 100_000, "--per_device_train_batch_size", 4]
-    process = subprocess.Popen(
-        words(args, *saving), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
+    with started(words(args, *saving)) as process:
         while process.poll() is None and not list(args.output_folder.glob("checkpoint-*")):
-            pass
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -23,6 +20,7 @@ from plume_train.run import train
 from plume_train.saving import RunError
 from plume_train.trainer import PlumeTrainer
 from tests.plume_train.runs import settings
+from tests.processes import run
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
 
@@ -31,6 +29,26 @@ def log_of(folder):
     keep = ("step", "loss", "contrastive", "cross_entropy_query", "grad_norm", "num_latent_steps")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in keep} for line in lines if "loss" in line]
+
+
+# Dies some time after a step, at the latest when all steps are done.
+_KILLED = """
+import os, signal, sys, threading, time
+from plume_train import __main__ as program, run, trainer
+aimed, delay = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+step, begun = trainer.PlumeTrainer.training_step, []
+def kill():
+    time.sleep(delay)
+    os.kill(os.getpid(), signal.SIGKILL)
+def training_step(self, *arguments, **settings):
+    if self.state.global_step >= aimed and not begun:
+        begun.append(threading.Thread(target=kill))
+        begun[0].start()
+    return step(self, *arguments, **settings)
+trainer.PlumeTrainer.training_step = training_step
+run.finish = lambda trainer: begun[0].join()
+program.main()
+"""
 
 
 def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_path, start, hops_folder):
@@ -51,21 +69,14 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_p
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
     words += ["--stage_ratios", 0, 0.5, 1, "--stage_shares", 0.4, 0.3, 0.3]
-    command = list(map(str, [sys.executable, "-m", "plume_train", *words]))
-    rng, kills = random.Random(0), 0
-    while not (killed / "model.safetensors").exists():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        # Somewhere between the first step and the end of the run, wherever that is: also while saving.
-        aimed = rng.randrange(1, 10) if kills < 2 else 99
-        while process.poll() is None and last_step(killed) < aimed:
-            time.sleep(0.005)
-        if process.poll() is None:
-            time.sleep(rng.random() * 0.05)
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode in (0, -signal.SIGKILL), errors[-2000:]
-    assert kills == 2
+    rng = random.Random(0)
+    for _ in range(2):
+        # A moment after the step at which the thread begins, wherever that is: also while saving.
+        aimed = rng.randrange(last_step(killed), 9)
+        process = run([sys.executable, "-c", _KILLED, aimed, rng.random() * 0.1, *words])
+        assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    process = run([sys.executable, "-m", "plume_train", *words])
+    assert process.returncode == 0, process.stderr[-2000:]
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
     assert log_of(tmp_path / "whole") == log_of(killed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from plume import PlumeModel
 from plume_train.config import arguments_from
 from plume_train.run import train
+from tests.processes import run
 
 pytestmark = pytest.mark.launching
 
@@ -75,7 +75,7 @@ def launch(folder, name, **settings):
     program = [Path(__file__).parent / "fsdp_on_cpu.py"] if name == "fsdp2" else ["-m", "plume_train"]
     command += ["--num_processes", 2, "--main_process_port", 0, *program, "--config", folder / "run.yaml"]
     command += [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    return run(command, env=environment)
 
 
 #: What only this way of sharing leaves in a checkpoint.

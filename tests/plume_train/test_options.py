@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from plume_train.records import Records
 from plume_train.run import train
 from tests.mixed import write_clip
 from tests.plume_train.runs import settings
+from tests.processes import run
 
 
 def log_of(folder):
@@ -218,11 +218,8 @@ def test_check_tells_what_is_in_the_data(tmp_path, start, hops_folder, capsys):
     assert "1  rows repeat a query" in told
     assert "'<bot><ct><eot>Three.</think>" in told
     assert "negative 0: 'key'" in told
-    done = subprocess.run(
-        [sys.executable, "-m", "plume_train", "check", hops_folder / "train.jsonl", "--model", start, "--load-media"],
-        capture_output=True,
-        text=True,
-    )
+    files = [hops_folder / "train.jsonl", "--model", start, "--load-media"]
+    done = run([sys.executable, "-m", "plume_train", "check", *files])
     assert done.returncode == 0, done.stderr
     assert "rows can be used, 0 cannot" in done.stdout
     assert "query: image + text" in done.stdout
@@ -244,7 +241,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, start, hops_f
 
 def test_a_command_says_what_is_wrong_in_one_line(tmp_path):
     flags = ["--model", "m", "--train_file", "gone.jsonl", "--output_dir", tmp_path, "--use_cpu", "true"]
-    done = subprocess.run([sys.executable, "-m", "plume_train", *flags], capture_output=True, text=True)
+    done = run([sys.executable, "-m", "plume_train", *flags])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("plume-train: ")
     assert "gone.jsonl" in done.stderr.splitlines()[-1]

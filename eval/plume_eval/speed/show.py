@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def write_results(
     """Write `latency_<model>_<device>_<yyyymm>.{md,json,png}`; returns the path without suffix."""
     model = f"{config.model or f'shapes of {config.shapes}, random weights'}, {config.dtype}"
     path = write_report(out, f"latency_{config.label}", f"Latency: {model}", command, tables(result, config), result)
-    if picture and result["cases"]:
+    if picture and result["cases"] and find_spec("matplotlib"):  # a GPU machine need not have it
         draw(result, config, path.with_suffix(".png"))
     return path
 
