@@ -328,7 +328,8 @@ class Plume(SentenceTransformer):
     def _prepare(self, items: Sequence[Item], settings: Mapping[str, Any]) -> dict[str, Any]:
         """A batch as `forward` takes it: laid out for the engine, or as tensors."""
         budget = image_settings(settings)
-        batch = dict(self._processor.encode(items, budget))
+        sends_bytes = self._engine is not None and self.device.type == "cuda"
+        batch = dict(self._processor.encode(items, budget, as_bytes=sends_bytes))
         if (engine := self._engine) is None:
             return batch
         complete = [self._processor.complete(item) for item in items]

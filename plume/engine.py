@@ -38,6 +38,7 @@ from plume.kept import Kept
 from plume.model import PlumeModel
 from plume.output import PlumeOutput, unit
 from plume.parts import UnsupportedModelError, text_parts, tower_parts
+from plume.patches import from_bytes
 from plume.plan import Plan, plan
 from plume.projection import Int8Projection, Projection
 from plume.rollout import Rollout, rollout
@@ -254,6 +255,9 @@ class Engine:
 
     def _see(self, patches: Tensor, grid: Grid) -> Tensor:
         patches = patches.to(self.device, non_blocking=True)
+        if patches.dtype == torch.uint8:
+            assert self.model.processor is not None
+            patches = from_bytes(patches, self.model.processor.layout())
         if self.tower is None:
             features = seam.see(self.model.backbone, patches, torch.tensor(grid.sizes, device=self.device)).images
             assert features is not None

@@ -63,11 +63,17 @@ class Layout:
         return [-(-num_frames // self.temporal), height // self.patch, width // self.patch]
 
 
-def pack_images(images: Sequence[Image.Image], layout: Layout) -> dict[str, Tensor]:
+def pack_images(images: Sequence[Image.Image], layout: Layout, as_bytes: bool = False) -> dict[str, Tensor]:
     """Patches of some RGB images, resized to the size at which the model looks at them.
 
+    Args:
+        images: of any sizes.
+        layout: of the checkpoint.
+        as_bytes: leave what `from_bytes` does to the device that the patches go to, an eighth of the memory.
+
     Returns:
-        `pixel_values` `[patches, 3 * temporal * patch * patch]`, float32; `image_grid_thw` `[images, 3]`.
+        `pixel_values` `[patches, 3 * temporal * patch * patch]`, float32, or `[patches, 3 * patch * patch]`, uint8;
+        `image_grid_thw` `[images, 3]`.
     """
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     arrays: list[np.ndarray] = []
@@ -81,14 +87,37 @@ def pack_images(images: Sequence[Image.Image], layout: Layout) -> dict[str, Tens
     for alike in by_size.values():
         pixels = np.stack([arrays[index] for index in alike])
         # Bytes are cut before they become floats, and one frame stands for all of its temporal patch.
-        one_frame = layout.cut(rearrange(pixels, "n h w c -> n 1 c h w"), temporal=1).astype(np.float32)
-        one_frame /= 255
-        whole = repeat(layout.normalised(one_frame, 1), "n s c 1 p q -> n s (c dt p q)", dt=layout.temporal)
+        one_frame = layout.cut(rearrange(pixels, "n h w c -> n 1 c h w"), temporal=1)
+        if as_bytes:
+            whole = rearrange(one_frame, "n s c 1 p q -> n s (c p q)")
+        else:
+            one_frame = one_frame.astype(np.float32)
+            one_frame /= 255
+            whole = repeat(layout.normalised(one_frame, 1), "n s c 1 p q -> n s (c dt p q)", dt=layout.temporal)
         for index, one in zip(alike, whole, strict=True):
             patches[index] = one
     whole = whole.reshape(-1, whole.shape[-1]) if len(by_size) == 1 else np.concatenate(patches)
     grids = [layout.grid(1, *array.shape[:2]) for array in arrays]
     return {"pixel_values": torch.from_numpy(whole), "image_grid_thw": torch.tensor(grids)}
+
+
+def from_bytes(patches: Tensor, layout: Layout) -> Tensor:
+    """What `pack_images` would have made of the images whose bytes these are, to the bit, on the patches' device.
+
+    Args:
+        patches: `[patches, 3 * patch * patch]`, uint8.
+        layout: of the checkpoint.
+
+    Returns:
+        `[patches, 3 * temporal * patch * patch]`, float32.
+    """
+
+    def constant(*values: float) -> Tensor:  # a tensor, since a GPU multiplies by the reciprocal of a number
+        return torch.tensor(values, device=patches.device)[:, None]
+
+    x = rearrange(patches, "n (c k) -> n c k", c=len(layout.mean)).float()
+    x = (x / constant(255.0) - constant(*layout.mean)) / constant(*layout.std)
+    return repeat(x, "n c k -> n (c dt k)", dt=layout.temporal)
 
 
 def pack_videos(videos: Sequence[Video], layout: Layout) -> dict[str, Tensor]:

@@ -197,18 +197,24 @@ class PlumeProcessor(ProcessorMixin):
         )
 
     def _pack(
-        self, images: Sequence[Image.Image], videos: Sequence[Video], size: Mapping[str, int] | None
+        self,
+        images: Sequence[Image.Image],
+        videos: Sequence[Video],
+        size: Mapping[str, int] | None,
+        as_bytes: bool = False,
     ) -> dict[str, Tensor]:
-        layout = self._layout(size or self.image_processor.size)
+        layout = self.layout(size)
         packed: dict[str, Tensor] = {}
         if images:
-            packed |= pack_images(images, layout)
+            packed |= pack_images(images, layout, as_bytes and not videos)
         if videos:
             packed |= pack_videos(videos, layout)
         return packed
 
-    def _layout(self, size: Mapping[str, int]) -> Layout:
+    def layout(self, size: Mapping[str, int] | None = None) -> Layout:
+        """How patches are laid out for this checkpoint; `size` as in `see`."""
         settings = self.image_processor
+        size = dict(settings.size) if size is None else size
         return Layout(
             pixels=(size["shortest_edge"], size["longest_edge"]),
             mean=tuple(settings.image_mean),
@@ -223,6 +229,7 @@ class PlumeProcessor(ProcessorMixin):
         items: Sequence[Item],
         images_kwargs: dict | None = None,
         vision: Mapping[str, Tensor] | None = None,
+        as_bytes: bool = False,
     ) -> BatchFeature:
         """Tensors of some inputs, as `__call__` returns them.
 
@@ -232,12 +239,13 @@ class PlumeProcessor(ProcessorMixin):
             items: the inputs.
             images_kwargs: `size` of images, as `see` takes it.
             vision: what `see` returned for the media, where they have been processed already.
+            as_bytes: patches of images as bytes, for the engine on a GPU; see `pack_images`. Not where there is video.
         """
         complete = [self.complete(item) for item in items]
         if vision is None:
             images = [image for item in complete for image in item.images]
             videos = [video for item in complete for video in item.videos]
-            vision = self._pack(images, videos, (images_kwargs or {}).get("size"))
+            vision = self._pack(images, videos, (images_kwargs or {}).get("size"), as_bytes)
         return self._batch(self._prefix_ids(complete), vision)
 
     def num_tokens(self, item: Item, name: str = "the input") -> int:

@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from plume import Item, Plume, PlumeModel, graphs
 from plume.checkpoint import fingerprint
 from plume.engine import Engine
+from plume.patches import from_bytes
 from plume.tiny import SHORT_STRINGS, save_tiny_backbone
 from plume_train.config import PlumeTrainingArguments
 from plume_train.rows import Record, Side
@@ -185,3 +186,9 @@ def test_a_model_on_the_second_device_is_captured_there(family_model, picture):
     engine = Engine(model, backend="graph")
     for _ in range(3):
         assert (engine(batch).embedding - expected).abs().max() < 1e-5
+
+
+def test_patches_that_travel_as_bytes_become_the_floats_of_the_cpu(plume_folder, picture):
+    processor = PlumeModel.from_pretrained(plume_folder).processor
+    batch = [processor.encode(items(picture)[1:3], as_bytes=as_bytes)["pixel_values"] for as_bytes in (False, True)]
+    assert torch.equal(from_bytes(batch[1].cuda(), processor.layout()).cpu(), batch[0])

@@ -224,3 +224,25 @@ def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path):
     with pytest.raises(InputError, match="is not a plain file"):
         Item.parse({"image": str(tmp_path)})
     assert not Path(tmp_path / "pipe.png").is_file()
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (1203, 1601), (2400, 700)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_reduced_within_a_bound(tmp_path, size, orientation, monkeypatch):
+    """Of the size that the full decode has, and less than one level of 256 away from it on average."""
+    coarse = np.random.default_rng(0).integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    photo = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    exif = photo.getexif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "a.jpg", quality=92, exif=exif)
+    for most in (784 * 200, 784 * 900):
+        found = load_image(tmp_path / "a.jpg", pixels=(3136, most))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("plume.images._decode_reduced", lambda image, pixels: None)
+            expected = load_image(tmp_path / "a.jpg", pixels=(3136, most))
+        assert found.size == expected.size
+        distance = np.abs(np.asarray(found).astype(int) - np.asarray(expected))
+        assert distance.mean() < 1
+        assert distance.max() < 24
+    small = load_image(tmp_path / "a.jpg", pixels=(3136, size[0] * size[1]))
+    assert np.array_equal(small, load_image(tmp_path / "a.jpg"))

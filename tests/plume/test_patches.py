@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from plume.patches import Layout, pack_images
+from plume.content import media_keys
+from plume.engine import Engine
+from plume.patches import Layout, from_bytes, pack_images
 
 
 @pytest.mark.parametrize("temporal", [1, 2])
@@ -25,3 +27,25 @@ def test_images_are_packed_as_transformers_packs_them(picture, pixels, temporal)
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
     assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
     assert found["pixel_values"].is_contiguous()
+
+
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_patches_that_travel_as_bytes_become_the_same_floats(picture, temporal):
+    layout = Layout(pixels=(784, 2_359_296), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), temporal=temporal)
+    images = [picture(*size, seed=seed) for seed, size in enumerate([(56, 84), (57, 85), (28, 28), (56, 84)])]
+    expected, packed = pack_images(images, layout), pack_images(images, layout, as_bytes=True)
+    assert packed["pixel_values"].dtype == torch.uint8
+    assert packed["pixel_values"].nbytes * 4 * temporal == expected["pixel_values"].nbytes
+    assert torch.equal(from_bytes(packed["pixel_values"], layout), expected["pixel_values"])
+    assert torch.equal(packed["image_grid_thw"], expected["image_grid_thw"])
+
+
+@pytest.mark.parametrize("cache", [{}, {"vision_cache_bytes": 1 << 24}, {"prefix_cache_bytes": 1 << 24}])
+def test_the_engine_takes_patches_as_bytes(model, picture, cache):
+    items = [model.processor.parse({"image": [picture(84, 56), picture()], "text": "red"}), model.processor.parse("a")]
+    engine = Engine(model, **cache)
+    keys = media_keys(items) if cache else None
+    expected = engine(model.processor.encode(items), media_keys=keys).embedding
+    sent = model.processor.encode(items, as_bytes=True)
+    assert sent["pixel_values"].dtype == torch.uint8
+    assert torch.equal(Engine(model, **cache)(sent, media_keys=keys).embedding, expected)

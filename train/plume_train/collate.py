@@ -281,7 +281,8 @@ class Media:
         """
         if side.key in self._kept:
             return self._kept[side.key]
-        images = [load_image(image, where, background=self.processor.budget.background) for image in side.images]
+        budget = self.processor.budget
+        images = [load_image(image, where, budget.pixels, budget.background) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
         item = self.processor.complete(Item((*images, *videos, side.text)))
         self.processor.num_tokens(item, where)  # raises where it is too long
