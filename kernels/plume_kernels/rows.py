@@ -21,6 +21,17 @@ def load_stream(stream_ptr, rows, cols, mask_m, num_rows, D: tl.constexpr, P: tl
 
 
 @triton.jit
+def filled_up(tile, BLOCK_M: tl.constexpr, dtype: tl.constexpr):
+    """Few rows `[R, n]`, rounded, and repeated until there are as many as a product takes, `[M, n]`: row i mod R."""
+    FEW: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    # A sum over one, since the compiler passes no layout through a sum: it would have every warp of the product do all
+    # that came before by itself, many times over.
+    tile = tl.sum(tl.reshape(tile, (1, FEW, N)), axis=0).to(dtype)
+    return tl.reshape(tl.broadcast_to(tile[None, :, :], (BLOCK_M // FEW, FEW, N)), (BLOCK_M, N))
+
+
+@triton.jit
 def load_weight(weight_ptr, offs_n, offs_k, K: tl.constexpr, UPCAST: tl.constexpr):
     """Rows `offs_n` of a weight `[N, K]` at channels `offs_k`, transposed: `[k, n]`."""
     w = tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None])

@@ -56,6 +56,18 @@ def bucket(num_rows: int) -> int:
     return next((size for size in BUCKETS if num_rows <= size), BUCKETS[-1])
 
 
+def few(num_rows: int, block_m: int) -> int:
+    """Rows that a program works on before it multiplies: the real ones in powers of two, four at least.
+
+    Fewer than four are slower, since threads then write them to shared memory in pieces of two bytes.
+
+    Example:
+        >>> few(1, 16), few(6, 16), few(40, 32)
+        (4, 8, 32)
+    """
+    return min(block_m, max(4, 1 << (num_rows - 1).bit_length()))
+
+
 def segment(channels: int) -> int:
     """Channels that `down` adds up before it adds the sums: a quarter, in multiples of 256.
 
@@ -81,7 +93,8 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
         block_n=block_n,
         block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
         num_warps=2 if block_n == 16 and kernel != "out" else 4,
-        num_stages=3 if kernel == "out" else 4,  # which also holds the splits that it adds up
+        # As many as fit beside the splits that `out` adds up, which are fewer the fewer rows there are.
+        num_stages=4 if kernel != "out" else 7 if num_rows <= 4 else 5,
     )
 
 

@@ -67,10 +67,11 @@ def test_splits_are_added_up(lengths, num_slots):
     compare("out", arguments(TINY, lengths, num_slots=num_slots)["out"])
 
 
-def test_splits_give_the_same_bits_whoever_adds_them_up(monkeypatch):
+@pytest.mark.parametrize("lengths", [[300], [300, 5], [5, 300, 1, 200, 90], [9] * 16], ids=len)
+def test_splits_give_the_same_bits_whoever_adds_them_up(monkeypatch, lengths):
     from plume_kernels import out
 
-    args = arguments(TINY, [300, 5], num_slots=500)["out"]
+    args = arguments(TINY, lengths, num_slots=500)["out"]
     found = []
     for most in (0, 100):
         monkeypatch.setattr(out, "MOST_MERGED", most)
