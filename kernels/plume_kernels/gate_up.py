@@ -26,7 +26,8 @@ def _gate_up_kernel(
     inner_ptr,  # [M, I]
     num_rows, eps,
     D: tl.constexpr, INNER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -36,8 +37,8 @@ def _gate_up_kernel(
         prefetch(weight_ptr, INNER + cols, D, D)
         wait()
     gate, up = normed_products(
-        x_ptr, norm_ptr, weight_ptr, rows, mask_m, num_rows, cols, INNER + cols, eps,
-        D, 1, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        x_ptr, norm_ptr, weight_ptr, num_rows, cols, INNER + cols, eps,
+        D, 1, FEW, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
     )  # fmt: skip
     inner = gate * tl.sigmoid(gate) * up
     target = inner_ptr + rows[:, None] * INNER + cols[None, :]
@@ -55,6 +56,7 @@ def gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
         (triton.cdiv(num_rows, tile.block_m), inner_width // tile.block_n),
         (x, norm, weight, inner, num_rows, eps),
         tile,
-        D=width, INNER=inner_width, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        D=width, INNER=inner_width, FEW=tiles.few(num_rows, tile.block_m),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
     return inner

@@ -40,9 +40,9 @@ def load_weight(weight_ptr, offs_n, offs_k, K: tl.constexpr, UPCAST: tl.constexp
 
 @triton.jit
 def normed_products(
-    stream_ptr, norm_ptr, weight_ptr, rows, mask_m, num_rows, first, second, eps,
-    D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
+    stream_ptr, norm_ptr, weight_ptr, num_rows, first, second, eps,
+    D: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Products of RMSNorm(x) with the rows `first` and with the rows `second` of a weight `[N, D]`, `[M, n]` each.
 
@@ -50,6 +50,8 @@ def normed_products(
     sum of squares is taken from the diagonal of x xᵀ: a product adds up its channels in order whatever the tile, while
     the order of `tl.sum` depends on how the compiler lays the tile out.
     """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, FEW)  # only these can be real
+    mask_m = rows < num_rows
     first_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gram = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
@@ -60,9 +62,9 @@ def normed_products(
         second_w = load_weight(weight_ptr, second, cols, D, UPCAST)
         x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P)
         scale = tl.load(norm_ptr + cols).to(tl.float32)
-        rounded = x.to(first_w.dtype)
+        rounded = filled_up(x, BLOCK_M, first_w.dtype)
         gram = tl.dot(rounded, tl.trans(rounded), gram, input_precision="ieee")
-        scaled = (x * scale[None, :]).to(first_w.dtype)
+        scaled = filled_up(x * scale[None, :], BLOCK_M, first_w.dtype)
         first_acc = tl.dot(scaled, first_w, first_acc, input_precision="ieee")
         second_acc = tl.dot(scaled, second_w, second_acc, input_precision="ieee")
     offs_m = tl.arange(0, BLOCK_M)
