@@ -40,8 +40,8 @@ def _qkv_kernel(
     UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1) // (C // 2 // BLOCK_N)
-    pairs = tl.program_id(1) % (C // 2 // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head, pair = tl.program_id(1) // (C // 2 // BLOCK_N), tl.program_id(1) % (C // 2 // BLOCK_N) * BLOCK_N
+    pairs = pair + tl.arange(0, BLOCK_N)
     mask_m = rows < num_rows
     first, second = head * C + pairs, head * C + C // 2 + pairs  # channels
     if PDL:
@@ -50,7 +50,7 @@ def _qkv_kernel(
         wait()
 
     a, b = normed_products(
-        stream_ptr, norm_ptr, weight_ptr, num_rows, first, second, eps,
+        stream_ptr, norm_ptr, weight_ptr, num_rows, head * C + pair, C // 2, eps,
         D, P, FEW, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
     )  # fmt: skip
     a += tl.load(bias_ptr + first).to(tl.float32)[None, :]

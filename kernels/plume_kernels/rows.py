@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Sums that the squares of a row's channels are first added up in; see `add_squares`.
+LANES = tl.constexpr(128)
+
 
 @triton.jit
 def load_stream(stream_ptr, rows, cols, mask_m, num_rows, D: tl.constexpr, P: tl.constexpr):
@@ -39,38 +42,65 @@ def load_weight(weight_ptr, offs_n, offs_k, K: tl.constexpr, UPCAST: tl.constexp
 
 
 @triton.jit
+def add_squares(lanes, x, start):
+    """Sums of squares by channel modulo 128, `[R, 128]`, with those of k more channels, `[R, k]`, from `start` on.
+
+    `tl.sum` would add in an order that depends on how the compiler lays the tile out, and a sum for each block in one
+    that depends on the tile. Each of these is in the order of the channels.
+    """
+    FEW: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    tl.static_assert(K <= 2 * LANES)
+    squares = x * x
+    if K < LANES:
+        is_here = tl.arange(0, LANES // K)[None, :, None] == start // K % (LANES // K)
+        lanes += tl.reshape(tl.where(is_here, squares[:, None, :], 0.0), (FEW, LANES))
+    elif K == LANES:
+        lanes += squares
+    else:
+        before, behind = tl.split(tl.permute(tl.reshape(squares, (FEW, 2, LANES)), (0, 2, 1)))
+        lanes = lanes + before + behind
+    return lanes
+
+
+@triton.jit
+def sum_of_lanes(lanes, BLOCK_M: tl.constexpr):
+    """The sum of all, repeated for the rows of a product, `[M]`. By twos, which have one order only."""
+    FEW: tl.constexpr = lanes.shape[0]
+    for _ in tl.static_range(7):
+        lanes = tl.sum(tl.reshape(lanes, (FEW, lanes.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(tl.broadcast_to(tl.reshape(lanes, (1, FEW)), (BLOCK_M // FEW, FEW)), (BLOCK_M,))
+
+
+@triton.jit
 def normed_products(
-    stream_ptr, norm_ptr, weight_ptr, num_rows, first, second, eps,
+    stream_ptr, norm_ptr, weight_ptr, num_rows, first, gap, eps,
     D: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Products of RMSNorm(x) with the rows `first` and with the rows `second` of a weight `[N, D]`, `[M, n]` each.
+    """Products of RMSNorm(x) with two blocks of rows of a weight `[N, D]`, `[M, n]` each.
 
-    The norm's factor is the same for all channels of a row, so it is applied to the sum, and one pass is enough. The
-    sum of squares is taken from the diagonal of x xᵀ: a product adds up its channels in order whatever the tile, while
-    the order of `tl.sum` depends on how the compiler lays the tile out.
+    The blocks begin at `first` and `first + gap`. Their rows are taken in turns in one product, so that warps share its
+    columns and each has both results of a pair. The norm's factor is the same for all channels of a row, so it is
+    applied to the sum, and one pass is enough.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, FEW)  # only these can be real
     mask_m = rows < num_rows
-    first_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    second_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gram = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, 2 * BLOCK_N)
+    places = first + offs_n // 2 + offs_n % 2 * gap
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    lanes = tl.zeros((FEW, LANES), tl.float32)
     for k in range(0, D, BLOCK_K):
         cols = k + offs_k
-        first_w = load_weight(weight_ptr, first, cols, D, UPCAST)
-        second_w = load_weight(weight_ptr, second, cols, D, UPCAST)
+        w = load_weight(weight_ptr, places, cols, D, UPCAST)
         x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P)
-        scale = tl.load(norm_ptr + cols).to(tl.float32)
-        rounded = filled_up(x, BLOCK_M, first_w.dtype)
-        gram = tl.dot(rounded, tl.trans(rounded), gram, input_precision="ieee")
-        scaled = filled_up(x * scale[None, :], BLOCK_M, first_w.dtype)
-        first_acc = tl.dot(scaled, first_w, first_acc, input_precision="ieee")
-        second_acc = tl.dot(scaled, second_w, second_acc, input_precision="ieee")
-    offs_m = tl.arange(0, BLOCK_M)
-    squares = tl.sum(tl.where(offs_m[:, None] == offs_m[None, :], gram, 0.0), axis=1)
-    factor = tl.rsqrt(squares / D + eps)[:, None]
-    return first_acc * factor, second_acc * factor
+        # Of two axes, since too few bytes for each thread would not be loaded ahead.
+        scale = tl.load(norm_ptr + cols[None, :] + tl.zeros((FEW, 1), tl.int32)).to(tl.float32)
+        lanes = add_squares(lanes, x, k)
+        scaled = filled_up(x * scale, BLOCK_M, w.dtype)
+        acc = tl.dot(scaled, w, acc, input_precision="ieee")
+    factor = tl.rsqrt(sum_of_lanes(lanes, BLOCK_M) / D + eps)[:, None]
+    return tl.split(tl.reshape(acc * factor, (BLOCK_M, BLOCK_N, 2)))
 
 
 @triton.jit
