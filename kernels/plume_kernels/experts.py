@@ -213,7 +213,9 @@ def experts_first(
     gates = state.new_empty(num_rows, num_routed, dtype=torch.float32)
     weights = state.new_empty(num_rows, num_experts, dtype=torch.float32)
     inner = state.new_empty(num_experts, num_rows, inner_width)
-    tile = tiles.find("experts_first", inner_width, width, 1, tiles.device_name(state))
+    tile = tiles.find(
+        "experts_first", inner_width, width, 1, tiles.device_name(state), weight_bytes=weight.element_size()
+    )
     launch(
         _first_kernel,
         (triton.cdiv(num_rows, 16), inner_width // tile.block_n, num_experts),
@@ -236,7 +238,9 @@ def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor
     width = state.shape[1]
     contiguous(inner, weights, weight, bias)
     assert state.stride(1) == 1
-    tile = tiles.find("experts_second", width, inner_width, 1, tiles.device_name(state))
+    tile = tiles.find(
+        "experts_second", width, inner_width, 1, tiles.device_name(state), weight_bytes=weight.element_size()
+    )
     following = torch.empty(num_rows, width, dtype=state.dtype, device=state.device)
     launch(
         _second_kernel,

@@ -31,6 +31,9 @@ LARGEST_ROWS = 64
 #: Rows up to which `down` is split.
 MOST_SPLIT = 4
 
+#: Bytes of shared memory that stages of a default tile may take, so that all of it fits devices from 8.6 on.
+LEAST_SHARED = 88 * 1024
+
 #: Buckets of rows in the tables.
 BUCKETS = (16, 32, 64)
 
@@ -83,19 +86,30 @@ def num_segments(channels: int) -> int:
     return math.ceil(channels / segment(channels))
 
 
-def default(kernel: str, columns: int, num_rows: int) -> Tile:
-    """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
-    block_n = 16 if columns <= 4096 else 32
+def default(kernel: str, columns: int, num_rows: int, weight_bytes: int = 2) -> Tile:
+    """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that.
+
+    Args:
+        kernel: the module's name.
+        columns: N.
+        num_rows: M.
+        weight_bytes: of one weight.
+    """
+    block_m, block_n = min(32, bucket(num_rows)), 16 if columns <= 4096 else 32
+    block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
     if kernel == "experts_first":
         block_n = 64  # every program routes, so that there should be few
-    return Tile(
-        block_m=min(32, bucket(num_rows)),
-        block_n=block_n,
-        block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
-        num_warps=2 if block_n == 16 and kernel != "out" else 4,
-        # As many as fit beside the splits that `out` adds up, which are fewer the fewer rows there are.
-        num_stages=4 if kernel != "out" else 7 if num_rows <= 4 else 5,
-    )
+    # Few programs that each add up many channels: what they have under way decides.
+    is_long = kernel == "experts_second" or (kernel == "down" and num_rows > MOST_SPLIT)
+    if is_long:
+        block_k = 256 if num_rows <= 16 and block_n == 16 else 128
+    num_warps = 2 if block_n == 16 and kernel != "out" and not (kernel == "down" and is_long) else 4
+    if kernel in ("gate_up", "experts_first"):  # whose programs are many
+        return Tile(block_m, block_n, block_k, num_warps)
+    # Rows are in float32 where a stream or splits are added up, which have as many bytes as 16 rows together, or 24.
+    rows_bytes = {"qkv": 4 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
+    stage_bytes = block_k * (rows_bytes.get(kernel, weight_bytes * block_m) + weight_bytes * block_n)
+    return Tile(block_m, block_n, block_k, num_warps, num_stages=min(7, 1 + LEAST_SHARED // stage_bytes))
 
 
 def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:
@@ -108,7 +122,7 @@ def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:
     return f"{kernel}/{columns}x{channels}/{bucket(num_rows)}"
 
 
-def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = "") -> Tile:
+def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = "", *, weight_bytes: int = 2) -> Tile:
     """The tile of a product, cut to what divides it.
 
     Args:
@@ -117,10 +131,12 @@ def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = 
         channels: K, a multiple of 16.
         num_rows: M.
         device: its name, as CUDA tells it.
+        weight_bytes: of one weight.
     """
     tile = _forced.get(kernel)
     if tile is None:
-        tile = read_table(device)[1].get(key(kernel, columns, channels, num_rows)) or default(kernel, columns, num_rows)
+        tile = read_table(device)[1].get(key(kernel, columns, channels, num_rows))
+        tile = tile or default(kernel, columns, num_rows, weight_bytes)
         # All who read the stream pay for its terms, which is worth while for few rows.
         tile = replace(tile, is_split=kernel == "down" and num_rows <= MOST_SPLIT)
     return replace(tile, block_n=math.gcd(columns, tile.block_n), block_k=math.gcd(channels, tile.block_k))

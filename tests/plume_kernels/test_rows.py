@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
 from plume_kernels.rows import LANES, add_squares, sum_of_lanes
