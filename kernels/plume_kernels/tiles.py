@@ -95,10 +95,9 @@ def default(kernel: str, columns: int, num_rows: int, weight_bytes: int = 2) -> 
         num_rows: M.
         weight_bytes: of one weight.
     """
-    block_m, block_n = min(32, bucket(num_rows)), 16 if columns <= 4096 else 32
+    block_m = min(32, bucket(num_rows))
+    block_n = 16 if columns <= 4096 and kernel != "experts_first" else 32  # which each expert has programs of
     block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
-    if kernel == "experts_first":
-        block_n = 64  # every program routes, so that there should be few
     # Few programs that each add up many channels: what they have under way decides.
     is_long = kernel == "experts_second" or (kernel == "down" and num_rows > MOST_SPLIT)
     if is_long:
