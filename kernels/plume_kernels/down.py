@@ -36,8 +36,9 @@ def _down_kernel(
     mask_m = rows < num_rows
     offs_k = tl.arange(0, BLOCK_K)
     if PDL:
-        LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT  # the shortest segment
-        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER, LAST)
+        # A kilobyte of each row, since the kernel before keeps the memory busy; no segment is shorter.
+        LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT
+        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER, 512 if LAST > 512 else LAST)
         wait()
 
     place = rows[:, None] * D + cols[None, :]

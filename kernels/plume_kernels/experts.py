@@ -72,7 +72,7 @@ def _second_kernel(
     mask_m = rows < num_rows
     offs_k = tl.arange(0, BLOCK_K)
     if PDL:
-        prefetch(weight_ptr, cols, INNER, INNER)
+        prefetch(weight_ptr, cols, INNER, INNER)  # of the first expert, the shared one, which all rows need
         wait()
 
     offs = rows[:, None] * stride_state + cols[None, :]

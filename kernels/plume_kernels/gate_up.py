@@ -30,8 +30,9 @@ def _gate_up_kernel(
 ):  # fmt: skip
     first = tl.program_id(1) * BLOCK_N
     if PDL:
-        prefetch(weight_ptr, first + tl.arange(0, BLOCK_N), D, D)
-        prefetch(weight_ptr, INNER + first + tl.arange(0, BLOCK_N), D, D)
+        # Half of all, which fits L2 beside what the kernels before ask for.
+        prefetch(weight_ptr, first + tl.arange(0, BLOCK_N), D, D // 2)
+        prefetch(weight_ptr, INNER + first + tl.arange(0, BLOCK_N), D, D // 2)
         wait()
     gate, up = normed_products(
         x_ptr, norm_ptr, weight_ptr, num_rows, first, INNER, eps, D, 1, FEW, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST

@@ -7,6 +7,7 @@ cycles              stall counts of one iteration of a loop, of one warp, which 
 chain               cycles with waits x iterations of all loops of a program, one after the other
 waiting loads       loads of an iteration that are not asked for ahead, each of which is waited for
 in flight           bytes of weights that a busy multiprocessor has asked for at any time
+before              share of its weights that a program asks for before it waits, with dependent launch
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from plume_eval.report import markdown_table
 from plume_kernels import MODULES, tiles
 from plume_kernels.cases import Shapes, arguments
 from plume_kernels.compiling import compile_call, note, resources
-from plume_kernels.launch import Call
+from plume_kernels.launch import Call, dependent
 from plume_kernels.machine_code import Loop, disassemble, loops, parse
 
 #: An H100 or H200: multiprocessors, and what each has.
@@ -55,6 +56,7 @@ class Entry:
     """Cycles without and with waits, and iterations, of each; of all instructions where there is none."""
     waiting_loads: int
     in_flight_bytes: float
+    share_before: float
 
     @property
     def chain_us(self) -> float:
@@ -77,24 +79,29 @@ def audit(shapes: Shapes, batch_sizes: Sequence[int], *, context: int = 300, num
         own = replace(shapes, num_terms=terms)
         args = arguments(own, [context] * batch_size, num_slots=num_slots, dtype=torch.bfloat16, device="meta")
         for name in MODULES:
-            calls = note(partial(plume_kernels.kernel(name), *args[name]))
-            found += [read(call, shapes, batch_size) for call in calls]
+            work = partial(plume_kernels.kernel(name), *args[name])
+            with dependent():
+                waiting = note(work)
+            found += [read(*pair, shapes, batch_size) for pair in zip(note(work), waiting, strict=True)]
     return found
 
 
-def read(call: Call, shapes: Shapes, batch_size: int) -> Entry:
-    """Compile and read one launch."""
+def read(call: Call, waiting: Call, shapes: Shapes, batch_size: int) -> Entry:
+    """Compile and read one launch, by itself and as a dependent one."""
     compiled = compile_call(call)
     taken, programs, warps = resources(compiled), math.prod(call.grid), call.options["num_warps"]
     at_a_time = resident(warps, taken.registers, taken.shared_bytes)
     instructions, labels = parse(disassemble(compiled))
     own = loops(instructions, labels)
     name = call.kernel.fn.__name__
-    iterations = num_iterations(name, call.constants, chosen(shapes, batch_size)) if own else 1
+    all_iterations = num_iterations(name, call.constants, chosen(shapes, batch_size))
+    iterations = all_iterations if own else 1
     own = own or [Loop(tuple(instructions))]  # it was unrolled, or there is none
     busy = programs
     if name == "_first_kernel":  # those of experts that no row has chosen end at once
         busy = programs * chosen(shapes, batch_size) // call.grid[2]
+    all_bytes = all_iterations * weight_bytes(name, call.constants)
+    asked = 128 * 32 * warps * compile_call(waiting).asm["ptx"].count("prefetch.global.L2")  # a line for each thread
     together = min(at_a_time, max(1.0, busy / MULTIPROCESSORS))
     return Entry(
         kernel=NAMES.get(name, name.strip("_").removesuffix("_kernel")),
@@ -109,6 +116,7 @@ def read(call: Call, shapes: Shapes, batch_size: int) -> Entry:
         loops=tuple((one.cycles, one.cycles_with_waits, iterations) for one in own),
         waiting_loads=sum(one.count("LDG") for one in own),
         in_flight_bytes=(call.options["num_stages"] - 1) * weight_bytes(name, call.constants) * together,
+        share_before=asked / all_bytes if all_bytes else 0.0,
     )
 
 
@@ -162,7 +170,7 @@ def table(entries: Sequence[Entry]) -> str:
     """What was read, as Markdown."""
     columns = [
         "kernel", "batch", "programs", "warps", "registers", "stack, B", "shared, KB", "at a time", "waves",
-        "cycles x iterations", "chain, us", "waiting loads", "in flight, KB",
+        "cycles x iterations", "chain, us", "waiting loads", "in flight, KB", "before",
     ]  # fmt: skip
     lines = [
         [
@@ -170,6 +178,7 @@ def table(entries: Sequence[Entry]) -> str:
             f"{one.shared_bytes / 1024:.0f}", one.at_a_time, one.waves,
             " + ".join(f"{least:,}/{cycles:,} x {iterations}" for least, cycles, iterations in one.loops),
             f"{one.chain_us:.1f}", one.waiting_loads, f"{one.in_flight_bytes / 1024:.0f}",
+            f"{one.share_before:.0%}",
         ]
         for one in entries
     ]  # fmt: skip
