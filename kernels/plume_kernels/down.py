@@ -59,7 +59,7 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     (num_rows, width), inner_width = x.shape, inner.shape[1]
     contiguous(inner, weight, x)
     device = tiles.device_name(x)
-    tile = tiles.find("down", width, inner_width, num_rows, device, weight_bytes=weight.element_size())
+    tile = tiles.find("down", width, inner_width, num_rows, device)
     terms, segments = tiles.num_terms(width, inner_width, num_rows, device), tiles.num_segments(inner_width)
     stream = x.new_empty(terms, num_rows, width, dtype=torch.float32)
     launch(

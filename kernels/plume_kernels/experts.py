@@ -119,7 +119,7 @@ def experts_first(
     contiguous(weight, bias)
     inner = state.new_empty(num_experts, num_rows, inner_width)
     device = tiles.device_name(state)
-    tile = tiles.find("experts_first", inner_width, width, 1, device, weight_bytes=weight.element_size())
+    tile = tiles.find("experts_first", inner_width, width, 1, device)
     launch(
         _first_kernel,
         (triton.cdiv(num_rows, 16), inner_width // tile.block_n, num_experts),
@@ -136,9 +136,7 @@ def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor
     width = state.shape[1]
     contiguous(inner, weights, weight, bias)
     assert state.stride(1) == 1
-    tile = tiles.find(
-        "experts_second", width, inner_width, 1, tiles.device_name(state), weight_bytes=weight.element_size()
-    )
+    tile = tiles.find("experts_second", width, inner_width, 1, tiles.device_name(state))
     following = torch.empty(num_rows, width, dtype=state.dtype, device=state.device)
     launch(
         _second_kernel,

@@ -48,7 +48,7 @@ def gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     """See `plume.definitions.gate_up`."""
     (num_rows, width), inner_width = x.shape, len(weight) // 2
     contiguous(x, norm, weight)
-    tile = tiles.find("gate_up", inner_width, width, num_rows, tiles.device_name(x), weight_bytes=weight.element_size())
+    tile = tiles.find("gate_up", inner_width, width, num_rows, tiles.device_name(x))
     inner = torch.empty(num_rows, inner_width, dtype=weight.dtype, device=weight.device)
     launch(
         _gate_up_kernel,

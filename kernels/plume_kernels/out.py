@@ -145,9 +145,7 @@ def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
     attended = outputs
     if num_splits > MOST_SPLITS or num_rows * num_splits > MOST_MERGED:
         attended, num_splits = combine(outputs, lse, weight.dtype), 0
-    tile = tiles.find(
-        "out", width, num_heads * channels, num_rows, tiles.device_name(stream), weight_bytes=weight.element_size()
-    )
+    tile = tiles.find("out", width, num_heads * channels, num_rows, tiles.device_name(stream))
     x = stream.new_empty(num_rows, width, dtype=torch.float32)
     launch(
         _out_kernel,

@@ -92,9 +92,7 @@ def qkv(
     (terms, num_rows, width), (_, _, groups, num_slots, channels) = stream.shape, kv.shape
     num_heads = len(weight) // channels - 2 * groups
     contiguous(stream, norm, weight, bias, positions, inverse_frequencies, mask, lengths, kv[0, 0])
-    tile = tiles.find(
-        "qkv", len(weight), width, num_rows, tiles.device_name(stream), weight_bytes=weight.element_size()
-    )
+    tile = tiles.find("qkv", len(weight), width, num_rows, tiles.device_name(stream))
     block_n = math.gcd(channels // 2, max(8, tile.block_n // 2))
     queries = torch.empty(num_rows, num_heads, channels, dtype=weight.dtype, device=weight.device)
     grid = triton.cdiv(num_rows, tile.block_m), len(weight) // 2 // block_n

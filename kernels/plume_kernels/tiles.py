@@ -31,7 +31,7 @@ LARGEST_ROWS = 64
 #: Rows up to which `down` is split.
 MOST_SPLIT = 4
 
-#: Bytes of shared memory that stages of a default tile may take, so that all of it fits devices from 8.6 on.
+#: Bytes of shared memory that the stages of a default tile may take in bfloat16, so that all fits devices from 8.6 on.
 LEAST_SHARED = 88 * 1024
 
 #: Buckets of rows in the tables.
@@ -86,15 +86,8 @@ def num_segments(channels: int) -> int:
     return math.ceil(channels / segment(channels))
 
 
-def default(kernel: str, columns: int, num_rows: int, weight_bytes: int = 2) -> Tile:
-    """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that.
-
-    Args:
-        kernel: the module's name.
-        columns: N.
-        num_rows: M.
-        weight_bytes: of one weight.
-    """
+def default(kernel: str, columns: int, num_rows: int) -> Tile:
+    """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
     block_m = min(32, bucket(num_rows))
     block_n = 16 if columns <= 4096 and kernel != "experts_first" else 32  # which each expert has programs of
     block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
@@ -103,11 +96,11 @@ def default(kernel: str, columns: int, num_rows: int, weight_bytes: int = 2) -> 
     if is_long:
         block_k = 256 if num_rows <= 16 and block_n == 16 else 128
     num_warps = 2 if block_n == 16 and kernel != "out" and not (kernel == "down" and is_long) else 4
-    if kernel in ("gate_up", "experts_first"):  # whose programs are many
+    if not is_long and kernel not in ("qkv", "out"):  # programs are many, and more of them fit with fewer stages
         return Tile(block_m, block_n, block_k, num_warps)
-    # Rows are in float32 where a stream or splits are added up, which have as many bytes as 16 rows together, or 24.
+    # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24.
     rows_bytes = {"qkv": 4 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
-    stage_bytes = block_k * (rows_bytes.get(kernel, weight_bytes * block_m) + weight_bytes * block_n)
+    stage_bytes = block_k * (rows_bytes.get(kernel, 2 * block_m) + 2 * block_n)
     return Tile(block_m, block_n, block_k, num_warps, num_stages=min(7, 1 + LEAST_SHARED // stage_bytes))
 
 
@@ -121,7 +114,7 @@ def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:
     return f"{kernel}/{columns}x{channels}/{bucket(num_rows)}"
 
 
-def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = "", *, weight_bytes: int = 2) -> Tile:
+def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = "") -> Tile:
     """The tile of a product, cut to what divides it.
 
     Args:
@@ -130,12 +123,10 @@ def find(kernel: str, columns: int, channels: int, num_rows: int, device: str = 
         channels: K, a multiple of 16.
         num_rows: M.
         device: its name, as CUDA tells it.
-        weight_bytes: of one weight.
     """
     tile = _forced.get(kernel)
     if tile is None:
-        tile = read_table(device)[1].get(key(kernel, columns, channels, num_rows))
-        tile = tile or default(kernel, columns, num_rows, weight_bytes)
+        tile = read_table(device)[1].get(key(kernel, columns, channels, num_rows)) or default(kernel, columns, num_rows)
         # All who read the stream pay for its terms, which is worth while for few rows.
         tile = replace(tile, is_split=kernel == "down" and num_rows <= MOST_SPLIT)
     return replace(tile, block_n=math.gcd(columns, tile.block_n), block_k=math.gcd(channels, tile.block_k))
