@@ -4,11 +4,14 @@
 
 Defined by `plume.definitions.down`. The channels are added up in segments of fixed size
 (`plume_kernels.tiles.segment`). With few rows a program takes one segment, and the stream is left in as many terms,
-which whoever reads it adds up; with many, a program takes all of them. The order of additions is the same, so both
-give the same bits.
+which whoever reads it adds up; with many, a program takes all of them, side by side. The order of additions is the
+same, so both give the same bits.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -43,14 +46,33 @@ def _down_kernel(
 
     place = rows[:, None] * D + cols[None, :]
     total = tl.where(term == 0, tl.load(x_ptr + place, mask=mask_m[:, None], other=0.0), 0.0)
-    for own in range(0, SEGMENTS):
-        start = (term * SEGMENTS + own) * SEGMENT
+    if SEGMENTS == 1:
+        start = term * SEGMENT
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(start, tl.minimum(start + SEGMENT, INNER), BLOCK_K):
             w = load_weight(weight_ptr, cols, k + offs_k, INNER, UPCAST)
             inner = tl.load(inner_ptr + rows[:, None] * INNER + (k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
             acc = tl.dot(inner.to(w.dtype), w, acc, input_precision="ieee")
         total += acc
+    else:
+        # All segments at once: sums that need not wait for each other, which a warp or two of each take.
+        S: tl.constexpr = 4 if SEGMENTS > 2 else 2
+        segments = tl.arange(0, S)
+        sums = tl.zeros((S, BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, SEGMENT, BLOCK_K):
+            ks = segments[:, None] * SEGMENT + k + offs_k[None, :]  # [S, k]
+            is_within = segments * SEGMENT + k < INNER  # the last is shorter
+            w = tl.load(
+                weight_ptr + cols[None, None, :] * INNER + ks[:, :, None], mask=is_within[:, None, None], other=0.0
+            )
+            mask = mask_m[None, :, None] & is_within[:, None, None]
+            inner = tl.load(inner_ptr + rows[None, :, None] * INNER + ks[:, None, :], mask=mask, other=0.0)
+            if UPCAST:
+                w = w.to(tl.float32)
+            added = tl.dot(inner.to(w.dtype), w, sums, input_precision="ieee")
+            sums = tl.where(is_within[:, None, None], added, sums)
+        for own in tl.static_range(SEGMENTS):
+            total += tl.sum(tl.where((segments == own)[:, None, None], sums, 0.0), axis=0)
     tl.store(stream_ptr + term * num_rows * D + place, total, mask=mask_m[:, None])
 
 
@@ -61,13 +83,17 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     device = tiles.device_name(x)
     tile = tiles.find("down", width, inner_width, num_rows, device)
     terms, segments = tiles.num_terms(width, inner_width, num_rows, device), tiles.num_segments(inner_width)
+    segment = tiles.segment(inner_width)
+    if terms < segments:  # a table's tile may be meant for one segment
+        stage_bytes = 4 * tile.block_k * (tile.block_m + tile.block_n) * weight.element_size()
+        tile = replace(tile, num_stages=tiles.deepest(stage_bytes, tile.num_stages))
     stream = x.new_empty(terms, num_rows, width, dtype=torch.float32)
     launch(
         _down_kernel,
         (triton.cdiv(num_rows, tile.block_m), width // tile.block_n, terms),
         (inner, weight, x, stream, num_rows),
         tile,
-        D=width, INNER=inner_width, SEGMENT=tiles.segment(inner_width), SEGMENTS=segments // terms,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        D=width, INNER=inner_width, SEGMENT=segment, SEGMENTS=segments // terms,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=math.gcd(tile.block_k, inner_width % segment),
     )  # fmt: skip
     return stream

@@ -86,22 +86,29 @@ def num_segments(channels: int) -> int:
     return math.ceil(channels / segment(channels))
 
 
+def deepest(stage_bytes: int, most: int) -> int:
+    """Stages of so many bytes that fit, two at least."""
+    return min(most, max(2, 1 + LEAST_SHARED // stage_bytes))
+
+
 def default(kernel: str, columns: int, num_rows: int) -> Tile:
     """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
     block_m = min(32, bucket(num_rows))
     block_n = 16 if columns <= 4096 and kernel != "experts_first" else 32  # which each expert has programs of
     block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
-    # Few programs that each add up many channels: what they have under way decides.
-    is_long = kernel == "experts_second" or (kernel == "down" and num_rows > MOST_SPLIT)
-    if is_long:
-        block_k = 256 if num_rows <= 16 and block_n == 16 else 128
-    num_warps = 2 if block_n == 16 and kernel != "out" and not (kernel == "down" and is_long) else 4
-    if not is_long and kernel not in ("qkv", "out"):  # programs are many, and more of them fit with fewer stages
+    num_warps = 2 if block_n == 16 and kernel != "out" else 4
+    if kernel in ("gate_up", "experts_first"):  # programs are many, and more of them fit with fewer stages
         return Tile(block_m, block_n, block_k, num_warps)
+    at_once = 1
+    if kernel == "experts_second":
+        block_k = 256 if block_n == 16 else 128
+    elif kernel == "down":
+        at_once = 1 if num_rows <= MOST_SPLIT else 4  # segments, which go to different warps
+        block_k, num_warps = 64, 4 if num_rows <= 16 else 8
     # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24.
     rows_bytes = {"qkv": 4 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
-    stage_bytes = block_k * (rows_bytes.get(kernel, 2 * block_m) + 2 * block_n)
-    return Tile(block_m, block_n, block_k, num_warps, num_stages=min(7, 1 + LEAST_SHARED // stage_bytes))
+    stage_bytes = at_once * block_k * (rows_bytes.get(kernel, 2 * block_m) + 2 * block_n)
+    return Tile(block_m, block_n, block_k, num_warps, num_stages=deepest(stage_bytes, 7))
 
 
 def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:

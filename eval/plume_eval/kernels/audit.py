@@ -148,7 +148,7 @@ def num_iterations(name: str, constants: dict[str, Any], num_chosen: int) -> int
     if name == "_combine_kernel":
         return one["Z"]
     if name == "_down_kernel":
-        return math.ceil(min(one["SEGMENTS"] * one["SEGMENT"], one["INNER"]) / one["BLOCK_K"])
+        return one["SEGMENT"] // one["BLOCK_K"]
     if name == "_second_kernel":
         return num_chosen * one["INNER"] // one["BLOCK_K"]
     return one["D"] // one["BLOCK_K"] if "BLOCK_K" in one else 1
@@ -163,7 +163,8 @@ def weight_bytes(name: str, constants: dict[str, Any]) -> int:
         return 2 * one["BLOCK_N"] * one["C"]
     if "BLOCK_N" not in one:
         return 0
-    return 2 * one["BLOCK_N"] * one["BLOCK_K"] * (2 if name in ("_qkv_kernel", "_gate_up_kernel") else 1)
+    tiles_at_once = {"_qkv_kernel": 2, "_gate_up_kernel": 2, "_down_kernel": one.get("SEGMENTS")}.get(name, 1)
+    return 2 * one["BLOCK_N"] * one["BLOCK_K"] * tiles_at_once
 
 
 def table(entries: Sequence[Entry]) -> str:
