@@ -10,7 +10,6 @@ same, so both give the same bits.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, prefetch, wait
-from plume_kernels.rows import load_weight
+from plume_kernels.rows import add_segments
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -37,7 +36,6 @@ def _down_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     term = tl.program_id(2)
     mask_m = rows < num_rows
-    offs_k = tl.arange(0, BLOCK_K)
     if PDL:
         # A kilobyte of each row, since the kernel before keeps the memory busy; no segment is shorter.
         LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT
@@ -46,33 +44,12 @@ def _down_kernel(
 
     place = rows[:, None] * D + cols[None, :]
     total = tl.where(term == 0, tl.load(x_ptr + place, mask=mask_m[:, None], other=0.0), 0.0)
-    if SEGMENTS == 1:
-        start = term * SEGMENT
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(start, tl.minimum(start + SEGMENT, INNER), BLOCK_K):
-            w = load_weight(weight_ptr, cols, k + offs_k, INNER, UPCAST)
-            inner = tl.load(inner_ptr + rows[:, None] * INNER + (k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
-            acc = tl.dot(inner.to(w.dtype), w, acc, input_precision="ieee")
-        total += acc
-    else:
-        # All segments at once: sums that need not wait for each other, which a warp or two of each take.
-        S: tl.constexpr = 4 if SEGMENTS > 2 else 2
-        segments = tl.arange(0, S)
-        sums = tl.zeros((S, BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, SEGMENT, BLOCK_K):
-            ks = segments[:, None] * SEGMENT + k + offs_k[None, :]  # [S, k]
-            is_within = segments * SEGMENT + k < INNER  # the last is shorter
-            w = tl.load(
-                weight_ptr + cols[None, None, :] * INNER + ks[:, :, None], mask=is_within[:, None, None], other=0.0
-            )
-            mask = mask_m[None, :, None] & is_within[:, None, None]
-            inner = tl.load(inner_ptr + rows[None, :, None] * INNER + ks[:, None, :], mask=mask, other=0.0)
-            if UPCAST:
-                w = w.to(tl.float32)
-            added = tl.dot(inner.to(w.dtype), w, sums, input_precision="ieee")
-            sums = tl.where(is_within[:, None, None], added, sums)
-        for own in tl.static_range(SEGMENTS):
-            total += tl.sum(tl.where((segments == own)[:, None, None], sums, 0.0), axis=0)
+    start = term * SEGMENTS * SEGMENT
+    end = tl.minimum(start + SEGMENTS * SEGMENT, INNER)
+    total = add_segments(
+        total, inner_ptr, weight_ptr, rows, cols, mask_m, start, end,
+        INNER, SEGMENT, SEGMENTS, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+    )  # fmt: skip
     tl.store(stream_ptr + term * num_rows * D + place, total, mask=mask_m[:, None])
 
 
@@ -83,7 +60,6 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     device = tiles.device_name(x)
     tile = tiles.find("down", width, inner_width, num_rows, device)
     terms, segments = tiles.num_terms(width, inner_width, num_rows, device), tiles.num_segments(inner_width)
-    segment = tiles.segment(inner_width)
     if terms < segments:  # a table's tile may be meant for one segment
         stage_bytes = 4 * tile.block_k * (tile.block_m + tile.block_n) * weight.element_size()
         tile = replace(tile, num_stages=tiles.deepest(stage_bytes, tile.num_stages))
@@ -93,7 +69,7 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         (triton.cdiv(num_rows, tile.block_m), width // tile.block_n, terms),
         (inner, weight, x, stream, num_rows),
         tile,
-        D=width, INNER=inner_width, SEGMENT=segment, SEGMENTS=segments // terms,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=math.gcd(tile.block_k, inner_width % segment),
+        D=width, INNER=inner_width, SEGMENT=tiles.segment(inner_width), SEGMENTS=segments // terms,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tiles.within_segments(tile.block_k, inner_width),
     )  # fmt: skip
     return stream

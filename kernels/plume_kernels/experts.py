@@ -20,7 +20,7 @@ from torch import Tensor
 from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, prefetch, wait
 from plume_kernels.routing import route
-from plume_kernels.rows import load_weight
+from plume_kernels.rows import add_segments, load_weight
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -64,13 +64,12 @@ def _second_kernel(
     weight_ptr, bias_ptr,  # [X D, I], [X D]
     next_ptr,  # [B, D]
     num_rows, stride_state,
-    D: tl.constexpr, INNER: tl.constexpr, EXPERTS: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, EXPERTS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = rows < num_rows
-    offs_k = tl.arange(0, BLOCK_K)
     if PDL:
         prefetch(weight_ptr, cols, INNER, INNER)  # of the first expert, the shared one, which all rows need
         wait()
@@ -80,13 +79,11 @@ def _second_kernel(
     for expert in range(0, EXPERTS):
         own = tl.load(weights_ptr + rows * EXPERTS + expert, mask=mask_m, other=0.0)
         if tl.sum((own > 0).to(tl.int32), axis=0) > 0:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, INNER, BLOCK_K):
-                ks = k + offs_k
-                w = load_weight(weight_ptr + expert * D * INNER, cols, ks, INNER, UPCAST)
-                place = inner_ptr + (expert * num_rows + rows[:, None]) * INNER + ks[None, :]
-                inner = tl.load(place, mask=mask_m[:, None], other=0.0)
-                acc = tl.dot(inner.to(w.dtype), w, acc, input_precision="ieee")
+            acc = add_segments(
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                inner_ptr + expert * num_rows * INNER, weight_ptr + expert * D * INNER, rows, cols, mask_m, 0, INNER,
+                INNER, SEGMENT, SEGMENTS, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+            )  # fmt: skip
             acc += tl.load(bias_ptr + expert * D + cols).to(tl.float32)[None, :]
             total += own[:, None] * acc
     target = next_ptr + rows[:, None] * D + cols[None, :]
@@ -144,6 +141,7 @@ def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor
         (state, inner, weights, weight, bias, following, num_rows, state.stride(0)),
         tile,
         D=width, INNER=inner_width, EXPERTS=num_experts,
-        BLOCK_M=16, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        SEGMENT=tiles.segment(inner_width), SEGMENTS=tiles.num_segments(inner_width),
+        BLOCK_M=16, BLOCK_N=tile.block_n, BLOCK_K=tiles.within_segments(tile.block_k, inner_width),
     )  # fmt: skip
     return following

@@ -42,6 +42,43 @@ def load_weight(weight_ptr, offs_n, offs_k, K: tl.constexpr, UPCAST: tl.constexp
 
 
 @triton.jit
+def add_segments(
+    total, x_ptr, weight_ptr, rows, cols, mask_m, start, end,
+    K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile `[M, n]` with the products of x `[M, K]` and a weight `[N, K]`, added up in segments, one after the other.
+
+    Of the channels from `start` to `end`, so that the last segment may be shorter. With more than one segment they are
+    worked on side by side, by different warps: within one, each product waits for the one before.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    if SEGMENTS == 1:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(start, end, BLOCK_K):
+            w = load_weight(weight_ptr, cols, k + offs_k, K, UPCAST)
+            x = tl.load(x_ptr + rows[:, None] * K + (k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
+            acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+        total += acc
+    else:
+        S: tl.constexpr = 4 if SEGMENTS > 2 else 2
+        segments = tl.arange(0, S)
+        sums = tl.zeros((S, BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(start, start + SEGMENT, BLOCK_K):
+            ks = segments[:, None] * SEGMENT + k + offs_k[None, :]  # [S, k]
+            is_within = (segments * SEGMENT + k < end)[:, None, None]
+            w = tl.load(weight_ptr + cols[None, None, :] * K + ks[:, :, None], mask=is_within, other=0.0)
+            mask = mask_m[None, :, None] & is_within
+            x = tl.load(x_ptr + rows[None, :, None] * K + ks[:, None, :], mask=mask, other=0.0)
+            if UPCAST:
+                w = w.to(tl.float32)
+            sums = tl.where(is_within, tl.dot(x.to(w.dtype), w, sums, input_precision="ieee"), sums)
+        for own in tl.static_range(SEGMENTS):
+            total += tl.sum(tl.where((segments == own)[:, None, None], sums, 0.0), axis=0)
+    return total
+
+
+@triton.jit
 def add_squares(lanes, x, start):
     """Sums of squares by channel modulo 128, `[R, 128]`, with those of k more channels, `[R, k]`, from `start` on.
 

@@ -72,7 +72,7 @@ def few(num_rows: int, block_m: int) -> int:
 
 
 def segment(channels: int) -> int:
-    """Channels that `down` adds up before it adds the sums: a quarter, in multiples of 256.
+    """Channels that `down` and `experts_second` add up before they add the sums: a quarter, in multiples of 256.
 
     Example:
         >>> segment(8960), segment(18944), segment(128)
@@ -84,6 +84,11 @@ def segment(channels: int) -> int:
 def num_segments(channels: int) -> int:
     """Segments of so many channels."""
     return math.ceil(channels / segment(channels))
+
+
+def within_segments(block_k: int, channels: int) -> int:
+    """Channels at a time that divide every segment, the last one too."""
+    return math.gcd(block_k, channels % segment(channels))
 
 
 def deepest(stage_bytes: int, most: int) -> int:
@@ -100,10 +105,8 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
     if kernel in ("gate_up", "experts_first"):  # programs are many, and more of them fit with fewer stages
         return Tile(block_m, block_n, block_k, num_warps)
     at_once = 1
-    if kernel == "experts_second":
-        block_k = 256 if block_n == 16 else 128
-    elif kernel == "down":
-        at_once = 1 if num_rows <= MOST_SPLIT else 4  # segments, which go to different warps
+    if kernel in ("down", "experts_second"):
+        at_once = 1 if kernel == "down" and num_rows <= MOST_SPLIT else 4  # segments, which go to different warps
         block_k, num_warps = 64, 4 if num_rows <= 16 else 8
     # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24.
     rows_bytes = {"qkv": 4 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}

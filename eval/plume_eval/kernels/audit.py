@@ -94,13 +94,13 @@ def read(call: Call, waiting: Call, shapes: Shapes, batch_size: int) -> Entry:
     instructions, labels = parse(disassemble(compiled))
     own = loops(instructions, labels)
     name = call.kernel.fn.__name__
-    all_iterations = num_iterations(name, call.constants, chosen(shapes, batch_size))
-    iterations = all_iterations if own else 1
-    own = own or [Loop(tuple(instructions))]  # it was unrolled, or there is none
+    iterations = num_iterations(name, call.constants, chosen(shapes, batch_size))
+    is_straight = not own  # there is no loop, or all of it is unrolled
+    own = own or [Loop(tuple(instructions))]
     busy = programs
     if name == "_first_kernel":  # those of experts that no row has chosen end at once
         busy = programs * chosen(shapes, batch_size) // call.grid[2]
-    all_bytes = all_iterations * weight_bytes(name, call.constants)
+    all_bytes = iterations * weight_bytes(name, call.constants)
     asked = 128 * 32 * warps * compile_call(waiting).asm["ptx"].count("prefetch.global.L2")  # a line for each thread
     together = min(at_a_time, max(1.0, busy / MULTIPROCESSORS))
     return Entry(
@@ -113,7 +113,14 @@ def read(call: Call, waiting: Call, shapes: Shapes, batch_size: int) -> Entry:
         shared_bytes=taken.shared_bytes,
         at_a_time=at_a_time,
         waves=math.ceil(programs / at_a_time / MULTIPROCESSORS),
-        loops=tuple((one.cycles, one.cycles_with_waits, iterations) for one in own),
+        loops=tuple(
+            (
+                one.cycles,
+                one.cycles_with_waits,
+                1 if is_straight else max(1, iterations // unrolled(one, name, call.constants, warps)),
+            )
+            for one in own
+        ),
         waiting_loads=sum(one.count("LDG") for one in own),
         in_flight_bytes=(call.options["num_stages"] - 1) * weight_bytes(name, call.constants) * together,
         share_before=asked / all_bytes if all_bytes else 0.0,
@@ -150,21 +157,34 @@ def num_iterations(name: str, constants: dict[str, Any], num_chosen: int) -> int
     if name == "_down_kernel":
         return one["SEGMENT"] // one["BLOCK_K"]
     if name == "_second_kernel":
-        return num_chosen * one["INNER"] // one["BLOCK_K"]
+        return num_chosen * one["SEGMENT"] // one["BLOCK_K"]
     return one["D"] // one["BLOCK_K"] if "BLOCK_K" in one else 1
+
+
+def tile_size(name: str, constants: dict[str, Any]) -> tuple[int, int]:
+    """Columns and channels of the weights that an iteration takes; none where there is no product with a weight."""
+    one = constants
+    if name == "_attention_kernel":
+        return 2 * one["BLOCK_L"], one["C"]
+    if "BLOCK_N" not in one:
+        return 0, 0
+    at_once = one.get("SEGMENTS", 2 if name in ("_qkv_kernel", "_gate_up_kernel") else 1)
+    return at_once * one["BLOCK_N"], one["BLOCK_K"] if "BLOCK_K" in one else one["C"]
 
 
 def weight_bytes(name: str, constants: dict[str, Any]) -> int:
     """Bytes of weights, or of keys and values, that an iteration asks for."""
-    one = constants
-    if name == "_attention_kernel":
-        return 2 * 2 * one["BLOCK_L"] * one["C"]
-    if name == "_out_kernel":
-        return 2 * one["BLOCK_N"] * one["C"]
-    if "BLOCK_N" not in one:
-        return 0
-    tiles_at_once = {"_qkv_kernel": 2, "_gate_up_kernel": 2, "_down_kernel": one.get("SEGMENTS")}.get(name, 1)
-    return 2 * one["BLOCK_N"] * one["BLOCK_K"] * tiles_at_once
+    columns, channels = tile_size(name, constants)
+    return 2 * columns * channels
+
+
+def unrolled(loop: Loop, name: str, constants: dict[str, Any], warps: int) -> int:
+    """Iterations of the source in one of the machine code, told by its matrix instructions, of 16 x 8 x 16 each."""
+    columns, channels = tile_size(name, constants)
+    if name == "_attention_kernel" or not columns:
+        return 1
+    expected = channels / 16 * max(1, columns / 8 * constants["BLOCK_M"] / 16 / warps)
+    return max(1, round(loop.count("HMMA") / expected))
 
 
 def table(entries: Sequence[Entry]) -> str:
