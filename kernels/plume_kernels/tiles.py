@@ -108,8 +108,9 @@ def default(kernel: str, columns: int, num_rows: int) -> Tile:
     if kernel in ("down", "experts_second"):
         at_once = 1 if kernel == "down" and num_rows <= MOST_SPLIT else 4  # segments, which go to different warps
         block_k, num_warps = 64, 4 if num_rows <= 16 else 8
-    # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24.
-    rows_bytes = {"qkv": 4 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
+    # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24. The
+    # norm's scale is loaded for each row of a stream.
+    rows_bytes = {"qkv": 6 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
     stage_bytes = at_once * block_k * (rows_bytes.get(kernel, 2 * block_m) + 2 * block_n)
     return Tile(block_m, block_n, block_k, num_warps, num_stages=deepest(stage_bytes, 7))
 
