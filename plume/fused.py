@@ -1,7 +1,7 @@
 """The text model and the transition adapter in the ops of `plume.ops`: five per layer, two per adapter.
 
-On a GPU each is one kernel. What they compute is what `plume.stack` and `plume.experts` do; those also read prefixes,
-since many tokens are a matter of products that cuBLAS is good at.
+On a GPU each is one kernel, and the adapter's first op two. What they compute is what `plume.stack` and `plume.experts`
+do; those also read prefixes, since many tokens are a matter of products that cuBLAS is good at.
 
 The final norm of a latent step is applied by the adapter's first kernel, which spares a launch. So a state whose pass
 has ended is not written yet when the rollout gets it; it is once the adapter has been called, which is what

@@ -1,6 +1,6 @@
 """Triton kernels of one latent step.
 
-Five launches per layer and two per transition adapter:
+Five launches per layer and three per transition adapter:
 
     qkv        sum of the residual stream, RMSNorm, queries, keys and values, rotation, write to the cache
     attention  decode attention, split over the cache
@@ -8,7 +8,8 @@ Five launches per layer and two per transition adapter:
     gate_up    RMSNorm, gate and up projections, SwiGLU
     down       down projection in fixed segments, residual
 
-    experts    final RMSNorm, LayerNorm, router, top T, first layers; then second layers, gates and residual
+    routing    final RMSNorm, LayerNorm, router, top T
+    experts    first layers; then second layers, gates and residual
 
 What each computes is defined by the function of the same name in `plume/definitions.py`, against which it is tested;
 the launch plan and its figures are in `kernels/README.md`. Importing the package imports no Triton; its modules do.

@@ -4,11 +4,13 @@
 
 Defined by `plume.definitions.down`. The channels are added up in segments of fixed size
 (`plume_kernels.tiles.segment`). With few rows a program takes one segment, and the stream is left in as many terms,
-which whoever reads it adds up; with many, a program takes all of them. The order of additions is the same, so both
-give the same bits.
+which whoever reads it adds up; with many, a program takes all of them, side by side. The order of additions is the
+same, so both give the same bits.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, prefetch, wait
-from plume_kernels.rows import load_weight
+from plume_kernels.rows import add_segments
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -34,22 +36,20 @@ def _down_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     term = tl.program_id(2)
     mask_m = rows < num_rows
-    offs_k = tl.arange(0, BLOCK_K)
     if PDL:
-        LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT  # the shortest segment
-        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER, LAST)
+        # A kilobyte of each row, since the kernel before keeps the memory busy; no segment is shorter.
+        LAST: tl.constexpr = INNER - (INNER - 1) // SEGMENT * SEGMENT
+        prefetch(weight_ptr + term * SEGMENTS * SEGMENT, cols, INNER, 512 if LAST > 512 else LAST)
         wait()
 
     place = rows[:, None] * D + cols[None, :]
     total = tl.where(term == 0, tl.load(x_ptr + place, mask=mask_m[:, None], other=0.0), 0.0)
-    for own in range(0, SEGMENTS):
-        start = (term * SEGMENTS + own) * SEGMENT
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(start, tl.minimum(start + SEGMENT, INNER), BLOCK_K):
-            w = load_weight(weight_ptr, cols, k + offs_k, INNER, UPCAST)
-            inner = tl.load(inner_ptr + rows[:, None] * INNER + (k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
-            acc = tl.dot(inner.to(w.dtype), w, acc, input_precision="ieee")
-        total += acc
+    start = term * SEGMENTS * SEGMENT
+    end = tl.minimum(start + SEGMENTS * SEGMENT, INNER)
+    total = add_segments(
+        total, inner_ptr, weight_ptr, rows, cols, mask_m, start, end,
+        INNER, SEGMENT, SEGMENTS, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+    )  # fmt: skip
     tl.store(stream_ptr + term * num_rows * D + place, total, mask=mask_m[:, None])
 
 
@@ -60,6 +60,9 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     device = tiles.device_name(x)
     tile = tiles.find("down", width, inner_width, num_rows, device)
     terms, segments = tiles.num_terms(width, inner_width, num_rows, device), tiles.num_segments(inner_width)
+    if terms < segments:  # a table's tile may be meant for one segment
+        stage_bytes = 4 * tile.block_k * (tile.block_m + tile.block_n) * weight.element_size()
+        tile = replace(tile, num_stages=tiles.deepest(stage_bytes, tile.num_stages))
     stream = x.new_empty(terms, num_rows, width, dtype=torch.float32)
     launch(
         _down_kernel,
@@ -67,6 +70,6 @@ def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         (inner, weight, x, stream, num_rows),
         tile,
         D=width, INNER=inner_width, SEGMENT=tiles.segment(inner_width), SEGMENTS=segments // terms,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tiles.within_segments(tile.block_k, inner_width),
     )  # fmt: skip
     return stream

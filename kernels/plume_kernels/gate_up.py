@@ -25,23 +25,23 @@ def _gate_up_kernel(
     weight_ptr,  # [2 I, D]
     inner_ptr,  # [M, I]
     num_rows, eps,
-    D: tl.constexpr, INNER: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, FEW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = rows < num_rows
+    first = tl.program_id(1) * BLOCK_N
     if PDL:
-        prefetch(weight_ptr, cols, D, D)
-        prefetch(weight_ptr, INNER + cols, D, D)
+        # Half of all, which fits L2 beside what the kernels before ask for.
+        prefetch(weight_ptr, first + tl.arange(0, BLOCK_N), D, D // 2)
+        prefetch(weight_ptr, INNER + first + tl.arange(0, BLOCK_N), D, D // 2)
         wait()
     gate, up = normed_products(
-        x_ptr, norm_ptr, weight_ptr, rows, mask_m, num_rows, cols, INNER + cols, eps,
-        D, 1, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
-    )  # fmt: skip
+        x_ptr, norm_ptr, weight_ptr, num_rows, first, INNER, eps, D, 1, FEW, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST
+    )
     inner = gate * tl.sigmoid(gate) * up
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = first + tl.arange(0, BLOCK_N)
     target = inner_ptr + rows[:, None] * INNER + cols[None, :]
-    tl.store(target, inner.to(target.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(target, inner.to(target.dtype.element_ty), mask=(rows < num_rows)[:, None])
 
 
 def gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -55,6 +55,7 @@ def gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
         (triton.cdiv(num_rows, tile.block_m), inner_width // tile.block_n),
         (x, norm, weight, inner, num_rows, eps),
         tile,
-        D=width, INNER=inner_width, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        D=width, INNER=inner_width, FEW=tiles.few(num_rows, tile.block_m),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
     return inner

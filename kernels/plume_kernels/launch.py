@@ -91,13 +91,16 @@ def contiguous(*tensors: Tensor | None) -> None:
 
 @triton.jit
 def prefetch(weight_ptr, offs_n, K: tl.constexpr, CHANNELS: tl.constexpr):
-    """Ask for the first lines of rows of a weight `[N, K]`, of so many channels, so that they are in L2 when needed."""
+    """Ask for the first channels of rows of a weight `[N, K]`, so that they are in L2 when needed."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-    lines = tl.arange(0, 8 if CHANNELS >= 8 * LINE else 1) * LINE
-    pointers = weight_ptr + offs_n[:, None] * K + lines[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+    LINES: tl.constexpr = CHANNELS // LINE if CHANNELS >= LINE else 1
+    AT_ONCE: tl.constexpr = 8 if LINES % 8 == 0 else 4 if LINES % 4 == 0 else 1
+    for first in tl.static_range(0, LINES, AT_ONCE):
+        lines = (first + tl.arange(0, AT_ONCE)) * LINE
+        pointers = weight_ptr + offs_n[:, None] * K + lines[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """The splits of attention added up, projected, and added to the residual stream.
 
-    attended = sum over splits of 2^(lse_z - lse) outputs_z,     lse = log2 of the sum of 2^lse_z
+    attended = sum over splits of 2^(lse_z - best) / total outputs_z,     total = sum of 2^(lse_z - best)
     x = sum of the stream's terms + attended Wᵀ
 
-Defined by `plume.definitions.out`. With few rows the projection adds the splits up itself, a head at a time; with
-many, every one of its programs would read them all again, so that a kernel of its own does it before. Both give the
-same bits.
+`best` is the largest lse_z. Defined by `plume.definitions.out`. With few rows the projection adds the splits up
+itself, a head at a time and for real rows only; with many, every one of its programs would read them all again, so that
+a kernel of its own does it before. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plume_kernels import tiles
 from plume_kernels.launch import contiguous, launch, prefetch, wait
-from plume_kernels.rows import load_stream, load_weight
+from plume_kernels.rows import filled_up, load_stream, load_weight
 
 #: Splits, and rows times splits, up to which the projection adds the splits up itself.
 MOST_SPLITS, MOST_MERGED = 4, 16
@@ -30,21 +30,27 @@ def _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H: tl.constexpr):
 
 
 @triton.jit
-def _add_split(
-    outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """The sum of shares, `[M]`, and of outputs weighted by them, `[M, C]`, with one more split."""
-    lse = _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H)
-    share = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
-    offs = ((z * num_rows + rows) * H + head)[:, None] * C + tl.arange(0, C)[None, :]
-    part = tl.load(outputs_ptr + offs, mask=(lse > float("-inf"))[:, None], other=0.0)  # else unwritten
-    return total + share, acc + share[:, None] * part
+def _share(lse, best):
+    """2^(lse - best), `[M]`; zero where a row has no slot in this split, or in any."""
+    return tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
 
 
 @triton.jit
-def _divided(acc, total):
-    """Attention of one head over the whole cache, `[M, C]`; zero where a row has no slot."""
-    return acc / tl.where(total > 0, total, 1.0)[:, None]
+def _reciprocal(total):
+    """1 / total, `[M]`, of rows that have any slot."""
+    return 1.0 / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def _add_split(
+    outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, scale, acc, H: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The sum of outputs, `[M, C]`, with one more split."""
+    lse = _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H)
+    share = (_share(lse, best) * scale)[:, None]
+    offs = ((z * num_rows + rows) * H + head)[:, None] * C + tl.arange(0, C)[None, :]
+    part = tl.load(outputs_ptr + offs, mask=(lse > float("-inf"))[:, None], other=0.0)  # else unwritten
+    return tl.fma(tl.broadcast_to(share, part.shape), part, acc)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -64,9 +70,12 @@ def _combine_kernel(
     for z in range(0, Z):
         best = tl.maximum(best, _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H))
     for z in range(0, Z):
-        total, acc = _add_split(outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H, C)
+        total += _share(_load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H), best)
+    scale = _reciprocal(total)
+    for z in range(0, Z):
+        acc = _add_split(outputs_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, scale, acc, H, C)
     target = attended_ptr + (rows * H + head)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(target, _divided(acc, total).to(target.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(target, acc.to(target.dtype.element_ty), mask=mask_m[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -77,7 +86,7 @@ def _out_kernel(
     stream_ptr,  # [P, M, D]
     x_ptr,  # [M, D]
     num_rows,
-    D: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, FEW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -88,21 +97,26 @@ def _out_kernel(
         prefetch(weight_ptr, cols, H * C, H * C)
         wait()
 
+    few = tl.program_id(0) * BLOCK_M + tl.arange(0, FEW)  # only these rows can be real
+    mask_few = few < num_rows
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for head in range(0, H):
         w = load_weight(weight_ptr, cols, head * C + offs_c, H * C, UPCAST)
         if Z > 0:
-            best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            total, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, C), tl.float32)
+            best = tl.full((FEW,), float("-inf"), tl.float32)
+            total, acc = tl.zeros((FEW,), tl.float32), tl.zeros((FEW, C), tl.float32)
             # Unrolled: the compiler overlaps the loads of innermost loops only, and the heads' is to be one.
             for z in tl.static_range(Z):
-                best = tl.maximum(best, _load_lse(lse_ptr, z, rows, mask_m, head, num_rows, H))
+                best = tl.maximum(best, _load_lse(lse_ptr, z, few, mask_few, head, num_rows, H))
             for z in tl.static_range(Z):
-                total, acc = _add_split(attended_ptr, lse_ptr, z, rows, mask_m, head, num_rows, best, total, acc, H, C)
-            attended = _divided(acc, total)
+                total += _share(_load_lse(lse_ptr, z, few, mask_few, head, num_rows, H), best)
+            scale = _reciprocal(total)
+            for z in tl.static_range(Z):
+                acc = _add_split(attended_ptr, lse_ptr, z, few, mask_few, head, num_rows, best, scale, acc, H, C)
+            attended = filled_up(acc, BLOCK_M, w.dtype)
         else:
             offs = (rows * H + head)[:, None] * C + offs_c[None, :]
-            attended = tl.load(attended_ptr + offs, mask=mask_m[:, None], other=0.0).to(tl.float32)
+            attended = tl.load(attended_ptr + offs, mask=mask_m[:, None], other=0.0)
         product = tl.dot(attended.to(w.dtype), w, product, input_precision="ieee")
 
     x = load_stream(stream_ptr, rows, cols, mask_m, num_rows, D, P) + product
@@ -138,6 +152,7 @@ def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
         (triton.cdiv(num_rows, tile.block_m), width // tile.block_n),
         (attended, lse, weight, stream, x, num_rows),
         tile,
-        D=width, P=terms, H=num_heads, C=channels, Z=num_splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        D=width, P=terms, H=num_heads, C=channels, Z=num_splits,
+        FEW=tiles.few(num_rows, tile.block_m), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
     return x

@@ -36,11 +36,12 @@ def _qkv_kernel(
     kv_ptr,  # [2, B, G, L, C]
     num_rows, stride_kv, stride_batch, num_slots, eps,
     D: tl.constexpr, P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, NUM_NEW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1) // (C // 2 // BLOCK_N)
-    pairs = tl.program_id(1) % (C // 2 // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head, pair = tl.program_id(1) // (C // 2 // BLOCK_N), tl.program_id(1) % (C // 2 // BLOCK_N) * BLOCK_N
+    pairs = pair + tl.arange(0, BLOCK_N)
     mask_m = rows < num_rows
     first, second = head * C + pairs, head * C + C // 2 + pairs  # channels
     if PDL:
@@ -49,8 +50,8 @@ def _qkv_kernel(
         wait()
 
     a, b = normed_products(
-        stream_ptr, norm_ptr, weight_ptr, rows, mask_m, num_rows, first, second, eps,
-        D, P, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
+        stream_ptr, norm_ptr, weight_ptr, num_rows, head * C + pair, C // 2, eps,
+        D, P, FEW, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
     )  # fmt: skip
     a += tl.load(bias_ptr + first).to(tl.float32)[None, :]
     b += tl.load(bias_ptr + second).to(tl.float32)[None, :]
@@ -104,6 +105,6 @@ def qkv(
         ),
         tile,
         D=width, P=terms, H=num_heads, G=groups, C=channels, NUM_NEW=mask.shape[1],
-        BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+        FEW=tiles.few(num_rows, tile.block_m), BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
     )  # fmt: skip
     return queries

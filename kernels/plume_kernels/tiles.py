@@ -31,6 +31,9 @@ LARGEST_ROWS = 64
 #: Rows up to which `down` is split.
 MOST_SPLIT = 4
 
+#: Bytes of shared memory that the stages of a default tile may take in bfloat16, so that all fits devices from 8.6 on.
+LEAST_SHARED = 88 * 1024
+
 #: Buckets of rows in the tables.
 BUCKETS = (16, 32, 64)
 
@@ -56,8 +59,20 @@ def bucket(num_rows: int) -> int:
     return next((size for size in BUCKETS if num_rows <= size), BUCKETS[-1])
 
 
+def few(num_rows: int, block_m: int) -> int:
+    """Rows that a program works on before it multiplies: the real ones in powers of two, four at least.
+
+    Fewer than four are slower, since threads then write them to shared memory in pieces of two bytes.
+
+    Example:
+        >>> few(1, 16), few(6, 16), few(40, 32)
+        (4, 8, 32)
+    """
+    return min(block_m, max(4, 1 << (num_rows - 1).bit_length()))
+
+
 def segment(channels: int) -> int:
-    """Channels that `down` adds up before it adds the sums: a quarter, in multiples of 256.
+    """Channels that `down` and `experts_second` add up before they add the sums: a quarter, in multiples of 256.
 
     Example:
         >>> segment(8960), segment(18944), segment(128)
@@ -71,18 +86,33 @@ def num_segments(channels: int) -> int:
     return math.ceil(channels / segment(channels))
 
 
+def within_segments(block_k: int, channels: int) -> int:
+    """Channels at a time that divide every segment, the last one too."""
+    return math.gcd(block_k, channels % segment(channels))
+
+
+def deepest(stage_bytes: int, most: int) -> int:
+    """Stages of so many bytes that fit, two at least."""
+    return min(most, max(2, 1 + LEAST_SHARED // stage_bytes))
+
+
 def default(kernel: str, columns: int, num_rows: int) -> Tile:
     """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
-    block_n = 16 if columns <= 4096 else 32
-    if kernel == "experts_first":
-        block_n = 64  # every program routes, so that there should be few
-    return Tile(
-        block_m=min(32, bucket(num_rows)),
-        block_n=block_n,
-        block_k=128 if num_rows <= 16 else 64,  # as much as registers hold
-        num_warps=2 if block_n == 16 and kernel != "out" else 4,
-        num_stages=3 if kernel == "out" else 4,  # which also holds the splits that it adds up
-    )
+    block_m = min(32, bucket(num_rows))
+    block_n = 16 if columns <= 4096 and kernel != "experts_first" else 32  # which each expert has programs of
+    block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
+    num_warps = 2 if block_n == 16 and kernel != "out" else 4
+    if kernel in ("gate_up", "experts_first"):  # programs are many, and more of them fit with fewer stages
+        return Tile(block_m, block_n, block_k, num_warps)
+    at_once = 1
+    if kernel in ("down", "experts_second"):
+        at_once = 1 if kernel == "down" and num_rows <= MOST_SPLIT else 4  # segments, which go to different warps
+        block_k, num_warps = 64, 4 if num_rows <= 16 else 8
+    # Rows are in float32 where terms of a stream or splits are added up: in all at most those of 16 rows, or of 24. The
+    # norm's scale is loaded for each row of a stream.
+    rows_bytes = {"qkv": 6 * block_m, "out": 4 * (16 if num_rows <= 4 else max(24, block_m))}
+    stage_bytes = at_once * block_k * (rows_bytes.get(kernel, 2 * block_m) + 2 * block_n)
+    return Tile(block_m, block_n, block_k, num_warps, num_stages=deepest(stage_bytes, 7))
 
 
 def key(kernel: str, columns: int, channels: int, num_rows: int) -> str:

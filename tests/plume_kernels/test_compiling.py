@@ -49,7 +49,7 @@ def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
         taken = resources(one)
         assert taken.shared_bytes <= MOST_SHARED[86], "the default tiles fit everywhere"
         assert taken.stack_bytes <= 32, "registers are spilled"  # the sine of a large angle takes 28
-        if name not in ("attention", "final_norm") and one.metadata.name != "_combine_kernel":
+        if name not in ("attention", "final_norm") and one.metadata.name not in ("_combine_kernel", "_route_kernel"):
             # One kind of matrix instruction whatever the rows, so that a row gives the same bits in every batch;
             # and weights stream past the registers.
             assert "mma.sync" in one.asm["ptx"]

@@ -6,6 +6,7 @@ The interpreter checks indices and arithmetic. `test_compiling.py` has the compi
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import torch
 from plume import definitions
 from plume_kernels import MODULES, tiles
 from plume_kernels.cases import Shapes, arguments
+from plume_kernels.comparing import outcome
 from tests.plume_kernels.comparing import compare, kernel, tensors
 
 pytestmark = pytest.mark.interpreted
@@ -67,10 +69,11 @@ def test_splits_are_added_up(lengths, num_slots):
     compare("out", arguments(TINY, lengths, num_slots=num_slots)["out"])
 
 
-def test_splits_give_the_same_bits_whoever_adds_them_up(monkeypatch):
+@pytest.mark.parametrize("lengths", [[300], [300, 5], [5, 300, 1, 200, 90], [9] * 16], ids=len)
+def test_splits_give_the_same_bits_whoever_adds_them_up(monkeypatch, lengths):
     from plume_kernels import out
 
-    args = arguments(TINY, [300, 5], num_slots=500)["out"]
+    args = arguments(TINY, lengths, num_slots=500)["out"]
     found = []
     for most in (0, 100):
         monkeypatch.setattr(out, "MOST_MERGED", most)
@@ -226,3 +229,44 @@ def test_experts_give_the_bits_of_a_row_in_a_small_and_in_a_large_batch(num_rows
     is_used = found[1].T[..., None] > 0
     assert torch.equal(found[2].where(is_used, 0), many[2][:, :num_rows].where(is_used, 0))
     assert torch.equal(few[3], args[3][:num_rows])
+
+
+#: Which arguments have rows, and along which axis.
+ROWS = {
+    "qkv": {0: 1, 5: 0, 7: 0, 8: 0, 9: 1},
+    "attention": {0: 0, 1: 1, 2: 0, 3: 0},
+    "out": {0: 1, 1: 1, 3: 1},
+    "gate_up": {0: 0},
+    "down": {0: 0, 2: 0},
+    "experts_first": {0: 1, 3: 0, 4: 0},
+    "experts_second": {0: 0, 1: 1, 2: 0},
+    "final_norm": {0: 1},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_row_gives_the_same_bits_however_many_rows_are_real(name):
+    # Kernels work on as few rows as they can before a product, in powers of two; here 1, 3, 6 and 13 of them.
+    small = Shapes(hidden_size=192, num_key_value_heads=1, inner_size=512, expert_size=320)
+    whole = arguments(small, [200, 2, 9, 140, 1, 8, 129, 128, 3, 100, 7, 5, 64], num_slots=256)
+    found = []
+    for chosen in (list(range(13)), [3], [0, 3, 7], [12, 1, 5, 3, 8, 2]):
+        args = [one.clone() if isinstance(one, torch.Tensor) else one for one in whole[name]]
+        for place, axis in ROWS[name].items():
+            args[place] = args[place].index_select(axis, torch.tensor(chosen)).contiguous()
+        # numpy's products depend on how many channels they have at a time, a GPU's do not.
+        with tiles.forced(down=tiles.Tile(is_split=len(chosen) <= tiles.MOST_SPLIT)):
+            results = outcome(name, kernel(name)(*args), tuple(args))
+        if name == "down":  # in one term or in several
+            results["result"] = functools.reduce(torch.add, results["result"])
+        row = {}
+        for part, one in results.items():
+            along = next(axis for axis, size in enumerate(one.shape) if size == len(chosen))
+            row[part] = one.select(along, chosen.index(3)).nan_to_num(7)
+        if name == "experts_first":  # undefined where a row has no use for an expert
+            row["inner"] = row["inner"].where(row["weights"][:, None] > 0, 0)
+        if name == "attention":
+            row["outputs"] = row["outputs"].where(row["lse"][..., None] > torch.finfo().min, 0)
+        found.append(row)
+    for other in found[1:]:
+        assert all(torch.equal(one, other[part]) for part, one in found[0].items())

@@ -76,9 +76,9 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(model, num_new):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_step_is_five_launches_per_layer_and_two_for_the_adapter(model, monkeypatch, steps):
+def test_a_step_is_five_launches_per_layer_and_three_for_the_adapter(model, monkeypatch, steps):
     launched = []
-    for name in ("qkv", "attention", "out", "gate_up", "down", "norm", "experts"):
+    for name in ("qkv", "attention", "out", "gate_up", "down", "norm", "routing", "experts"):
         module = importlib.import_module(f"plume_kernels.{name}")
 
         def launch(kernel, *args, own=module.launch, **constants):
@@ -90,7 +90,7 @@ def test_a_step_is_five_launches_per_layer_and_two_for_the_adapter(model, monkey
     Engine(model, backend="triton")(one, steps)
     num_layers = 2
     layer = ["_qkv_kernel", "_attention_kernel", "_out_kernel", "_gate_up_kernel", "_down_kernel"]
-    step = ["_first_kernel", "_second_kernel", *layer * num_layers]
+    step = ["_route_kernel", "_first_kernel", "_second_kernel", *layer * num_layers]
     assert launched == [*step * steps, "_norm_kernel"]  # the suffix is in the last pass, and its norm by itself
 
 
