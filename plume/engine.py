@@ -173,7 +173,7 @@ class Engine:
     @torch.inference_mode()
     def run(self, laid_out: Plan) -> PlumeOutput:
         """Embed a batch that is laid out, with the weights of the last `refresh`."""
-        if self.model.device != self.device:  # moved since, as `encode(device=...)` does
+        if self._weights.device != self.device:  # moved since, as `encode(device=...)` does
             self.refresh()
         shares = self.shared is not None and any(laid_out.prefix_keys)
         known = shares and self.shared.has_all(laid_out)  # type: ignore[union-attr]
@@ -188,7 +188,7 @@ class Engine:
         """
         if self.model.training:
             raise ValueError("the engine runs models in eval mode; call model.eval() first")
-        is_same = self._weights.are_same() and self.model.device == self.device
+        is_same = self._weights.device == self.device and self._weights.are_same()
         if is_same and self._revision is not None and (revision := self._weights.revision()) != self._revision:
             self._revision, is_same = revision, not self._int8
             self._forget_media()

@@ -70,13 +70,11 @@ def load_image(
     try:
         opened = image if isinstance(image, Image.Image) else open_image(open_source(image, name))
         check_size(opened.size, f"{name}: {source}")
-        width, height = opened.size
         if pixels is not None and opened.format == "JPEG" and opened is not image:
-            _decode_reduced(opened, pixels)
-        if (orientation := opened.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+            opened = _decode_reduced(opened, pixels)
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             opened = ImageOps.exif_transpose(opened)
-            width, height = (height, width) if orientation >= 5 else (width, height)
-        return _reduced(as_rgb(opened, f"{name}: {source}", background), pixels, (width, height))
+        return _reduced(as_rgb(opened, f"{name}: {source}", background), pixels)
     except FileNotFoundError:
         raise InputError(f"{name}: no file at {source}; expected a path to an image") from None
     except Image.DecompressionBombError as error:
@@ -298,16 +296,22 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
-def _decode_reduced(image: Image.Image, pixels: tuple[int, int]) -> None:
-    """Have a JPEG decoded at a power of two below its size, but no smaller than the model looks at it."""
-    if image.width * image.height > pixels[1]:
-        image.draft(None, seen_size(image.width, image.height, pixels))
-
-
-def _reduced(image: Image.Image, pixels: tuple[int, int] | None, whole: tuple[int, int]) -> Image.Image:
-    """The image no larger than the model looks at it; `whole` is its size in full."""
-    if pixels is None or whole[0] * whole[1] <= pixels[1]:
+def _decode_reduced(image: Image.Image, pixels: tuple[int, int]) -> Image.Image:
+    """A large JPEG at the size at which the model looks at it, decoded at the next power of two below its own."""
+    whole = image.size
+    if whole[0] * whole[1] <= pixels[1]:
         return image
     size = seen_size(*whole, pixels)
+    drafted = image.draft(None, size)
+    if drafted is None or image.size == whole:  # less than twice as large
+        return image
+    # What is decoded may be a part of a pixel larger than the image.
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=drafted[1])
+
+
+def _reduced(image: Image.Image, pixels: tuple[int, int] | None) -> Image.Image:
+    if pixels is None or image.width * image.height <= pixels[1]:
+        return image
+    size = seen_size(image.width, image.height, pixels)
     # Budgets whose ends nearly meet do not map every size to itself; then the image waits as it is.
     return image.resize(size, Image.Resampling.BICUBIC) if seen_size(*size, pixels) == size else image

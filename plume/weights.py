@@ -8,7 +8,7 @@ The engine runs on the model's own tensors, and caches hold what these tensors m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -40,27 +40,28 @@ class Weights:
 
     def _take(self) -> None:
         modules = list(self._model.modules())
-        # The dicts themselves, so that a call neither walks the modules nor asks them for attributes.
-        self._module_dicts = [module._modules for module in modules if module._modules]
-        self._parameter_dicts = [module._parameters for module in modules if module._parameters]
-        self._modules = list(self._all(self._module_dicts))
-        self._parameters: list[Any] = list(self._all(self._parameter_dicts))
-        self._real: list[Tensor] = [one for one in self._parameters if one is not None]
-        self._pointers = list(map(Tensor.data_ptr, self._real))
-        self._samples = _samples(self._real)
+        # Views of the modules' own dicts, so that a call neither walks the modules nor asks them for attributes.
+        self._child_views = [module._modules.values() for module in modules if module._modules]
+        self._parameter_views = [module._parameters.values() for module in modules if module._parameters]
+        self._children = list(chain.from_iterable(self._child_views))
+        self._entries: list[Any] = list(chain.from_iterable(self._parameter_views))  # None where a bias is missing
+        self._parameters: list[Tensor] = [one for one in self._entries if one is not None]
+        self._pointers = list(map(Tensor.data_ptr, self._parameters))
+        self._samples = _samples(self._parameters)
 
-    @staticmethod
-    def _all(dicts: list[dict]) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, dicts))
+    @property
+    def device(self) -> torch.device:
+        """Where the first of them is now."""
+        return self._parameters[0].device
 
     def are_same(self) -> bool:
         """Whether all modules and parameters are the same ones in the same memory; tens of nanoseconds for each."""
         try:
-            # Lists compare what is identical without looking into it; two unlike tensors refuse a verdict.
+            # Lists do not look into what is identical; two unlike tensors refuse to be compared.
             return (
-                list(self._all(self._module_dicts)) == self._modules
-                and list(self._all(self._parameter_dicts)) == self._parameters
-                and list(map(Tensor.data_ptr, self._real)) == self._pointers
+                list(chain.from_iterable(self._child_views)) == self._children
+                and list(chain.from_iterable(self._parameter_views)) == self._entries
+                and list(map(Tensor.data_ptr, self._parameters)) == self._pointers
             )
         except RuntimeError:
             return False
@@ -74,7 +75,7 @@ class Weights:
         if not self.are_same():
             self._take()
         try:
-            versions = tuple(map(_VERSION, self._real))
+            versions = tuple(map(_VERSION, self._parameters))
         except RuntimeError:  # made in inference mode, where nothing is counted
             versions = ()
         values = b"".join(torch.stack(views).float().cpu().numpy().tobytes() for views in self._samples)

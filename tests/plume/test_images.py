@@ -238,7 +238,7 @@ def test_a_large_jpeg_is_decoded_reduced_within_a_bound(tmp_path, size, orientat
     for most in (784 * 200, 784 * 900):
         found = load_image(tmp_path / "a.jpg", pixels=(3136, most))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("plume.images._decode_reduced", lambda image, pixels: None)
+            patch.setattr("plume.images._decode_reduced", lambda image, pixels: image)
             expected = load_image(tmp_path / "a.jpg", pixels=(3136, most))
         assert found.size == expected.size
         distance = np.abs(np.asarray(found).astype(int) - np.asarray(expected))
