@@ -37,12 +37,13 @@ def main() -> None:
             print(f"{len(checks)} results are right; no CUDA device, so nothing is timed")  # noqa: T201
             return
         model = make_model(LatencyConfig(shapes=options.shapes, dtype="bfloat16"), "cuda")
-        limits = {"time_limit_s": options.time_limit, "compiles": options.compiled}
+        command = " ".join(["kernels/bench.py", *sys.argv[1:]])
+        limits: dict = {"time_limit_s": options.time_limit, "compiles": options.compiled}
+        limits["save"] = lambda found: write(found, options.out, options.shapes, command)
         result = run(model, shapes, options.batch_sizes, dtype=torch.bfloat16, device="cuda", **limits)
     except GateError as error:
         sys.exit(str(error))
     print(tables(result))  # noqa: T201
-    print(write(result, options.out, options.shapes, " ".join(["kernels/bench.py", *sys.argv[1:]])))  # noqa: T201
 
 
 if __name__ == "__main__":

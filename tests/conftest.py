@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("launching") is None)
 
 
+def pytest_fixture_setup(fixturedef, request):
+    """What lives longer than a test is built before the test's own seed; it must not depend on what ran before."""
+    if fixturedef.scope != "function":
+        random.seed(0)
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     random.seed(0)

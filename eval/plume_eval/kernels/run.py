@@ -146,8 +146,19 @@ def run(
     device: str,
     time_limit_s: float | None = None,
     compiles: bool = False,
+    save: Callable[[dict[str, Any]], Any] = lambda result: None,
 ) -> dict[str, Any]:
     """All of it, on a CUDA device.
+
+    Args:
+        model: of the shapes.
+        shapes: of the kernels' inputs.
+        batch_sizes: rows.
+        dtype: of the weights.
+        device: where.
+        time_limit_s: after which nothing further is begun.
+        compiles: whether to time torch.compile too.
+        save: is handed the results as they come.
 
     Raises:
         GateError: a kernel is wrong.
@@ -160,21 +171,31 @@ def run(
         checks = gate(shapes, dtype=dtype, device=device)
         begin = time.perf_counter()  # compiling for the gate takes as long as it takes
         measured = measure_device(torch.device(device), dtype)
-        limits: dict[str, Any] = {"compiles": compiles, "has_time": lambda: has_time(share=0.5)}
-        kernels = time_kernels(shapes, batch_sizes, measured.bytes_per_s, dtype=dtype, device=device, **limits)
-        ways = [way for way in WAYS if compiles or way != "compiled"]
-        if ops.why_not(torch.device(device), dependent_launch=True):
-            ways.remove("dependent")
-        steps = time_steps(model, batch_sizes, Work.of(model), measured, ways=ways, has_time=has_time)
-        return {
+        result: dict[str, Any] = {
             "gate": [vars(one) for one in checks],
             "bytes_per_s": measured.bytes_per_s,
             "operations_per_s": measured.operations_per_s,
-            "kernels": kernels,
-            "steps": steps,
-            "shares_us": shares(model, 1, CONTEXT) if has_time() else {},
-            "node_us": node_us(),
+            "kernels": [],
+            "steps": [],
+            "shares_us": {},
+            "node_us": 0.0,
         }
+        limits: dict[str, Any] = {"compiles": compiles, "has_time": lambda: has_time(share=0.5)}
+        ways = [way for way in WAYS if compiles or way != "compiled"]
+        if ops.why_not(torch.device(device), dependent_launch=True):
+            ways.remove("dependent")
+        for size in batch_sizes:
+            result["kernels"] += time_kernels(
+                shapes, [size], measured.bytes_per_s, dtype=dtype, device=device, **limits
+            )
+            save(result)
+        for size in batch_sizes:
+            result["steps"] += time_steps(model, [size], Work.of(model), measured, ways=ways, has_time=has_time)
+            save(result)
+        result["shares_us"] = shares(model, 1, CONTEXT) if has_time() else {}
+        result["node_us"] = node_us()
+        save(result)
+        return result
 
 
 def tables(result: dict[str, Any]) -> str:
