@@ -71,6 +71,10 @@ def pages(path: str | os.PathLike, name: str = "the input") -> list[Page]:
         >>> [page.page for page in pages(getfixture("two_page_pdf"))]
         [1, 2]
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(
+            f"{name}: a document is a {type(path).__name__}; expected a path to a PDF: save its content to a file"
+        )
     path = Path(path)
     with _PDFIUM, _opened(path, name) as document:
         total = len(document)
@@ -89,5 +93,7 @@ def _opened(path: Path, name: str) -> Any:
     try:
         return pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
-        reason = "it is encrypted; save it without a password" if "password" in str(error).lower() else str(error)
+        # PDFium says more of some files, but of one without pages that all went well, or what it said of the last one.
+        is_locked = "password" in str(error).lower()
+        reason = "it is encrypted; save it without a password" if is_locked else "it is damaged, or holds no page"
         raise InputError(f"{name}: {path} cannot be opened as a PDF ({reason})") from None

@@ -1,4 +1,4 @@
-"""The text model and the transition adapter in the ops of `plume.ops`: five per layer, two per adapter.
+"""The text model and the transition adapter in the ops of `plume.ops`: five per layer, three per adapter.
 
 On a GPU each is one kernel, and the adapter's first op two. What they compute is what `plume.stack` and `plume.experts`
 do; those also read prefixes, since many tokens are a matter of products that cuBLAS is good at.

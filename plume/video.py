@@ -270,7 +270,7 @@ def _upright(frame: Any, where: str, background: str | None) -> Tensor:
     has_alpha = any(component.is_alpha for component in frame.format.components)
     pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
     if has_alpha:
-        pixels = np.asarray(as_rgb(Image.fromarray(pixels), where, background))
+        pixels = np.array(as_rgb(Image.fromarray(pixels), where, background))
     # Phones store frames sideways, and how far to turn them, in degrees against the clock.
     upright = np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
     return rearrange(torch.from_numpy(upright), "h w c -> c h w")

@@ -51,7 +51,7 @@ def run(
     if mode == "single_pass" and num_latent_steps:
         raise typer.Exit(_fail(ValueError("--num-latent-steps has no effect on a single pass; drop it")))
     try:
-        loaded = PlumeModel.from_pretrained(model).eval()
+        loaded = PlumeModel.from_pretrained(model, dtype="float32").eval()
         result = evaluate(
             loaded,
             HopsTask(data),
@@ -80,7 +80,8 @@ def settings(
     from plume_eval.report import markdown_table, write_report
 
     try:
-        found = compare_settings(PlumeModel.from_pretrained(model).eval(), HopsTask(data), show_progress=True)
+        loaded = PlumeModel.from_pretrained(model, dtype="float32").eval()
+        found = compare_settings(loaded, HopsTask(data), show_progress=True)
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
     rows = [

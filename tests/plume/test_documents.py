@@ -112,3 +112,14 @@ def test_a_document_that_has_gone_is_named_with_its_page(two_page_pdf, tmp_path)
     copy.unlink()
     with pytest.raises(InputError, match=r"input 4: .*copy.pdf"):
         Item.parse(page, "input 4")
+
+
+def test_what_is_no_document_is_said(tmp_path):
+    for raw in (b"%PDF-1.4", None, 5, ["a.pdf"]):
+        with pytest.raises(InputError, match=f"a document is a {type(raw).__name__}; expected a path to a PDF"):
+            pages(raw)
+    pypdfium2.PdfDocument.new().save(tmp_path / "empty.pdf")
+    with pytest.raises(
+        InputError, match=r"empty\.pdf cannot be opened as a PDF \(it is damaged, or holds no page\)"
+    ):
+        pages(tmp_path / "empty.pdf")

@@ -380,3 +380,21 @@ def test_bytes_of_a_video_are_a_video(tmp_path):
         assert torch.equal(load_video(raw, SMALL).frames, expected)
         (video,) = Item.parse({"video": raw}).videos
         assert len(video.frames) == 8
+
+
+def test_transparent_frames_of_a_file_stand_on_the_background(tmp_path):
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 56, 56, "rgba"
+        for _ in range(3):
+            frame = np.zeros((56, 56, 4), np.uint8)
+            frame[:, :28, 3] = 255  # black on the left, nothing on the right
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        container.mux(stream.encode())
+    for background, expected in (("white", 255), (None, 0), ("#808080", 128)):
+        frame = load_video(path, SMALL, background=background).frames[0].float()
+        assert frame[:, :, :26].mean() < 3
+        assert frame[:, :, 30:].mean() == pytest.approx(expected, abs=3)
+    frames = [Image.new("RGBA", (56, 56), (0, 0, 0, 0))] * 2
+    assert load_video(frames, SMALL).frames.min() == 255
