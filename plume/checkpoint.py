@@ -44,7 +44,7 @@ _DECISIVE = (
     "video_min_pixels",
     "video_max_pixels",
 )
-# Fields that came later count where they are not what all checkpoints before them had, so that their indexes stay.
+# Fields that came later count where they differ from their default, so that indexes made before them stay valid.
 _DECISIVE_LATER = {"background": "white", "vision_positions": "all_axes"}
 
 #: Instructions for common tasks, by `prompt_name`. The model reads them before the input's text.

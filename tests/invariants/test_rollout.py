@@ -212,3 +212,17 @@ def test_gradients_of_the_rollout_match_finite_differences_in_float64():
     prefix = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
     suffix = torch.randn(2, 2, 5, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(run, (prefix, suffix))
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_float64_with_eager_attention_and_padding_gives_the_numbers_of_each_row_alone(plume_folder, num_steps):
+    """transformers adds the least float64 to what is masked, and takes the softmax in float32, where it is infinite."""
+    model = PlumeModel.from_pretrained(plume_folder, dtype=torch.float64, attn_implementation="eager").eval()
+    items = [Item.parse("red kite is a kite of red"), Item.parse("red"), Item.parse("blue table")]
+    together = model(**model.processor.encode(items), num_latent_steps=num_steps)
+    assert not together.embedding.isnan().any()
+    for row, item in enumerate(items):
+        alone = model(**model.processor.encode([item]), num_latent_steps=num_steps).embedding[0]
+        assert torch.allclose(together.embedding[row], alone, atol=1e-6)
+    together.embedding.sum().backward()
+    assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())

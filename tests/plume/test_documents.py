@@ -119,7 +119,5 @@ def test_what_is_no_document_is_said(tmp_path):
         with pytest.raises(InputError, match=f"a document is a {type(raw).__name__}; expected a path to a PDF"):
             pages(raw)
     pypdfium2.PdfDocument.new().save(tmp_path / "empty.pdf")
-    with pytest.raises(
-        InputError, match=r"empty\.pdf cannot be opened as a PDF \(it is damaged, or holds no page\)"
-    ):
+    with pytest.raises(InputError, match=r"empty\.pdf cannot be opened as a PDF \(it is damaged, or holds no page\)"):
         pages(tmp_path / "empty.pdf")
