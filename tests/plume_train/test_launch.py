@@ -130,5 +130,5 @@ def test_another_number_of_processes_is_refused_on_resume(folder, alone):
     done = launch(folder, "ddp", **flags)
     assert done.returncode != 0
     assert "world_size was 1, now 2" in done.stderr
-    assert "with the same settings to go on" in done.stderr
+    assert "Start it with the same ones to go on" in done.stderr
     assert (folder / "ddp_other" / "checkpoint-4" / "model.safetensors").exists()
