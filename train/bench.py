@@ -63,8 +63,21 @@ def main() -> None:
     args = PlumeTrainingArguments(
         num_segments=options.num_segments, output_dir=str(options.out), use_cpu=device == "cpu", report_to="none"
     )
-    results = pairs_per_second(model, records, args, num_runs=options.runs, bf16=device == "cuda")
+    fields = header(" ".join(["train/bench.py", *sys.argv[1:]])) | {
+        "model": f"{sum(weight.numel() for weight in model.parameters()):,} parameters",
+        "batch": f"{len(records)} pairs; step is forward, backward and SGD; vision tower frozen",
+        "precision": "bfloat16 autocast, float32 weights" if device == "cuda" else "float32",
+    }
+    name = options.out / f"train_throughput_{device}_{fields['date'][:4]}{fields['date'][5:7]}"
+    bf16 = device == "cuda"
+    results = pairs_per_second(
+        model, records, args, num_runs=options.runs, bf16=bf16, save=lambda found: write(found, fields, name)
+    )
+    print(table(results))  # noqa: T201
 
+
+def table(results: list[dict]) -> str:
+    """What was measured, as Markdown."""
     rows = [
         [
             one["num_latent_steps"],
@@ -75,19 +88,17 @@ def main() -> None:
         ]
         for one in results
     ]
-    table = markdown_table(["K", "way", "pairs/s", "to the loop over rows", "peak GiB"], rows)
-    fields = header(" ".join(["train/bench.py", *sys.argv[1:]])) | {
-        "model": f"{sum(weight.numel() for weight in model.parameters()):,} parameters",
-        "batch": f"{len(records)} pairs; step is forward, backward and SGD; vision tower frozen",
-        "precision": "bfloat16 autocast, float32 weights" if device == "cuda" else "float32",
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = options.out / f"train_throughput_{device}_{fields['date'][:4]}{fields['date'][5:7]}"
+    return markdown_table(["K", "way", "pairs/s", "to the loop over rows", "peak GiB"], rows)
+
+
+def write(results: list[dict], fields: dict, name: Path) -> None:
+    """Write `name`.json and `name`.md."""
+    name.parent.mkdir(parents=True, exist_ok=True)
     report = {"header": fields, "results": results}
     name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     title = "# Training throughput"
-    name.with_suffix(".md").write_text(f"{title}\n\n{markdown_header(fields)}\n\n{table}\n", encoding="utf-8")
-    print(table)  # noqa: T201
+    text = f"{title}\n\n{markdown_header(fields)}\n\n{table(results)}\n"
+    name.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -44,6 +44,7 @@ def pairs_per_second(
     num_runs: int = 5,
     num_warm_up: int = 1,
     bf16: bool = False,
+    save: Callable[[list[dict[str, Any]]], Any] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Forward, backward and optimiser step of one batch, at every stage of the curriculum.
 
@@ -57,6 +58,7 @@ def pairs_per_second(
         num_runs: timed runs of each way.
         num_warm_up: runs of each before.
         bf16: whether passes run under bfloat16 autocast.
+        save: is handed the results of the stages so far, after each.
 
     Returns:
         For every stage and way: "stage", "num_latent_steps", "way", the median "seconds" of a step, "pairs_per_second",
@@ -109,6 +111,7 @@ def pairs_per_second(
             }
             for name, median in medians.items()
         ]
+        save(results)
     return results
 
 
