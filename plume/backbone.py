@@ -367,9 +367,9 @@ def prefix_positions(
         ids = input_ids[row][mask[row]].tolist()
         pieces, start, index = [], 0, 0
         while index < len(ids):
-            if ids[index] not in sizes:
-                pieces.append(torch.full((3, 1), start))
-                start, index = start + 1, index + 1
+            if (end := next((place for place in range(index, len(ids)) if ids[place] in sizes), len(ids))) > index:
+                pieces.append(torch.arange(start, start + end - index).repeat(3, 1))
+                start, index = start + end - index, end
                 continue
             time, height, width = next(sizes[ids[index]])
             height, width = (side // config.vision_config.spatial_merge_size for side in (height, width))

@@ -26,8 +26,30 @@ from plume.version import __version__
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
 RUN_TIME_KEYWORDS = ("num_latent_steps",)
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LFS = b"version https://git-lfs"
+_MOST_POINTER_BYTES = 1024
+# What loading cannot do without, and other names of it.
+_NEEDED = {
+    "config.json": (),
+    "model.safetensors": ("*.safetensors", "*.bin"),
+    "tokenizer.json": ("vocab.json",),
+    "processor_config.json": ("preprocessor_config.json",),
+}
+# Files of settings, whose content is an object of JSON, or a list of modules.
+_SETTINGS = {
+    "config",
+    "config_sentence_transformers",
+    "generation_config",
+    "model.safetensors.index",
+    "modules",
+    "preprocessor_config",
+    "processor_config",
+    "sentence_bert_config",
+    "tokenizer",
+    "tokenizer_config",
+    "video_preprocessor_config",
+}
 
 # Fields of the configuration that decide embeddings, besides K.
 _DECISIVE = (
@@ -61,8 +83,10 @@ def check_place(name_or_path: str | os.PathLike) -> None:
     Raises:
         ValueError: says what is there and what was expected.
     """
-    text = os.fspath(name_or_path)
     expected = "expected a folder that save_pretrained wrote, or a Hub name such as you/kite"
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"a checkpoint is {name_or_path!r}; {expected}")
+    text = os.fspath(name_or_path)
     if os.path.isdir(text):
         if not os.path.isfile(os.path.join(text, "config.json")):
             empty = "is an empty folder" if not os.listdir(text) else "holds no config.json"
@@ -75,36 +99,51 @@ def check_place(name_or_path: str | os.PathLike) -> None:
 
 @contextmanager
 def naming_damaged_files(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Where loading fails because a file of the folder is damaged, say which one.
+    """Where loading fails because a file of the folder is damaged or missing, say which one.
 
     Raises:
         ValueError: names the file, and says what to do.
     """
+    folder = Path(name_or_path)
+    files = sorted(file for file in folder.glob("*") if file.is_file()) if folder.is_dir() else []
+    for file in files:  # some of them would be read without an error
+        if _is_pointer(file):
+            raise ValueError(
+                f"{file} is a Git LFS pointer in the place of the file; run `git lfs pull` where it was cloned"
+            )
     try:
         yield
     except Exception as error:
-        folder = Path(name_or_path)
-        for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+        for file in files:
             if reason := _damage(file):
                 raise ValueError(f"{file} {reason}") from error
+        for expected, others in _NEEDED.items():
+            if files and not any(file.match(name) for file in files for name in (expected, *others)):
+                raise ValueError(f"{folder} holds no {expected}; copy it again") from error
         if isinstance(error, SafetensorError):  # of a download
             raise ValueError(f"the weights of {name_or_path} are damaged ({error}); remove the download") from error
         raise
 
 
+def _is_pointer(file: Path) -> bool:
+    """Whether Git put a few lines in the place of a large file."""
+    try:
+        return file.stat().st_size <= _MOST_POINTER_BYTES and file.read_bytes().startswith(_LFS)
+    except OSError:
+        return False  # loading says why
+
+
 def _damage(file: Path) -> str | None:
     """What is wrong with a file of a checkpoint, and what to do; None where nothing can be seen."""
-    if file.suffix not in (".safetensors", ".json", ".jinja") or not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        if opened.read(len(_LFS)) == _LFS:
-            return "is a Git LFS pointer in the place of the file; run `git lfs pull` where it was cloned"
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
         elif file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            expected = list if file.name == "modules.json" else dict
+            if file.name.removesuffix(".json") in _SETTINGS and not isinstance(content, expected):
+                return f"is damaged (it holds a {type(content).__name__}); copy it again"
     except (SafetensorError, ValueError) as error:
         return f"is damaged ({error}); copy it again"
     return None

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from plume.terminal import is_printable, printable
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Multimodal embeddings by latent reasoning.")
 
 Files = Annotated[list[Path] | None, typer.Argument(help="Text, image, video and PDF files; a PDF gives its pages.")]
@@ -87,8 +89,8 @@ def encode(
     except OSError as error:
         _stop(f"{out} cannot be written ({error.strerror}), and is as it was; free space or choose another --out")
     _say(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
-    for line in refused + skipped:
-        _say(f"skipped: {_named(line, names)}", err=True)
+    for line in refused + [_named(line, names) for line in skipped]:
+        _say(f"skipped: {line}", err=True)
     if refused or skipped:
         raise typer.Exit(1)
 
@@ -198,7 +200,7 @@ def search(
         title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
         try:
             html.parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(gallery(hits, title), encoding="utf-8")
+            html.write_text(gallery(hits, title), encoding="utf-8", errors="replace")
         except OSError as error:
             _stop(f"--html {html} cannot be written ({error.strerror}); choose another place")
         _say(f"{len(hits)} results in {html}", err=as_json)
@@ -264,7 +266,9 @@ def trace(
     whole = {"model": model, "expert_use": use, "traces": [one.to_dict() for one in traces]}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "trace.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        # The names of files need not be Unicode.
+        (out / "trace.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
         for number, one in enumerate(traces):
             draw_trace(one, out / f"{number:03}.png")
         if len(traces) > 1 and use:
@@ -288,10 +292,11 @@ def convert(
     from safetensors import SafetensorError
 
     from plume import PlumeModel
+    from plume.checkpoint import is_stock
     from plume.published import is_published
 
     try:
-        if not is_published(source):
+        if not is_stock(source) or not is_published(source):
             _stop(f"{source} holds no adapter of the published format (latent_moe_transition.*); nothing to convert")
         beside = destination.with_name(f".{destination.name}.part{os.getpid()}") / destination.name
         with _running(lambda: f"nothing was written to {destination}"):
@@ -327,32 +332,27 @@ def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], li
 
 
 def _named(message: str, names: Sequence[str]) -> str:
-    """The message with "input 3" followed by the name that the user knows."""
+    """The message that begins with "input 3", with the name that the user knows instead."""
     return re.sub(
-        r"\binput (\d+)\b", lambda found: names[int(found[1])] if int(found[1]) < len(names) else found[0], message
+        r"^input (\d+)\b", lambda found: names[int(found[1])] if int(found[1]) < len(names) else found[0], message
     )
 
 
 def _say(line: str, err: bool = False) -> None:
-    typer.echo(_printable(line), err=err)
-
-
-def _printable(line: str) -> str:
-    """The line without what would steer a terminal; names of files and texts may hold anything."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    typer.echo(printable(line), err=err)
 
 
 def _json(content: dict[str, Any]) -> str:
     """One line of JSON, in which what would steer a terminal is escaped."""
     line = json.dumps(content, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+    return "".join(c if is_printable(c) else json.dumps(c)[1:-1] for c in line)
 
 
 def _check_writable(out: Path, num_bytes: int = 4096) -> None:
     """Stop before the work if its result, of so many bytes, could not be written."""
-    if out.is_dir():
-        _stop(f"--out {out} is a folder; name a file")
     try:
+        if out.is_dir():
+            _stop(f"--out {out} is a folder; name a file")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent) as file:
             if hasattr(os, "posix_fallocate"):
@@ -375,7 +375,7 @@ def _write(out: Path, names: list[str], vectors: Any) -> None:
             else:
                 for name, vector in zip(names, vectors, strict=True):
                     line = json.dumps({"name": name, "embedding": vector.tolist()}, ensure_ascii=False)
-                    file.write(f"{line}\n".encode())
+                    file.write(f"{line}\n".encode(errors="backslashreplace"))  # names need not be Unicode
             file.flush()
             os.fsync(file.fileno())
         beside.replace(out)

@@ -382,6 +382,14 @@ class Plume(SentenceTransformer):
         steps = self._steps(None, task)
         return self.plume_config.num_latent_steps if steps is None else steps
 
+    def embedding_dimension(self) -> int:
+        """D of what `encode` returns with the settings as they are.
+
+        Raises:
+            ValueError: `truncate_dim` has been set to what cannot be.
+        """
+        return self._check_truncate_dim(self.truncate_dim) or self.plume_config.hidden_size
+
     def _check_truncate_dim(self, dim: int | None) -> int | None:
         """The length that vectors are cut to, None where they are not.
 

@@ -33,6 +33,8 @@ MAX_ASPECT_RATIO = 200
 MAX_DOWNLOAD_BYTES = 512 * 2**20
 #: What is behind transparent pixels, unless a checkpoint says otherwise.
 BACKGROUND = "white"
+#: The types that hold the bytes of a file.
+BYTES = (bytes, bytearray, memoryview)
 _DOWNLOAD_TIMEOUT_S = 30
 _FACTOR = 28  # patch_size * merge_size of every supported backbone
 
@@ -66,7 +68,7 @@ def load_image(
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = _from_array(image, name)
-    source = "the image" if isinstance(image, (Image.Image, bytes, bytearray, Mapping)) else brief(image, name)
+    source = "the image" if isinstance(image, (Image.Image, Mapping, *BYTES)) else brief(image, name)
     try:
         opened = image if isinstance(image, Image.Image) else open_image(open_source(image, name))
         check_size(opened.size, f"{name}: {source}")
@@ -96,8 +98,8 @@ def check_image_file(path: Path, name: str) -> None:
             check_size(image.size, f"{name}: {path}")
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: {path} cannot be read as an image ({error}); replace the file") from None
+    except Exception as error:  # decoders of broken files raise anything
+        raise InputError(f"{name}: {path} cannot be read as an image ({_reason(error)}); replace the file") from None
 
 
 def open_image(source: str | os.PathLike | io.BytesIO) -> Image.Image:
@@ -124,17 +126,22 @@ def open_source(source: Any, name: str) -> str | os.PathLike | io.BytesIO:
         FileNotFoundError: there is no such file.
     """
     if isinstance(source, Mapping):  # as Hugging Face data sets hold files
-        source = source.get("bytes") or source.get("path") or source
-    if isinstance(source, (bytes, bytearray)):
+        content = source.get("bytes")
+        if content is not None and not isinstance(content, BYTES):
+            raise InputError(f'{name}: "bytes" is a {type(content).__name__}; expected the bytes of a file')
+        source = content or source.get("path") or source
+    if isinstance(source, BYTES):
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"{name}: a file is a {type(source).__name__}; expected a path, a URL or bytes")
     text = os.fspath(source)
-    if isinstance(source, str) and text.startswith("data:"):
-        return io.BytesIO(_from_data_uri(text, name))
+    if isinstance(source, str) and is_data_uri(text):
+        return io.BytesIO(_from_data_uri(text.strip(), name))
     if isinstance(source, str) and text.startswith(("http://", "https://")):
         return _downloaded(text, name)
-    path = urllib.request.url2pathname(text.removeprefix("file://")) if text.startswith("file://") else source
+    path = source
+    if isinstance(source, str) and text.startswith("file://"):
+        path = urllib.request.url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -145,6 +152,11 @@ def open_source(source: Any, name: str) -> str | os.PathLike | io.BytesIO:
     if not stat.S_ISREG(mode):
         raise InputError(f"{name}: {brief(source)} is not a plain file; expected a path to one")
     return path
+
+
+def is_data_uri(text: str) -> bool:
+    """Whether a text holds a file itself; the scheme may be written in capitals."""
+    return text[:64].lstrip()[:5].lower() == "data:"
 
 
 def seen_size(width: int, height: int, pixels: tuple[int, int]) -> tuple[int, int]:
@@ -197,6 +209,10 @@ def as_rgb(image: Image.Image, source: str, background: str | None = BACKGROUND)
         image = Image.fromarray((shades >> 8).astype(np.uint8))
         if isinstance(key, int):
             image.putalpha(Image.fromarray(np.where(shades == key, 0, 255).astype(np.uint8)))
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # of 16 bits, which Pillow has reduced
     if image.mode in ("I", "F"):
         raise InputError(f"{source} has 32 bits per pixel, whose range is not known; save it with 8 bits")
     image.load()
@@ -235,9 +251,9 @@ def _from_data_uri(text: str, name: str) -> bytes:
     """The content of a data URI, whose base64 may be broken into lines, percent-encoded or of the URL-safe alphabet."""
     header, _, body = text.partition(",")
     content = urllib.parse.unquote_to_bytes(body)
-    if not header.rstrip().endswith(";base64"):
+    if not header.rstrip().lower().endswith(";base64"):
         return content
-    content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/"))
+    content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
         return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except binascii.Error as error:
@@ -263,6 +279,22 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
+def as_array(pixels: np.ndarray | torch.Tensor, name: str, what: str) -> np.ndarray:
+    """An array or tensor of pixels as an array.
+
+    Raises:
+        InputError: numpy has no such type of numbers, as bfloat16.
+    """
+    if isinstance(pixels, np.ndarray):
+        return pixels
+    try:
+        return pixels.detach().cpu().numpy()
+    except (TypeError, RuntimeError):
+        raise InputError(
+            f"{name}: {what} is {pixels.dtype} of shape {tuple(pixels.shape)}; expected pixels of uint8"
+        ) from None
+
+
 def channels_last(array: np.ndarray, name: str, what: str) -> np.ndarray:
     """Pixels of uint8 as `[..., H, W, C]`, from that layout or `[..., C, H, W]`; C is 1, 3 or 4.
 
@@ -284,8 +316,7 @@ def channels_last(array: np.ndarray, name: str, what: str) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu().numpy()
+    array = as_array(array, name, "an image")
     if array.ndim == 2 and array.dtype == np.uint8 and array.size:
         return Image.fromarray(array)
     if array.ndim != 3:

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _TABLE, _IDENTITY = "items", "index.json"
-# What an interrupted creation leaves: it is made anew.
+# What an interrupted creation leaves: it is made anew. A table with a version in it is somebody's.
 _LEFTOVERS = {f"{_IDENTITY}.part", f"{_TABLE}.lance", "lock"}
+_VERSIONS = "_versions"
 #: How often a read is tried while another process takes files away.
 _TRIES = 6
 _IDS_PER_DELETION = 1024
@@ -68,6 +69,18 @@ class Identity:
     query_latent_steps: int
     instruction: str = ""
     query_instruction: str = ""
+
+    def checked(self) -> Identity:
+        """The same, once every field is of its type.
+
+        Raises:
+            TypeError: names the field.
+        """
+        for name, value in asdict(self).items():
+            expected = int if name in ("dim", "num_latent_steps", "query_latent_steps") else str
+            if type(value) is not expected:
+                raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
+        return self
 
     def check_same(self, other: Identity, where: Path) -> None:
         """Refuse another origin of vectors.
@@ -162,7 +175,7 @@ class Index:
         identity = Identity(
             model=plume.source,
             fingerprint=checkpoint.fingerprint(plume.plume_model),
-            dim=int(plume.get_embedding_dimension() or 0),
+            dim=plume.embedding_dimension(),
             num_latent_steps=plume.default_steps("document") if num_latent_steps is None else num_latent_steps,
             query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
             instruction=instruction,
@@ -170,29 +183,21 @@ class Index:
         )
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
             plume.plume_config.check_num_latent_steps(steps)
-        if (path / _IDENTITY).exists():
-            index = cls.open(path)
-            index.identity.check_same(identity, path)
-            return index
-        if path.is_dir() and (others := sorted({one.name for one in path.iterdir()} - _LEFTOVERS)):
-            raise ValueError(
-                f"{path} holds {others[0]} but no {_IDENTITY}; choose a folder that is empty or new for the index"
-            )
-        shutil.rmtree(path / f"{_TABLE}.lance", ignore_errors=True)
-        fields = {"format": _FORMAT, **asdict(identity)}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            temporary = path / f"{_IDENTITY}.part"
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(fields, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path / _IDENTITY)
-        except OSError as error:
-            raise IndexStorageError(
-                f"the index {path} cannot be written ({error.strerror}); choose another --out"
-            ) from None
-        return cls.open(path)
+        if not (path / _IDENTITY).exists():
+            _check_free(path)  # before anything is made there
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with FileLock(path / "lock"):
+                    if not (path / _IDENTITY).exists():  # nobody else has made it meanwhile
+                        _check_free(path)
+                        _begin(path, identity)
+            except OSError as error:
+                raise IndexStorageError(
+                    f"the index {path} cannot be written ({error.strerror or error}); choose another --out"
+                ) from None
+        index = cls.open(path)
+        index.identity.check_same(identity, path)
+        return index
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Index:
@@ -207,11 +212,15 @@ class Index:
         try:
             fields = json.loads((path / _IDENTITY).read_text(encoding="utf-8"))
             found = fields.pop("format")
-            identity = Identity(**fields) if found == _FORMAT else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / _IDENTITY} is damaged ({error}); index the folder again") from None
+            identity = Identity(**fields).checked() if found == _FORMAT else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / _IDENTITY} is damaged ({error}); remove {path} and index the folder again"
+            ) from None
         if identity is None:
-            raise ValueError(f"{path} has format {found}, this version reads {_FORMAT}; index the folder again")
+            raise ValueError(
+                f"{path} has format {found!r}, this version reads {_FORMAT}; remove it and index the folder again"
+            )
         database, schema = _connect(path), _schema(identity.dim)
         table = _trying(path, lambda: database.create_table(_TABLE, schema=schema, exist_ok=True))
         return cls(path, identity, table)
@@ -234,7 +243,7 @@ class Index:
             self.identity,
             model=plume.source,
             fingerprint=checkpoint.fingerprint(plume.plume_model),
-            dim=int(plume.get_embedding_dimension() or 0),
+            dim=plume.embedding_dimension(),
         )
         self.identity.check_same(seen, self.path)
 
@@ -326,16 +335,17 @@ class Index:
         where = f"root = {_quoted(str(root))} AND ({' OR '.join(each)})"
         self._write(lambda table: table.delete(where))
 
-    def touch(self, root: Path, stats: dict[str, tuple[int, int]]) -> None:
-        """Take note of the size and time of change of files whose content is as it was, by name."""
+    def touch(self, root: Path, stats: dict[tuple[str, str], tuple[int, int]]) -> None:
+        """Take note of the size and time of change of files whose content is as it was, by name and SHA-256."""
         import pyarrow as pa
 
-        names = list(stats)
+        names = [name for name, _ in stats]
         for start in range(0, len(names), _IDS_PER_DELETION):
             part = names[start : start + _IDS_PER_DELETION]
             where = f"root = {_quoted(str(root))} AND name IN ({', '.join(map(_quoted, part))})"
             rows = self._read(lambda table, where=where: table.search().where(where).limit(None).to_arrow().to_pylist())
-            seen = [{**row, "size": stats[row["name"]][0], "mtime_ns": stats[row["name"]][1]} for row in rows]
+            known = [(row, stats.get((row["name"], row["sha256"]))) for row in rows]
+            seen = [{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in known if stat is not None]
             table = pa.Table.from_pylist(seen, schema=_schema(self.identity.dim))
             self._write(lambda own, new=table: own.merge_insert(_KEYS).when_matched_update_all().execute(new))
 
@@ -396,6 +406,8 @@ class Index:
         self.identity.check_same(asked, self.path)
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
+        if where is not None and not isinstance(where, str):
+            raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
         condition = None if where is None else _condition(where)
         vector = plume.encode_query(
             query, instruction=asked.query_instruction, num_latent_steps=asked.query_latent_steps
@@ -408,14 +420,12 @@ class Index:
         limit = top_k
         while True:
             found = self._nearest(vector, limit, condition, where)
-            # While a folder is brought up to date a changed file has two rows, the older of which is about to go.
-            newest: dict[tuple[str, int], dict[str, Any]] = {}
+            # While a folder is brought up to date a changed file has two rows, one of which is about to go.
+            doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
             for row in found:
-                known = newest.get(key := (row["path"], row["page"]))
-                if known is None or row["mtime_ns"] > known["mtime_ns"]:
-                    newest[key] = row
-            if len(newest) >= top_k or len(found) < limit:
-                best = sorted(newest.values(), key=lambda row: row["_distance"])
+                doubles[row["path"], row["page"]].append(row)
+            if len(doubles) >= top_k or len(found) < limit:
+                best = sorted(map(_true_row, doubles.values()), key=lambda row: row["_distance"])
                 return [_hit(row) for row in best[:top_k]]
             limit *= 2
 
@@ -428,23 +438,64 @@ class Index:
 
         try:
             return self._read(select)
-        except (ValueError, IndexStorageError) as error:
+        except ValueError as error:
             if not where:
                 raise
             reason = str(error).splitlines()[0]
             raise ValueError(f"where={where!r} is not understood: {reason}; expected a condition in SQL") from None
 
 
+def _check_free(path: Path) -> None:
+    """Refuse a place for a new index that holds something already; hidden files do not count.
+
+    Raises:
+        ValueError: names what is there.
+    """
+    if not path.is_dir():
+        return
+    others = {one.name for one in path.iterdir() if not one.name.startswith(".")} - _LEFTOVERS
+    versions = path / f"{_TABLE}.lance" / _VERSIONS
+    if versions.is_dir() and any(versions.iterdir()):
+        others.add(f"{_TABLE}.lance")
+    if others:
+        raise ValueError(
+            f"{path} holds {min(others)} but no {_IDENTITY}; choose a folder that is empty or new for the index"
+        )
+
+
+def _begin(path: Path, identity: Identity) -> None:
+    """Write who makes an index; its table comes when it is opened."""
+    shutil.rmtree(path / f"{_TABLE}.lance", ignore_errors=True)
+    temporary = path / f"{_IDENTITY}.part"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path / _IDENTITY)
+
+
+def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of one file, the one that its size and time on disk belong to; else the one changed last."""
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        found = os.stat(rows[0]["path"])
+        on_disk = found.st_size, found.st_mtime_ns
+    except OSError:
+        on_disk = None
+    return max(rows, key=lambda row: ((row["size"], row["mtime_ns"]) == on_disk, row["mtime_ns"]))
+
+
 def _trying(path: Path, work: Callable[[], T], refresh: Callable[[], Any] | None = None, tries: int = _TRIES) -> T:
     """Do something with LanceDB, several times if files go away meanwhile; its errors become ours."""
     for left in reversed(range(tries)):
         try:
+            if refresh is not None and left < tries - 1:
+                refresh()
             return work()
         except (RuntimeError, OSError) as error:
             if left and "not found" in str(error).lower():
                 time.sleep(0.02 * 2 ** (tries - left))
-                if refresh is not None:
-                    refresh()
                 continue
             reason = _reason(error)
             raise IndexStorageError(

@@ -169,7 +169,7 @@ def _leave_for_later(report: Report, content: _Content, current: dict[str, str |
 
 def _find_work(
     index: Index, root: Path, rows: Sequence[dict[str, Any]], report: Report, hide_progress: bool | None
-) -> tuple[list[_Content], dict[str, str | None], dict[str, tuple[int, int]]]:
+) -> tuple[list[_Content], dict[str, str | None], dict[tuple[str, str], tuple[int, int]]]:
     """The contents that need work; the content of every file by name; and files that were touched without a change.
 
     A content is None where it cannot be told. What cannot be told of a folder stands under the name of the folder.
@@ -185,7 +185,7 @@ def _find_work(
 
     contents: dict[tuple[str, Kind], _Content] = {}
     current: dict[str, str | None] = {}
-    touched: dict[str, tuple[int, int]] = {}
+    touched: dict[tuple[str, str], tuple[int, int]] = {}
     found_files = walk(root, leave_out=index.path.resolve())
     for found in tqdm(found_files, desc="Looking", unit="file", disable=hide_progress):
         if isinstance(found, Other):
@@ -213,7 +213,7 @@ def _find_work(
         if len(pages_of[found.name, sha]) == num_pages.get((found.name, sha)):
             report.unchanged += 1
             if known is None:
-                touched[found.name] = stats[:2]
+                touched[found.name, sha] = stats[:2]
             continue
         assert kind is not None  # walk gives no others
         content = contents.setdefault((sha, kind), _Content(sha, kind))

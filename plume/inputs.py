@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from plume.documents import Page, pages
 from plume.files import SUFFIXES, VIDEO_SUFFIXES, Kind, kind_of
-from plume.images import BACKGROUND, InputError, load_image
+from plume.images import BACKGROUND, BYTES, InputError, is_data_uri, load_image
 from plume.video import Sampling, Video, load_video
 
 _ACCEPTED = (
@@ -119,7 +122,7 @@ class Item:
             item = cls((_load_path(raw, name, budget),))
         elif isinstance(raw, Video) or (isinstance(raw, (np.ndarray, Tensor)) and raw.ndim == 4):
             item = cls((load_video(raw, budget.sampling, name, budget.background),))
-        elif isinstance(raw, (Image.Image, Page, np.ndarray, Tensor, bytes, bytearray, Mapping)):
+        elif isinstance(raw, (Image.Image, Page, np.ndarray, Tensor, Mapping, *BYTES)):
             item = cls((_load_image(raw, name, budget),))
         else:
             raise InputError(f"{name} is a {type(raw).__name__}; expected {_ACCEPTED}")
@@ -160,7 +163,7 @@ def inputs_of_call(inputs: Any) -> tuple[Sequence[Any], bool]:
         >>> inputs_of_call("a"), inputs_of_call(("a", "b"))
         ((['a'], True), (['a', 'b'], False))
     """
-    one = (str, bytes, bytearray, Mapping, Path, Image.Image, Item, Page, Video)
+    one = (str, Mapping, Path, Image.Image, Item, Page, Video, *BYTES)
     # The items of a one-dimensional array are inputs; with more axes it is one, made of pixels.
     is_pixels = isinstance(inputs, (np.ndarray, Tensor)) and inputs.ndim > 1
     if isinstance(inputs, one) or is_messages(inputs) or is_pixels:
@@ -173,6 +176,10 @@ def inputs_of_call(inputs: Any) -> tuple[Sequence[Any], bool]:
         )
     if isinstance(inputs, (set, frozenset)):
         raise InputError(f"the inputs are a {kind}, which has no order; expected a list of inputs: pass sorted(inputs)")
+    if isinstance(inputs, io.IOBase):
+        raise InputError(f"the inputs are an open file ({kind}), whose items are its lines; pass file.read() or a path")
+    if (to_list := getattr(inputs, "to_pylist", None)) is not None:  # of Arrow, whose items are no Python objects
+        inputs = to_list()
     try:
         return list(inputs), False
     except TypeError:
@@ -193,7 +200,7 @@ def check_unicode(text: str, name: str) -> None:
 
 def _is_file(raw: Any) -> bool:
     """Whether this is a file as Hugging Face data sets hold it."""
-    return isinstance(raw, Mapping) and "bytes" in raw and set(raw) <= {"bytes", "path"}
+    return isinstance(raw, Mapping) and bool(raw) and set(raw) <= {"bytes", "path"}
 
 
 def _from_dict(raw: Mapping, name: str, budget: Budget) -> Item:
@@ -215,7 +222,7 @@ def _from_dict(raw: Mapping, name: str, budget: Budget) -> Item:
             media += [_load_image(one, name, budget) for one in _images_of(raw[key], name)]
         elif key == "video" and raw[key] is not None:
             media += [load_video(one, budget.sampling, name, budget.background) for one in _videos_of(raw[key])]
-    texts = raw.get("text") or ""
+    texts = "" if raw.get("text") is None else raw["text"]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InputError(f'{name}: "text" is a {type(texts).__name__}; expected a string or a list of strings')
@@ -261,9 +268,9 @@ def _from_part(part: Mapping, name: str, budget: Budget) -> list[Part]:
         if not isinstance(value, str):
             raise InputError(f'{name}: "text" is a {type(value).__name__}; expected a string')
         return [value]
+    if "base64" in part and isinstance(value, str) and not is_data_uri(value):
+        value = f"data:;base64,{value}"
     if kind == "image":
-        if "base64" in part and isinstance(value, str) and not value.startswith("data:"):
-            value = f"data:;base64,{value}"
         return [_load_image(one, name, budget) for one in _images_of(value, name)]
     if part.get("fps") is not None or part.get("max_frames") is not None:
         budget = replace(budget, sampling=_sampled(part, budget.sampling, name))
@@ -313,7 +320,7 @@ def _load_image(image: Any, name: str, budget: Budget) -> Image.Image:
 
 
 def _images_of(value: Any, name: str) -> Sequence[Any]:
-    one = (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, Tensor, Page)
+    one = (str, os.PathLike, Image.Image, np.ndarray, Tensor, Page, *BYTES)
     if isinstance(value, one) or _is_file(value):
         return [value]
     if not isinstance(value, Sequence):
@@ -339,8 +346,8 @@ def _is_video(value: Any) -> bool:
 def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:
     fps, most = raw.get("fps"), raw.get("max_frames")
     for key, value in (("fps", fps), ("max_frames", most)):
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise InputError(f"{name}: {key!r} is {value!r}; expected a number above 0")
+        if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+            raise InputError(f"{name}: {key!r} is {value!r:.80}; expected a number above 0")
     if most is not None and (most != int(most) or most < 1):
         raise InputError(f"{name}: 'max_frames' is {most!r}; expected a whole number from 1")
     most = sampling.max_frames if most is None else int(most)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from torch.nn import functional as F
 
 from plume.images import (
     BACKGROUND,
+    BYTES,
     InputError,
+    as_array,
     as_rgb,
     brief,
     channels_last,
@@ -136,13 +140,12 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input", backgrou
         return video
     fps = None
     if isinstance(video, Mapping) and "array" in video:
-        metadata = video.get("video_metadata") or {}
-        video, fps = video.get("array"), metadata.get("fps")
+        video, fps = video.get("array"), _rate(video.get("video_metadata"), name)
     try:
-        if isinstance(video, (str, os.PathLike, bytes, bytearray, Mapping)):
+        if isinstance(video, (str, os.PathLike, Mapping, *BYTES)):
             return _load_file(video, sampling, name, background)
         if isinstance(video, (np.ndarray, Tensor)):
-            array = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
+            array = as_array(video, name, "a video")
             if array.ndim != 4:
                 raise InputError(f"{name}: a video is {_described(video)}; expected uint8 [T, H, W, C] or [T, C, H, W]")
             frames = channels_last(array, name, "T, ")
@@ -160,6 +163,18 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input", backgrou
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
     raise InputError(f"{name}: a video is {_described(video)}; expected a path, a URL, or frames")
+
+
+def _rate(metadata: Any, name: str) -> float | None:
+    """Frames per second that came with an array, None where nothing is said of them."""
+    if metadata is None:
+        return None
+    fps = metadata.get("fps") if isinstance(metadata, Mapping) else getattr(metadata, "fps", metadata)
+    if fps is None:
+        return None
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
+        raise InputError(f'{name}: "video_metadata" is {metadata!r:.80}; expected a dict with "fps" above 0')
+    return float(fps)
 
 
 def is_animated(path: str | os.PathLike) -> bool:

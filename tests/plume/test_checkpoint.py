@@ -159,3 +159,31 @@ def test_a_model_that_is_slow_here_says_so_when_it_is_loaded(tmp_path, monkeypat
         UserWarning, match=r"no fast products of bfloat16, and float32 takes about \d+ s: leave dtype out"
     ):
         Plume(tmp_path / "mine", device="cpu", model_kwargs={"dtype": torch.bfloat16})
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_a_missing_file_is_named(folder, door, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"mine holds no {name}; copy it again"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "tokenizer_config.json"])
+def test_settings_of_another_shape_are_damage(folder, name):
+    (folder / name).write_text("7")
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(it holds a int\)"):
+        Plume(folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pointer_of_a_file_that_would_be_read_without_an_error_is_noticed(folder, door):
+    (folder / "chat_template.jinja").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=r"chat_template.jinja is a Git LFS pointer"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("place", [None, 5, "./missing", "../missing", ".hidden/model"])
+def test_what_is_no_place_of_a_checkpoint_is_refused_without_asking_the_hub(place):
+    with pytest.raises(ValueError, match="expected a folder that save_pretrained wrote, or a Hub name"):
+        Plume(place)

@@ -100,3 +100,28 @@ def test_convert_says_what_is_no_published_checkpoint(backbone_folder, tmp_path)
     result = CliRunner().invoke(app, ["convert", str(backbone_folder), str(tmp_path / "converted")])
     assert result.exit_code == 1
     assert "nothing to convert" in result.output
+
+
+def test_convert_says_that_there_is_nothing_at_a_place(tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "missing" / "deep"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "plume: no folder at" in result.output
+
+
+def test_a_name_that_is_too_long_or_no_unicode_ends_no_command(plume_folder, tmp_path):
+    result = run(plume_folder, "--text", "a", "--out", tmp_path / ("a" * 300 + ".npz"))
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    odd = tmp_path / "\udcff.png"
+    (tmp_path / "a.png").rename(odd)
+    result = run(plume_folder, odd, "--out", tmp_path / "v.jsonl")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "v.jsonl").read_text(encoding="utf-8"))["name"] == str(odd)
+
+
+def test_a_file_that_is_refused_keeps_its_name(plume_folder, tmp_path):
+    refused = tmp_path / "the input 0 of x.txt"
+    refused.write_text(" ")
+    result = run(plume_folder, refused, "--text", "kite", "--out", tmp_path / "v.npz", "--on-error", "skip")
+    assert "the input 0 of x.txt is empty" in result.output

@@ -429,3 +429,13 @@ def test_autocast_around_a_call_changes_nothing(plume_folder, picture, tmp_path,
             batch = model.processor.encode([model.processor.parse(one) for one in inputs])
             assert np.allclose(plume.engine(batch).embedding, expected, atol=1e-6)
             assert np.allclose(Engine(model)(batch, num_latent_steps=2).embedding.norm(dim=-1), 1)
+
+
+def test_integers_that_may_be_numbers_or_bits_are_not_compared(plume):
+    vectors = plume.encode(["red kite", "a table"], truncate_dim=32, precision="binary")
+    for kind in (np.int8, np.uint8):
+        with pytest.raises(ValueError, match=r"may be that many numbers, or the bits of 32"):
+            plume.similarity(vectors.astype(kind), vectors.astype(kind))
+    whole = np.array([[3, 4], [4, 3]])
+    for numbers in (whole, whole.tolist(), torch.as_tensor(whole)):
+        assert plume.similarity(numbers, numbers)[0, 1].item() == pytest.approx(0.96)

@@ -246,3 +246,13 @@ def test_a_large_jpeg_is_decoded_reduced_within_a_bound(tmp_path, size, orientat
         assert distance.max() < 24
     small = load_image(tmp_path / "a.jpg", pixels=(3136, size[0] * size[1]))
     assert np.array_equal(small, load_image(tmp_path / "a.jpg"))
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_the_reduced_one(tmp_path):
+    image = Image.new("RGB", (2, 1), (16, 32, 48))
+    image.putpixel((1, 0), (200, 0, 0))
+    image.info["transparency"] = (0x10AB, 0x20CD, 0x30EF)  # as Pillow reads the key of a PNG of 16 bits
+    seen = load_image(image)
+    assert seen.getpixel((0, 0)) == (255, 255, 255)
+    assert seen.getpixel((1, 0)) == (200, 0, 0)
+    assert image.info["transparency"] == (0x10AB, 0x20CD, 0x30EF)

@@ -255,7 +255,7 @@ def test_an_index_that_was_interrupted_while_it_was_made_opens(plume, tmp_path):
     shutil.rmtree(index.path / "items.lance")
     assert len(Index.create(tmp_path / "index", plume)) == 0
     (index.path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\); index the folder again"):
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\); remove .*index and index the folder again"):
         Index.open(index.path)
 
 
@@ -395,3 +395,59 @@ def test_a_wrong_call_stops_with_a_message(plume_folder, tmp_path, monkeypatch, 
     assert message in output
     assert "Traceback" not in output
     assert not Path("index").exists()
+
+
+def test_a_folder_with_a_table_of_somebody_else_is_left_as_it_is(plume, tmp_path):
+    import lancedb
+
+    theirs = lancedb.connect(str(tmp_path / "data")).create_table("items", data=[{"name": "theirs"}])
+    (tmp_path / "data" / ".DS_Store").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds items\.lance but no index\.json"):
+        Index.create(tmp_path / "data", plume)
+    assert theirs.count_rows() == 1
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".DS_Store").write_bytes(b"")
+    assert len(Index.create(tmp_path / "new", plume)) == 0
+
+
+@pytest.mark.parametrize("content", ['["a"]', "7", '{"format": 1}', "wrong type"])
+def test_an_index_whose_identity_is_damaged_says_what_to_remove(plume, tmp_path, content):
+    index = Index.create(tmp_path / "index", plume)
+    file = index.path / "index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dim": "64"}) if content == "wrong type" else content)
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\); remove .*index and index the folder again"):
+        Index.open(index.path)
+
+
+def test_a_search_finds_of_a_file_the_row_that_is_on_disk(plume, tmp_path):
+    file = tmp_path / "files" / "a.txt"
+    file.parent.mkdir()
+    file.write_text("a red kite")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(file.parent, plume, show_progress=False)
+    (row,) = index.rows_with([index.rows(["sha256"])[0]["sha256"]])
+    file.write_text("a blue table, older")
+    os.utime(file, ns=(0, row["mtime_ns"] - 10**12))  # an older copy came back
+    index.add([{**row, "sha256": "other", "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}])
+    (hit,) = index.search("a red kite", plume, top_k=5)
+    assert hit.path == str(file.resolve())
+    index.touch(file.parent.resolve(), {("a.txt", "other"): (7, 7)})
+    seen = {one["sha256"]: (one["size"], one["mtime_ns"]) for one in index.rows(["sha256", "size", "mtime_ns"])}
+    assert seen == {"other": (7, 7), row["sha256"]: (row["size"], row["mtime_ns"])}
+
+
+def test_an_index_that_is_removed_while_it_is_open_and_a_condition_that_is_no_text_are_said(plume, tmp_path):
+    index = Index.create(tmp_path / "index", plume)
+    with pytest.raises(ValueError, match="where is a dict; expected a condition in SQL"):
+        index.search("kite", plume, where={"kind": "pdf"})  # type: ignore[arg-type]
+    shutil.rmtree(index.path)
+    with pytest.raises(OSError, match=r"the index .* cannot be used"):
+        len(index)
+
+
+def test_an_embedder_cut_to_a_length_that_cannot_be_makes_no_index(plume_folder, tmp_path):
+    cut = Plume(plume_folder)
+    cut.truncate_dim = 100_000
+    with pytest.raises(ValueError, match="truncate_dim must be a whole number"):
+        Index.create(tmp_path / "index", cut)
+    assert not (tmp_path / "index").exists()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from plume import InputError, Item
 from plume.images import MAX_IMAGE_PIXELS
+from plume.inputs import inputs_of_call
 
 
 @pytest.fixture
@@ -218,3 +219,50 @@ def test_a_path_is_read_by_its_name_and_a_string_never_is(tmp_path, picture):
     assert Item.parse(tmp_path / "note.txt").text == "a kite"
     assert Item.parse(tmp_path / "a.PNG").modality == "image"
     assert Item.parse(str(tmp_path / "a.PNG")).modality == "text"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (torch.zeros(4, 4, 3, dtype=torch.bfloat16), "an image is torch.bfloat16"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.bfloat16), "a video is torch.bfloat16"),
+        ({"bytes": "/etc/hostname"}, '"bytes" is a str; expected the bytes of a file'),
+        ({"image": {"bytes": "/etc/hostname"}}, '"bytes" is a str'),
+        ({"text": np.array(["a", "b"])}, '"text" is a ndarray'),
+        ({"video": "clip.mp4", "max_frames": float("inf")}, "'max_frames' is inf"),
+        ({"video": {"array": np.zeros((2, 28, 28, 3), np.uint8), "video_metadata": "fast"}}, '"video_metadata"'),
+        ({"video": {"array": np.zeros((2, 28, 28, 3), np.uint8), "video_metadata": {"fps": -1}}}, '"video_metadata"'),
+    ],
+)
+def test_pixels_files_and_settings_of_a_wrong_type_are_refused_as_inputs(raw, message):
+    with pytest.raises(InputError, match=message):
+        Item.parse(raw)
+
+
+def test_files_are_taken_in_every_form_that_holds_one(picture, tmp_path):
+    image = picture(40, 30)
+    image.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    text = base64.b64encode(content).decode()
+    expected = image.convert("RGB").tobytes()
+    forms = [
+        memoryview(content),
+        {"path": str(tmp_path / "a.png")},
+        {"image": {"path": str(tmp_path / "a.png")}},
+        {"image": f"DATA:image/png;BASE64,{text}"},
+        {"image": f" data:image/png;base64,{text}==="},
+        {"image": f"file://localhost{tmp_path}/a.png"},
+    ]
+    for form in forms:
+        assert Item.parse(form).images[0].tobytes() == expected, form
+
+
+def test_an_open_file_is_no_list_of_inputs(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    with (tmp_path / "a.txt").open() as file, pytest.raises(InputError, match=r"open file .* its lines"):
+        inputs_of_call(file)
+
+
+def test_arrays_of_arrow_are_lists_of_python_objects():
+    pa = pytest.importorskip("pyarrow")
+    assert inputs_of_call(pa.array(["a", "b"])) == (["a", "b"], False)

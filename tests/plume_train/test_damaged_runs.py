@@ -213,3 +213,18 @@ def test_commands_end_their_errors_in_a_line(tmp_path, start, hops_folder, monke
     assert str(stopped.value).startswith("plume-train: ")
     assert message in str(stopped.value)
     assert "Traceback" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_checksums_that_list_nothing_are_damage(run, content):
+    checkpoint = run.output_folder / "checkpoint-6"
+    assert damage(checkpoint) is None
+    (checkpoint / CHECKSUMS_FILE).write_text(content)
+    assert "damaged checksums.json" in damage(checkpoint)
+
+
+def test_a_flipped_bit_is_seen_in_a_file_of_torch_without_checksums(run):
+    checkpoint = run.output_folder / "checkpoint-6"
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    flip(checkpoint / "optimizer.pt")
+    assert "damaged optimizer.pt" in damage(checkpoint)

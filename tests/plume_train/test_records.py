@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zlib
 
 import pytest
 from PIL import Image
@@ -356,3 +358,55 @@ def test_rows_name_files_and_never_addresses(folder):
         (folder / "rows.jsonl").write_text(json.dumps({"query": {"image": address}, "target": "b"}) + "\n")
         with pytest.raises(RowError, match="but there is no file"):
             Records(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_bytes_of_an_image_are_bytes_and_never_a_place(folder, inside):
+    Image.new("RGB", (8, 8)).save(folder / "secret.png")
+    side = {"image": {"bytes": str(folder / "secret.png")}}
+    with pytest.raises(RowError, match="'bytes' are a str; expected bytes"):
+        RecordFormat(media_root=folder / "media", media_root_only=inside).read({"query": side, "target": "a"}, "f:1")
+
+
+def encoded(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_embedded_images_and_the_middle_of_files_are_part_of_what_tells_rows_apart(folder):
+    read = RecordFormat(media_root=folder).read
+    embedded = [{"query": {"image": {"bytes": encoded(colour)}}, "target": "a"} for colour in ("red", "blue", "red")]
+    red, blue, again = (read(row, "f:1") for row in embedded)
+    assert red.digest == again.digest != blue.digest
+    assert red.query.key == again.query.key != blue.query.key
+    content = bytearray(encoded("red") + bytes(2000))  # what follows the picture is never looked at by Pillow
+    digests = set()
+    for place in (None, len(content) // 2):
+        if place is not None:
+            content[place] ^= 1
+        (folder / "a.png").write_bytes(content)
+        digests.add(read({"query": {"image": "a.png"}, "target": "a"}, "f:1").digest)
+    assert len(digests) == 2
+
+
+def test_broken_embedded_images_and_what_is_no_text_are_bad_rows_and_stop_nothing(folder):
+    bomb = bytearray(encoded("red"))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(bomb)
+    rows = [
+        {"query": {"image": "bomb.png"}, "target": "a"},
+        {"query": {"image": "\udc80.png"}, "target": "a"},
+        {"query": {"video": ["\udc80.png"]}, "target": "a"},
+        {"query": "a", "target": "b", "task": "\udc80"},
+        {"qry": {"conversations": [{"from": ["human"], "value": "a"}]}, "pos": {"conversations": []}},
+        {"qry": {"conversations": [{"from": {"human": 1}, "value": "a"}]}, "pos": {"conversations": []}},
+        {"query": "a", "target": "b"},
+    ]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    records = Records(folder / "rows.jsonl", on_bad_row="skip")
+    assert len(records) == 1
+    assert [line.partition(": ")[0] for line in records.bad_rows] == [f"rows.jsonl:{n}" for n in range(1, 7)]
+    with pytest.raises(RowError, match="cannot be read"):
+        RecordFormat().read({"query": {"image": {"bytes": bytes(bomb)}}, "target": "a"}, "f:1")

@@ -6,6 +6,7 @@ import sys
 
 def main() -> None:
     """Parse, work, exit."""
+    from plume.terminal import printable
     from plume_train.check import check
     from plume_train.config import parse_arguments
     from plume_train.lora import merge
@@ -22,7 +23,7 @@ def main() -> None:
         folder = args.output_folder
         train(args)
     except (ValueError, OSError, RunError, ImportError) as error:
-        sys.exit(f"plume-train: {reason(error)}")
+        sys.exit(printable(f"plume-train: {reason(error)}", keep="\n"))
     except KeyboardInterrupt:
         sys.exit(f"plume-train: stopped; {state_of(folder)}")
 

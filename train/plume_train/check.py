@@ -16,6 +16,7 @@ from plume.checkpoint import read_config
 from plume.config import PlumeConfig
 from plume.images import InputError
 from plume.processor import PlumeProcessor
+from plume.terminal import printable
 from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
 from plume_train.collate import Media
 from plume_train.config import PlumeTrainingArguments, parse_arguments
@@ -42,6 +43,7 @@ def check(argv: Sequence[str]) -> int:
         args.train_file,
         row_format=RecordFormat(
             media_root=Path(args.media_root) if args.media_root else None,
+            media_root_only=args.media_root_only,
             needs_target=args.needs_target,
             unclosed_answer=args.unclosed_answer,
         ),
@@ -232,4 +234,4 @@ def _parse(argv: Sequence[str]) -> tuple[PlumeTrainingArguments, bool]:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text, keep="\n") + "\n")

@@ -12,6 +12,7 @@ Everything is checked here: what is wrong with a row is said with its file and l
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from plume.files import VIDEO_SUFFIXES
-from plume.images import InputError, check_image_file, open_image, open_source
+from plume.images import BYTES, InputError, check_image_file, open_image
 from plume.inputs import check_unicode
 from plume.tokens import ANCHOR, READ_OUT, RESERVED
 from plume_train.target import UnclosedTag, parse_written
@@ -36,6 +37,7 @@ _ROOT_NAMES = ("data_path", "media_root", "root")
 _COLUMN = re.compile(r"(query|target|negative)_(text|image|video|rationale|answer)")
 _FIELDS = ("text", "image", "images", "video", "videos", "rationale", "answer")
 _SAMPLED_BYTES = 256
+_DIGEST = "plume_digest"
 _MEDIA_TAG = re.compile(r"<(image|video)>\n?")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -63,24 +65,37 @@ class Side:
         """A 64-bit integer that is equal where text and media are."""
         digest = blake2b(self.text.encode(), digest_size=8)
         for image in self.images:
-            digest.update(image.tobytes() if isinstance(image, Image.Image) else b"\0" + str(image).encode())
+            digest.update(_embedded(image) if isinstance(image, Image.Image) else b"\0" + str(image).encode())
         for video in self.videos:
             digest.update(b"\0\0" + b"\0".join(str(path).encode() for path in video))
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def sample(self) -> bytes:
-        """What tells this side from others cheaply: its texts, and of its media the names, sizes and last bytes."""
+        """What tells this side from others: its texts and embedded images whole, of media files a few pieces."""
         pieces: list[object] = [self.text, self.rationale, self.answer]
         for medium in (*self.images, *(path for video in self.videos for path in video)):
-            pieces.append(_sample(medium) if isinstance(medium, Path) else (medium.size, medium.mode))
+            pieces.append(_sample(medium) if isinstance(medium, Path) else _embedded(medium))
         return repr(pieces).encode("utf-8", "surrogatepass")
 
 
-def _sample(file: Path) -> tuple[str, int, bytes]:
+def _embedded(image: Image.Image) -> bytes:
+    """A digest of the file that an image came from, or of its pixels."""
+    known = image.info.get(_DIGEST)
+    return known or blake2b(image.tobytes() + repr((image.size, image.mode)).encode(), digest_size=16).digest()
+
+
+def _sample(file: Path) -> tuple[str, int, list[bytes]]:
+    """Name, size, and some bytes of the start, the middle and the end.
+
+    Not the time of change, which a copy of the data on another machine does not keep.
+    """
     size = file.stat().st_size
+    pieces = []
     with file.open("rb") as opened:
-        opened.seek(max(size - _SAMPLED_BYTES, 0))
-        return file.name, size, opened.read()
+        for place in (0, size // 2, max(size - _SAMPLED_BYTES, 0)):
+            opened.seek(place)
+            pieces.append(opened.read(_SAMPLED_BYTES))
+    return file.name, size, pieces
 
 
 #: What stands in the place of a row that could not be loaded.
@@ -150,7 +165,12 @@ class RecordFormat:
             )
         sides = [side for name in ("qry", "pos") if isinstance(side := _unwrap(row.get(name)), Mapping)]
         names = [holder[key] for holder in (row, *sides) for key in _TASK_NAMES if holder.get(key)]
-        return Record(query, target, str(names[0]) if names else self.default_task, where, negatives)
+        task = str(names[0]) if names else self.default_task
+        try:
+            check_unicode(task, where)
+        except InputError as error:
+            raise RowError(f"{error}: the task") from None
+        return Record(query, target, task, where, negatives)
 
     @property
     def _root(self) -> Path:
@@ -276,6 +296,8 @@ def _clips(value: Any, where: str) -> list[tuple[str, ...]]:
     for clip in clips:
         if not clip or not all(isinstance(path, str) for path in clip):
             raise RowError(f"{where}: 'video' is {value!r}; expected a file or a list of frames")
+        for path in clip:
+            check_unicode(path, where)
     return clips
 
 
@@ -286,7 +308,7 @@ def _turns(turns: list, where: str) -> tuple[str, str]:
         if not isinstance(turn, Mapping):
             raise RowError(f"{where}: a turn is a {type(turn).__name__}; expected an object")
         role, text = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
-        if role not in _ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
             raise RowError(
                 f"{where}: a turn has role {role!r} and a {type(text).__name__}; expected human or gpt and a string"
             )
@@ -297,15 +319,21 @@ def _turns(turns: list, where: str) -> tuple[str, str]:
 def _image(image: Any, roots: Sequence[Path], where: str, inside: Path | None) -> ImageSource:
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, Mapping) and image.get("bytes"):  # an image of a Hugging Face data set
+    content = image.get("bytes") if isinstance(image, Mapping) else None
+    if content:  # an image of a Hugging Face data set
+        if not isinstance(content, BYTES):  # a text would be a place, outside of any `media_root`
+            raise RowError(f"{where}: an image's 'bytes' are a {type(content).__name__}; expected bytes")
         try:
-            return open_image(open_source(image, where))
-        except (OSError, ValueError) as error:
+            opened = open_image(io.BytesIO(content))
+        except Exception as error:  # decoders of broken files raise anything
             raise RowError(f"{where}: an image cannot be read ({error}); drop the row") from None
+        opened.info[_DIGEST] = blake2b(content, digest_size=16).digest()
+        return opened
     if isinstance(image, Mapping):
         image = image.get("path")
     if not isinstance(image, str):
         raise RowError(f"{where}: an image is a {type(image).__name__}; expected a path")
+    check_unicode(image, where)
     found = find_media(image, roots, where, inside)
     check_image_file(found, where)
     return found

@@ -149,7 +149,8 @@ def _list_bad_rows(args: PlumeTrainingArguments, bad_rows: list[str]) -> None:
     report = args.output_folder / name
     report.parent.mkdir(parents=True, exist_ok=True)
     known = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
-    report.write_text("".join(f"{row}\n" for row in dict.fromkeys([*known, *bad_rows])), encoding="utf-8")
+    lines = [" ".join(row.splitlines()).encode("utf-8", "backslashreplace").decode() for row in bad_rows]
+    report.write_text("".join(f"{line}\n" for line in dict.fromkeys([*known, *lines])), encoding="utf-8")
 
 
 def load_model(args: PlumeTrainingArguments) -> PlumeModel:

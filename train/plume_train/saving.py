@@ -186,6 +186,8 @@ def damage(checkpoint: Path) -> str | None:
         expected = dict(json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         return f"has a damaged {CHECKSUMS_FILE} ({error})"
+    if unlisted := [name for name in needed if name not in expected]:
+        return f"has a damaged {CHECKSUMS_FILE}, which does not list {unlisted[0]}"
     for name, checksum in expected.items():
         try:
             if _checksum(checkpoint / name) != checksum:
@@ -205,14 +207,15 @@ def _visible_damage(file: Path) -> str | None:
                 pass
         elif file.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(file) as archive:
-                archive.testzip()
+                if (member := archive.testzip()) is not None:
+                    return f"has a damaged {file.name} ({member} is not what was written)"
     except (ValueError, SafetensorError, zipfile.BadZipFile, OSError) as error:
         return f"has a damaged {file.name} ({error})"
     return None
 
 
 def write_checksums(checkpoint: Path) -> None:
-    """Note what the files of a checkpoint hold; everything is on the disk afterwards."""
+    """Note what the files of a checkpoint hold; `move_into` waits until they are on the disk."""
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
     sums = {name: _checksum(checkpoint / name) for name in names if name != CHECKSUMS_FILE}
     (checkpoint / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
