@@ -11,7 +11,7 @@ from plume.inputs import Item
 from plume.video import Video
 
 Budget = Mapping[str, int] | None
-"""The image sizes of a call, where they are not the checkpoint's own."""
+"""The image sizes of a call."""
 
 
 def medium_key(medium: Image.Image | Video, budget: Budget = None) -> str:

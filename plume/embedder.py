@@ -333,7 +333,8 @@ class Plume(SentenceTransformer):
         if (engine := self._engine) is None:
             return batch
         complete = [self._processor.complete(item) for item in items]
-        keys = content.media_keys(complete, (budget or {}).get("size")) if engine.keeps_media else None
+        size = (budget or {}).get("size") or dict(self._processor.image_processor.size)
+        keys = content.media_keys(complete, size) if engine.keeps_media else None
         laid_out = plan(self.plume_model, batch, settings.get("num_latent_steps"), media_keys=keys)
         return {"plan": laid_out.pinned() if self.device.type == "cuda" else laid_out}
 
@@ -366,12 +367,14 @@ class Plume(SentenceTransformer):
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """As `SentenceTransformer.similarity`; vectors of any precision, packed bits as signs."""
         dim = self.get_embedding_dimension()
-        return super().similarity(comparable(embeddings1, dim), comparable(embeddings2, dim))
+        with torch.autocast(self.device.type, enabled=False):
+            return super().similarity(comparable(embeddings1, dim), comparable(embeddings2, dim))
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """As `SentenceTransformer.similarity_pairwise`; likewise."""
         dim = self.get_embedding_dimension()
-        return super().similarity_pairwise(comparable(embeddings1, dim), comparable(embeddings2, dim))
+        with torch.autocast(self.device.type, enabled=False):
+            return super().similarity_pairwise(comparable(embeddings1, dim), comparable(embeddings2, dim))
 
     def _create_model_card(self, path: str, model_name: str | None = None, train_datasets: Any = None) -> None:
         # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.

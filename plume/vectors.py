@@ -35,7 +35,8 @@ class Vectors:
 
     def of_call(self, settings: Mapping[str, Any]) -> VectorsOfCall:
         """The cache as one call of `encode` sees it: with all that decides a vector beside the input."""
-        size = (image_settings(settings) or {}).get("size")
+        assert self._model.processor is not None
+        size = (image_settings(settings) or {}).get("size") or dict(self._model.processor.image_processor.size)
         steps = settings.get("num_latent_steps", self._model.config.num_latent_steps)
         form = settings.get("truncate_dim"), settings.get("normalize_embeddings")
         return VectorsOfCall(self._kept, size, (steps, form, self._weights.revision()))

@@ -439,3 +439,11 @@ def test_integers_that_may_be_numbers_or_bits_are_not_compared(plume):
     whole = np.array([[3, 4], [4, 3]])
     for numbers in (whole, whole.tolist(), torch.as_tensor(whole)):
         assert plume.similarity(numbers, numbers)[0, 1].item() == pytest.approx(0.96)
+
+
+def test_similarities_do_not_depend_on_a_callers_autocast(plume):
+    vectors = plume.encode(["red kite", "a table", "blue"], convert_to_tensor=True)
+    expected = plume.similarity(vectors, vectors), plume.similarity_pairwise(vectors, vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(plume.similarity(vectors, vectors), expected[0])
+        assert torch.equal(plume.similarity_pairwise(vectors, vectors), expected[1])

@@ -290,3 +290,23 @@ def test_a_tokenizer_may_be_asked_by_two_threads(plume_folder):
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(pads), threads.submit(counts)]:
             done.result()
+
+
+def test_caches_know_the_sizes_that_the_processor_is_set_to(plume_folder, picture):
+    image = picture(300, 200)
+    every = Plume(
+        plume_folder,
+        device="cpu",
+        vector_cache_bytes=1 << 20,
+        vision_cache_bytes=1 << 20,
+        prefix_cache_bytes=1 << 20,
+    )
+    before = every.encode(image)
+    for edges in ((3136, 7840), (200_000, 300_000)):
+        plain = Plume(plume_folder, device="cpu")
+        for one in (every, plain):
+            sizes = one.plume_model.processor.image_processor.size
+            one[0].processor.image_processor.size = type(sizes)(shortest_edge=edges[0], longest_edge=edges[1])
+            one.plume_model.processor.image_processor.size = one[0].processor.image_processor.size
+        assert np.abs(every.encode(image) - plain.encode(image)).max() < 1e-6
+        assert not np.allclose(every.encode(image), before, atol=1e-5)
