@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _TABLE, _IDENTITY = "items", "index.json"
-# What an interrupted creation leaves: it is made anew. A table with a version in it is somebody's.
+# What an interrupted creation leaves: it is made anew. A table beside no other of them is somebody's.
 _LEFTOVERS = {f"{_IDENTITY}.part", f"{_TABLE}.lance", "lock"}
 _VERSIONS = "_versions"
 #: How often a read is tried while another process takes files away.
@@ -191,6 +191,8 @@ class Index:
                     if not (path / _IDENTITY).exists():  # nobody else has made it meanwhile
                         _check_free(path)
                         _begin(path, identity)
+            except IndexStorageError:
+                raise
             except OSError as error:
                 raise IndexStorageError(
                     f"the index {path} cannot be written ({error.strerror or error}); choose another --out"
@@ -454,8 +456,8 @@ def _check_free(path: Path) -> None:
     if not path.is_dir():
         return
     others = {one.name for one in path.iterdir() if not one.name.startswith(".")} - _LEFTOVERS
-    versions = path / f"{_TABLE}.lance" / _VERSIONS
-    if versions.is_dir() and any(versions.iterdir()):
+    versions, begun = path / f"{_TABLE}.lance" / _VERSIONS, path / f"{_IDENTITY}.part"
+    if versions.is_dir() and any(versions.iterdir()) and not begun.exists():
         others.add(f"{_TABLE}.lance")
     if others:
         raise ValueError(
@@ -464,13 +466,15 @@ def _check_free(path: Path) -> None:
 
 
 def _begin(path: Path, identity: Identity) -> None:
-    """Write who makes an index; its table comes when it is opened."""
-    shutil.rmtree(path / f"{_TABLE}.lance", ignore_errors=True)
+    """Make the table of an index, then say who made it: where `index.json` is, there is a table."""
     temporary = path / f"{_IDENTITY}.part"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    shutil.rmtree(path / f"{_TABLE}.lance", ignore_errors=True)
+    database, schema = _connect(path), _schema(identity.dim)
+    _trying(path, lambda: database.create_table(_TABLE, schema=schema))
     temporary.replace(path / _IDENTITY)
 
 

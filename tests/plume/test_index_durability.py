@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume, files, indexing
+from plume import index as index_module
 from plume.cli import app
 from plume.files import Found, Other, walk
 from plume.index import Index, IndexStorageError
@@ -479,3 +481,24 @@ def test_a_blank_text_on_the_command_line_is_named(plume_folder, tmp_path):
         code, printed = run("encode", "--text", text, "--model", plume_folder, "--out", tmp_path / "v.npz")
         assert code == 1
         assert f"--text {text!r} is empty; expected text that is not blank" in printed
+
+
+def test_two_who_make_one_index_at_once_share_it(plume, tmp_path, monkeypatch):
+    check, begin, both, made = index_module._check_free, index_module._begin, threading.Barrier(2), []
+    seen = threading.local()
+
+    def meet(path):  # both have seen a free place before either takes it
+        check(path)
+        if not hasattr(seen, "before"):
+            seen.before = True
+            both.wait()
+
+    monkeypatch.setattr(index_module, "_check_free", meet)
+    monkeypatch.setattr(index_module, "_begin", lambda path, identity: (made.append(path), begin(path, identity)))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: Index.create(tmp_path / "index", plume), range(2))
+    assert len(made) == 1
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_text("a kite")
+    first.update(tmp_path / "files", plume, show_progress=False)
+    assert len(first) == len(second) == 1
