@@ -98,8 +98,12 @@ def check_place(name_or_path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def naming_damaged_files(name_or_path: str | os.PathLike) -> Iterator[None]:
+def naming_damaged_files(name_or_path: str | os.PathLike, may_lack_files: bool = False) -> Iterator[None]:
     """Where loading fails because a file of the folder is damaged or missing, say which one.
+
+    Args:
+        name_or_path: a folder, or a Hub name, whose files are not looked at.
+        may_lack_files: whether what is missing comes from elsewhere, as for published checkpoints.
 
     Raises:
         ValueError: names the file, and says what to do.
@@ -118,7 +122,11 @@ def naming_damaged_files(name_or_path: str | os.PathLike) -> Iterator[None]:
             if reason := _damage(file):
                 raise ValueError(f"{file} {reason}") from error
         for expected, others in _NEEDED.items():
-            if files and not any(file.match(name) for file in files for name in (expected, *others)):
+            if (
+                files
+                and not may_lack_files
+                and not any(file.match(name) for file in files for name in (expected, *others))
+            ):
                 raise ValueError(f"{folder} holds no {expected}; copy it again") from error
         if isinstance(error, SafetensorError):  # of a download
             raise ValueError(f"the weights of {name_or_path} are damaged ({error}); remove the download") from error

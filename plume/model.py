@@ -151,7 +151,7 @@ class PlumeModel(PreTrainedModel):
 
     @classmethod
     def _from_published(cls, name_or_path: Any, wants_info: bool, hub: dict, **kwargs) -> Any:
-        with checkpoint.naming_damaged_files(name_or_path):
+        with checkpoint.naming_damaged_files(name_or_path, may_lack_files=True):
             config, weights, processor = published.read_published(name_or_path, **hub)
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = config.dtype
