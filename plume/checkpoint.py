@@ -121,12 +121,8 @@ def naming_damaged_files(name_or_path: str | os.PathLike, may_lack_files: bool =
         for file in files:
             if reason := _damage(file):
                 raise ValueError(f"{file} {reason}") from error
-        for expected, others in _NEEDED.items():
-            if (
-                files
-                and not may_lack_files
-                and not any(file.match(name) for file in files for name in (expected, *others))
-            ):
+        for expected, others in _NEEDED.items() if files and not may_lack_files else ():
+            if not any(file.match(name) for file in files for name in (expected, *others)):
                 raise ValueError(f"{folder} holds no {expected}; copy it again") from error
         if isinstance(error, SafetensorError):  # of a download
             raise ValueError(f"the weights of {name_or_path} are damaged ({error}); remove the download") from error

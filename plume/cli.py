@@ -191,7 +191,7 @@ def search(
                 _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
             use_physical_cores()
             plume = Plume(model or made_with)
-            if dim < (plume.get_embedding_dimension() or 0):
+            if dim < plume.get_embedding_dimension():
                 plume.truncate_dim = dim
             hits = source.search(query, plume, top_k=top_k, where=where)
     except (ValueError, OSError) as error:

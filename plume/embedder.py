@@ -385,11 +385,11 @@ class Plume(SentenceTransformer):
         steps = self._steps(None, task)
         return self.plume_config.num_latent_steps if steps is None else steps
 
-    def embedding_dimension(self) -> int:
-        """D of what `encode` returns with the settings as they are.
+    def get_embedding_dimension(self) -> int:
+        """D of what `encode` returns.
 
         Raises:
-            ValueError: `truncate_dim` has been set to what cannot be.
+            ValueError: `truncate_dim` has been set to a length that vectors do not have.
         """
         return self._check_truncate_dim(self.truncate_dim) or self.plume_config.hidden_size
 

@@ -36,7 +36,7 @@ _TABLE, _IDENTITY = "items", "index.json"
 # What an interrupted creation leaves: it is made anew. A table beside no other of them is somebody's.
 _LEFTOVERS = {f"{_IDENTITY}.part", f"{_TABLE}.lance", "lock"}
 _VERSIONS = "_versions"
-#: How often a read is tried while another process takes files away.
+# How often a read is tried while another process takes files away.
 _TRIES = 6
 _IDS_PER_DELETION = 1024
 # A row is there once for each of these.
@@ -175,7 +175,7 @@ class Index:
         identity = Identity(
             model=plume.source,
             fingerprint=checkpoint.fingerprint(plume.plume_model),
-            dim=plume.embedding_dimension(),
+            dim=plume.get_embedding_dimension(),
             num_latent_steps=plume.default_steps("document") if num_latent_steps is None else num_latent_steps,
             query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
             instruction=instruction,
@@ -245,7 +245,7 @@ class Index:
             self.identity,
             model=plume.source,
             fingerprint=checkpoint.fingerprint(plume.plume_model),
-            dim=plume.embedding_dimension(),
+            dim=plume.get_embedding_dimension(),
         )
         self.identity.check_same(seen, self.path)
 

@@ -69,7 +69,7 @@ def image_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def comparable(vectors: Any, dim: int | None) -> Any:
-    """Quantised vectors as numbers that similarities can be computed of; others as they are.
+    """Integers and quantised vectors as numbers that similarities can be computed of; others as they are.
 
     Args:
         vectors: `[N, D]`, `[D]` or a list, of any precision; bits are packed, D / 8 bytes.

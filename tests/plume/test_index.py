@@ -428,9 +428,11 @@ def test_a_search_finds_of_a_file_the_row_that_is_on_disk(plume, tmp_path):
     (row,) = index.rows_with([index.rows(["sha256"])[0]["sha256"]])
     file.write_text("a blue table, older")
     os.utime(file, ns=(0, row["mtime_ns"] - 10**12))  # an older copy came back
-    index.add([{**row, "sha256": "other", "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}])
+    found = file.stat()
+    older = {**row, "sha256": "other", "size": found.st_size, "mtime_ns": found.st_mtime_ns, "excerpt": "a blue table"}
+    index.add([older])
     (hit,) = index.search("a red kite", plume, top_k=5)
-    assert hit.path == str(file.resolve())
+    assert (hit.path, hit.excerpt) == (str(file.resolve()), "a blue table")
     index.touch(file.parent.resolve(), {("a.txt", "other"): (7, 7)})
     seen = {one["sha256"]: (one["size"], one["mtime_ns"]) for one in index.rows(["sha256", "size", "mtime_ns"])}
     assert seen == {"other": (7, 7), row["sha256"]: (row["size"], row["mtime_ns"])}

@@ -167,9 +167,9 @@ class RecordFormat:
         names = [holder[key] for holder in (row, *sides) for key in _TASK_NAMES if holder.get(key)]
         task = str(names[0]) if names else self.default_task
         try:
-            check_unicode(task, where)
+            check_unicode(task, f"{where}: the task")
         except InputError as error:
-            raise RowError(f"{error}: the task") from None
+            raise RowError(str(error)) from None
         return Record(query, target, task, where, negatives)
 
     @property
@@ -297,7 +297,7 @@ def _clips(value: Any, where: str) -> list[tuple[str, ...]]:
         if not clip or not all(isinstance(path, str) for path in clip):
             raise RowError(f"{where}: 'video' is {value!r}; expected a file or a list of frames")
         for path in clip:
-            check_unicode(path, where)
+            check_unicode(path, f"{where}: the path of a video")
     return clips
 
 
@@ -333,7 +333,7 @@ def _image(image: Any, roots: Sequence[Path], where: str, inside: Path | None) -
         image = image.get("path")
     if not isinstance(image, str):
         raise RowError(f"{where}: an image is a {type(image).__name__}; expected a path")
-    check_unicode(image, where)
+    check_unicode(image, f"{where}: the path of an image")
     found = find_media(image, roots, where, inside)
     check_image_file(found, where)
     return found
