@@ -10,7 +10,7 @@ import argparse
 import triton
 
 from plume_eval.kernels.audit import audit, table
-from plume_kernels.cases import BY_NAME
+from plume_eval.kernels.cases import BY_NAME
 
 
 def main() -> None:

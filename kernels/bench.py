@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from plume import ops
+from plume.engine.fused import ops
+from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.run import GateError, gate, run, tables, write
 from plume_eval.speed.cases import make_model
 from plume_eval.speed.config import LatencyConfig
-from plume_kernels.cases import BY_NAME
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     shapes = BY_NAME[options.shapes]
     try:
         if not torch.cuda.is_available():
-            if reason := ops.why_not(torch.device("cpu")):
+            if reason := ops.unsupported_reason(torch.device("cpu")):
                 sys.exit(f"{reason}; with TRITON_INTERPRET=1 they are checked, not timed")
             checks = gate(shapes, dtype=torch.float32, device="cpu")
             print(f"{len(checks)} results are right; no CUDA device, so nothing is timed")  # noqa: T201

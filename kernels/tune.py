@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from plume import definitions
+from plume.engine.fused import reference as definitions
+from plume_eval.kernels.cases import BY_NAME
+from plume_eval.kernels.tuning import products, tune
 from plume_kernels import tiles
-from plume_kernels.cases import BY_NAME
-from plume_kernels.tuning import products, tune
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -14,13 +13,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from plume.terminal import is_printable, printable
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Multimodal embeddings by latent reasoning.")
+if TYPE_CHECKING:
+    from plume import InputError
+
+app = typer.Typer(no_args_is_help=True, help="Multimodal embeddings by latent reasoning.")
 
 Files = Annotated[list[Path] | None, typer.Argument(help="Text, image, video and PDF files; a PDF gives its pages.")]
 Model = Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")]
@@ -62,10 +64,12 @@ def encode(
         _stop("\n".join(refused) or "nothing to encode; name files, or give --text")
     _check_writable(out)
 
-    from plume import InputError, Plume
+    import numpy as np
+
+    from plume import Plume
     from plume.threads import use_physical_cores
 
-    skipped: list[str] = []
+    skipped: list[InputError] = []
     try:
         with _running(lambda: f"nothing was written to {out}", skipped):
             use_physical_cores()
@@ -79,17 +83,18 @@ def encode(
                 batch_size=batch_size,
                 on_error=on_error,
             )
-    except (InputError, ValueError, OSError) as error:
-        _stop(_named(str(error), names))
-    good = [row for row in range(len(names)) if vectors[row, 0] == vectors[row, 0]]  # NaN marks a skipped row
-    if len(good) + len(skipped) != len(names):
-        _stop(f"{model} gave NaN for {len(names) - len(skipped) - len(good)} inputs; its weights are broken")
+    except (ValueError, OSError) as error:
+        _stop(_message(error, names))
+    bad = {error.index for error in skipped}
+    good = [row for row in range(len(names)) if row not in bad]
+    if num_broken := int(np.isnan(vectors[good]).any(axis=1).sum()):
+        _stop(f"{model} gave NaN for {num_broken} inputs; its weights are broken")
     try:
         _write(out, [names[row] for row in good], vectors[good])
     except OSError as error:
         _stop(f"{out} cannot be written ({error.strerror}), and is as it was; free space or choose another --out")
     _say(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
-    for line in refused + [_named(line, names) for line in skipped]:
+    for line in refused + [_message(error, names) for error in skipped]:
         _say(f"skipped: {line}", err=True)
     if refused or skipped:
         raise typer.Exit(1)
@@ -117,7 +122,7 @@ def index(
         _stop(f"{folder} is no folder; expected one with files to index")
 
     from plume import Plume
-    from plume.index import Index
+    from plume.search.index import Index
     from plume.threads import use_physical_cores
 
     target: Index | None = None
@@ -179,8 +184,8 @@ def search(
         _stop("nothing to search for; give words, --image or --video")
 
     from plume import Plume
-    from plume.gallery import gallery
-    from plume.index import Index
+    from plume.search.index import Index
+    from plume.search.results_page import gallery
     from plume.threads import use_physical_cores
 
     try:
@@ -195,7 +200,7 @@ def search(
                 plume.truncate_dim = dim
             hits = source.search(query, plume, top_k=top_k, where=where)
     except (ValueError, OSError) as error:
-        _stop(str(error).replace("input 0", "the query"))
+        _stop(_message(error, ["the query"]))
     if html is not None:
         title = " + ".join([*([text] if text else []), *map(str, image or []), *([str(video)] if video else [])])
         try:
@@ -247,9 +252,10 @@ def trace(
     import torch
 
     from plume import PlumeModel
-    from plume.draw import draw_expert_use, draw_trace
     from plume.threads import slow_on_cpu
-    from plume.trace import expert_use
+    from plume.tracing.pictures import draw_expert_use, draw_trace
+    from plume.tracing.trace import expert_use
+    from plume.tracing.trace import trace as trace_inputs
 
     try:
         with _running(lambda: f"nothing was written to {out}"):
@@ -259,9 +265,9 @@ def trace(
             if device == "cpu" and (warning := slow_on_cpu(loaded)):
                 warnings.warn(warning, stacklevel=1)
             loaded = loaded.to(device).eval()
-            traces = loaded.trace(inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
+            traces = trace_inputs(loaded, inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
     except (ValueError, OSError) as error:
-        _stop(_named(str(error), names))
+        _stop(_message(error, names))
     use = {modality: share.tolist() for modality, share in expert_use(traces).items()}
     whole = {"model": model, "expert_use": use, "traces": [one.to_dict() for one in traces]}
     try:
@@ -292,8 +298,8 @@ def convert(
     from safetensors import SafetensorError
 
     from plume import PlumeModel
-    from plume.checkpoint import is_stock
-    from plume.published import is_published
+    from plume.checkpoints.folder import is_stock
+    from plume.checkpoints.published import is_published
 
     try:
         if not is_stock(source) or not is_published(source):
@@ -317,25 +323,27 @@ def convert(
 
 def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], list[Any], list[str]]:
     """Names and inputs of what can be read, and a line for each file that cannot."""
-    from plume.images import InputError
-    from plume.inputs import inputs_of
+    from plume.inputs.errors import InputError
+    from plume.inputs.item import inputs_in_file
 
     found: list[tuple[str, Any]] = []
     refused: list[str] = []
     for file in files:
         try:
-            found += inputs_of(file)
+            found += inputs_in_file(file)
         except InputError as error:
             refused.append(str(error))
     named = [text if text.strip() else f"--text {text!r}" for text in texts]
     return [*(name for name, _ in found), *named], [*(one for _, one in found), *texts], refused
 
 
-def _named(message: str, names: Sequence[str]) -> str:
-    """The message that begins with "input 3", with the name that the user knows instead."""
-    return re.sub(
-        r"^input (\d+)\b", lambda found: names[int(found[1])] if int(found[1]) < len(names) else found[0], message
-    )
+def _message(error: Exception, names: Sequence[str]) -> str:
+    """What an error says, with the name of the input that the user knows."""
+    from plume import InputError
+
+    if isinstance(error, InputError) and error.index is not None:
+        return f"{names[error.index]}: {error.reason}"
+    return str(error)
 
 
 def _say(line: str, err: bool = False) -> None:
@@ -384,12 +392,12 @@ def _write(out: Path, names: list[str], vectors: Any) -> None:
 
 
 @contextmanager
-def _running(state: Callable[[], str], skipped: list[str] | None = None) -> Iterator[None]:
+def _running(state: Callable[[], str], skipped: list[InputError] | None = None) -> Iterator[None]:
     """Say warnings in a line as they come; where SIGINT or SIGTERM stops the work, say what it leaves.
 
     Args:
         state: what is left, if it is stopped.
-        skipped: gets the inputs that `Plume.encode` skips instead.
+        skipped: gets the inputs that `Plume.encode` skips; they are not said.
     """
     caught = signal.SIGINT
 
@@ -399,11 +407,10 @@ def _running(state: Callable[[], str], skipped: list[str] | None = None) -> Iter
         raise KeyboardInterrupt
 
     def show(message: Any, *args: Any, **kwargs: Any) -> None:
-        first, *rest = str(message).splitlines() or [""]
-        if skipped is not None and "inputs were skipped" in first:
-            skipped.extend(rest)
+        if skipped is not None and hasattr(message, "errors"):  # a SkippedInputsWarning
+            skipped.extend(message.errors)
         else:
-            _say(f"warning: {' '.join([first, *rest]).removeprefix('plume: ')}", err=True)
+            _say(f"warning: {' '.join(str(message).splitlines()).removeprefix('plume: ')}", err=True)
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -6,13 +6,17 @@ Defaults are those of the PLUME paper (arXiv 2604.02073) and the strings of its 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from PIL import ImageColor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT
+from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT, token_id
+
+#: The `model_type` of backbones that plume has been written for.
+SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
 
 Transition = Literal["moe", "mlp", "projector", "identity"]
 LatentPositions = Literal["mrope", "kv_length"]
@@ -25,6 +29,17 @@ EMBEDDING_PROMPT = (
     "First output the thinking process in <think> </think> tags and then summarize the entire input in a "
     "word or sentence. Finally, use the <gen_emb> tag to represent the entire input."
 )
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a name that is not known: the nearest one that is, else something else.
+
+    Example:
+        >>> did_you_mean("lerning_rate", ["learning_rate", "seed"], "see --help")
+        "did you mean 'learning_rate'?"
+    """
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else otherwise
 
 
 class PlumeConfig(PreTrainedConfig):
@@ -172,14 +187,24 @@ class PlumeConfig(PreTrainedConfig):
                 "a longer table"
             )
 
+    def remember_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the ids of the special tokens from a tokenizer.
+
+        Raises:
+            ValueError: the tokenizer lacks one.
+        """
+        self.anchor_token_id = token_id(tokenizer, ANCHOR)
+        self.latent_start_token_id = token_id(tokenizer, LATENT_START)
+        self.latent_end_token_id = token_id(tokenizer, LATENT_END)
+        self.read_out_token_id = token_id(tokenizer, READ_OUT)
+
     @classmethod
     def check_field_names(cls, names: list[str]) -> None:
         """Refuse names that are not fields of this configuration, with the nearest field as a hint."""
-        own = [name for name in cls.__annotations__ if name != "model_type"]
+        fields = [name for name in cls.__annotations__ if name != "model_type"]
         for name in names:
-            if name not in own:
-                hint = difflib.get_close_matches(name, own, n=1)
-                remedy = f"did you mean {hint[0]!r}?" if hint else f"the fields are {', '.join(sorted(own))}"
+            if name not in fields:
+                remedy = did_you_mean(name, fields, f"the fields are {', '.join(sorted(fields))}")
                 raise ValueError(f"PlumeConfig has no field {name!r}; {remedy}")
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""The special tokens: what marks the parts of an input, and how their embedding rows begin.
+"""The special tokens: what marks the parts of an input.
 
 The strings are those of the published PLUME checkpoints (arXiv 2604.02073) and stand in this file alone.
 
@@ -11,14 +11,7 @@ The strings are those of the published PLUME checkpoints (arXiv 2604.02073) and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 from transformers import AddedToken, PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from plume.config import PlumeConfig
 
 ANCHOR = "<disc_emb>"
 LATENT_START = "<bot>"
@@ -44,14 +37,6 @@ RESERVED = (
     "<|im_end|>",
     "<|endoftext|>",
 )
-
-# A new row begins as a copy of a row with a similar role. Each pair is (start-like, end-like); the first
-# pair that the tokenizer knows is taken.
-_SOURCES = {
-    "qwen2_vl": ("<|object_ref_start|>", "<|object_ref_end|>"),
-    "qwen2_5_vl": ("<tool_call>", "</tool_call>"),
-}
-_STARTS = {ANCHOR, LATENT_START}
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -85,62 +70,3 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
             "build the checkpoint with PlumeModel.from_backbone, which adds it"
         )
     return index
-
-
-@torch.no_grad()
-def initialise_rows(
-    weight: nn.Parameter, tokenizer: PreTrainedTokenizerBase, added: list[str], model_type: str
-) -> None:
-    """Set the rows of newly added tokens in an embedding matrix or an output head.
-
-    Args:
-        weight: the matrix `[V, D]`, changed in place.
-        tokenizer: looks the ids up.
-        added: the tokens that were new, from `add_special_tokens`.
-        model_type: the backbone's, which decides the rows to copy from. Where the tokenizer lacks these
-            (a small tokenizer of one's own), a new row is the mean of the old rows.
-    """
-    vocabulary = tokenizer.get_vocab()
-    sources = _SOURCES.get(model_type, _SOURCES["qwen2_vl"])
-    # Sorted, since a tokenizer lists its tokens in no fixed order, and sums depend on theirs.
-    old_rows = sorted(index for token, index in vocabulary.items() if token not in added)
-    for token in added:
-        source = sources[0] if token in _STARTS else sources[1]
-        row = weight[vocabulary[source]] if source in vocabulary else weight[old_rows].mean(dim=0)
-        weight[vocabulary[token]] = row
-
-
-def install(backbone: Any, head: nn.Linear | None, tokenizer: PreTrainedTokenizerBase, config: PlumeConfig) -> None:
-    """Give tokenizer, embeddings, output head and configuration the special tokens.
-
-    Args:
-        backbone: its embedding matrix grows if it has no spare rows.
-        head: the output head, None where it is the embedding matrix.
-        tokenizer: of the checkpoint.
-        config: gets the ids.
-    """
-    added = add_special_tokens(tokenizer)
-    embeddings = backbone.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        # Qwen-VL's matrix has spare rows; only a smaller one must grow.
-        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        embeddings = backbone.get_input_embeddings()
-        if head is not None:
-            grown = torch.zeros(len(tokenizer), head.in_features, dtype=head.weight.dtype)
-            grown[: head.out_features] = head.weight.detach()
-            head.weight, head.out_features = nn.Parameter(grown), len(tokenizer)
-    for matrix in [embeddings] if head is None else [embeddings, head]:
-        initialise_rows(matrix.weight, tokenizer, added, backbone.config.model_type)
-    remember_ids(tokenizer, config)
-
-
-def remember_ids(tokenizer: PreTrainedTokenizerBase, config: PlumeConfig) -> None:
-    """Write the ids of the special tokens into the configuration.
-
-    Raises:
-        ValueError: the tokenizer lacks one.
-    """
-    config.anchor_token_id = token_id(tokenizer, ANCHOR)
-    config.latent_start_token_id = token_id(tokenizer, LATENT_START)
-    config.latent_end_token_id = token_id(tokenizer, LATENT_END)
-    config.read_out_token_id = token_id(tokenizer, READ_OUT)

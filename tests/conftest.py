@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from plume import PlumeModel, graphs
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
+from plume import PlumeModel
+from plume.engine import graphs
+from plume.random_models import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
 from plume_eval.hops.make import make_page_task
 
 if not torch.cuda.is_available():
@@ -110,7 +111,7 @@ def picture():
 @pytest.fixture
 def captured(monkeypatch):
     """Graphs without a GPU: their buffers, buckets and order are real; replaying launches again."""
-    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+    monkeypatch.setattr(graphs, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(graphs, "new_pool", lambda device: None)
 
     def capture(work, pool):

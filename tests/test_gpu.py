@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from plume import Item, Plume, PlumeModel, graphs
-from plume.checkpoint import fingerprint
-from plume.engine import Engine
-from plume.patches import from_bytes
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume import Item, Plume, PlumeModel
+from plume.checkpoints.fingerprint import fingerprint
+from plume.engine import graphs
+from plume.engine.engine import Engine
+from plume.inputs.patches import from_bytes
+from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume_train.config import PlumeTrainingArguments
-from plume_train.rows import Record, Side
+from plume_train.data.rows import Record, Side
 from plume_train.run import train
 from plume_train.throughput import pairs_per_second
 from tests.plume_train.runs import settings
@@ -83,7 +84,7 @@ def test_gradcache_and_checkpointing_need_less_memory(plume_folder):
     records = [Record(Side("red kite " * 40 + str(row)), Side(f"blue {row}"), "", str(row)) for row in range(32)]
     args = PlumeTrainingArguments(num_segments=4, output_dir="unused", report_to="none")
     found = pairs_per_second(model, records, args, num_runs=1)
-    latent = {one["way"]: one["peak_memory_gib"] for one in found if one["num_latent_steps"] == 4}
+    latent = {one["method"]: one["peak_memory_gib"] for one in found if one["num_latent_steps"] == 4}
     assert latent["batch, checkpointing"] < latent["batch"]
     assert latent["GradCache, passes of 4"] < latent["batch"]
 
@@ -133,9 +134,9 @@ def test_graphs_keep_no_trace_of_earlier_inputs(family_model, picture):
         expected = engine(first).embedding.clone()
     for item in items(picture):
         engine(dict(family_model.processor.encode([item])))
-        for room in engine._rooms:
-            room.cache.kv.fill_(torch.nan)
-            room.read.fill_(torch.nan)
+        for buffers in engine._buffers:
+            buffers.cache.kv.fill_(torch.nan)
+            buffers.prefix_states.fill_(torch.nan)
         assert torch.equal(engine(first).embedding, expected)
 
 
@@ -191,4 +192,4 @@ def test_a_model_on_the_second_device_is_captured_there(family_model, picture):
 def test_patches_that_travel_as_bytes_become_the_floats_of_the_cpu(plume_folder, picture):
     processor = PlumeModel.from_pretrained(plume_folder).processor
     batch = [processor.encode(items(picture)[1:3], as_bytes=as_bytes)["pixel_values"] for as_bytes in (False, True)]
-    assert torch.equal(from_bytes(batch[1].cuda(), processor.layout()).cpu(), batch[0])
+    assert torch.equal(from_bytes(batch[1].cuda(), processor.patch_format()).cpu(), batch[0])

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from plume import Item, PlumeModel, graphs
-from plume.backbone import Segment
-from plume.engine import Engine
-from plume.experts import together
-from plume.fused import FusedStack
-from plume.parts import text_parts
-from plume.stack import TextStack
-from plume.tiny import SHORT_STRINGS, random_model, save_tiny_backbone
+from plume import Item, PlumeModel
+from plume.engine import graphs
+from plume.engine.engine import Engine
+from plume.engine.fused.decoder import FusedExperts, FusedTextLayers
+from plume.engine.layers.text import TextLayers, join_experts
+from plume.engine.layers.weights import text_weights
+from plume.model.interface import Segment
+from plume.random_models import SHORT_STRINGS, random_model, save_tiny_backbone
+from plume_eval.kernels.cases import BY_NAME, Shapes, arguments
 from plume_eval.kernels.gate import check_all
 from plume_eval.kernels.run import GATED
-from plume_kernels.cases import BY_NAME, Shapes, arguments
 from tests.plume_kernels.comparing import compare, kernel, tensors
 
 DEVICE = "cuda"
@@ -101,13 +101,14 @@ def test_kernels_give_the_same_bits_twice():
 @torch.inference_mode()
 @pytest.mark.parametrize("num_new", [1, 6])
 def test_a_row_gives_the_same_bits_alone_and_among_seven_others(model, num_new):
-    stack = FusedStack(text_parts(model.backbone))
+    layers = FusedTextLayers(text_weights(model.backbone))
     lengths = torch.tensor([300, 7, 64, 1, 256, 90, 2, 30], device=DEVICE)
-    kv = torch.randn(LAYERS, 2, 8, stack.parts.num_key_value_heads, 512, stack.parts.channels, device=DEVICE).bfloat16()
-    embeds = torch.randn(8, num_new, len(stack.norm), device=DEVICE).bfloat16()
+    shape = LAYERS, 2, 8, layers.weights.num_key_value_heads, 512, layers.weights.channels
+    kv = torch.randn(shape, device=DEVICE).bfloat16()
+    embeds = torch.randn(8, num_new, len(layers.norm), device=DEVICE).bfloat16()
     found = []
     for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [0], [6, 3, 0], [5, 0]):
-        found.append(read(stack, kv[:, :, rows], lengths[rows], embeds[rows])[rows.index(0)])
+        found.append(read(layers, kv[:, :, rows], lengths[rows], embeds[rows])[rows.index(0)])
     for other in found[1:]:
         assert torch.equal(found[0], other)
 
@@ -117,26 +118,26 @@ def test_a_row_gives_the_same_bits_alone_and_among_seven_others(model, num_new):
 def test_all_layers_err_at_most_twice_as_much_as_plain_operations(model, num_new):
     exact = copy.deepcopy(model).double()
     lengths = torch.tensor([300, 17], device=DEVICE)
-    parts = text_parts(model.backbone)
+    parts = text_weights(model.backbone)
     kv = torch.randn(LAYERS, 2, 2, parts.num_key_value_heads, 512, parts.channels, device=DEVICE).bfloat16()
     embeds = torch.randn(2, num_new, len(parts.norm.weight), device=DEVICE).bfloat16()
-    expected = read(TextStack(text_parts(exact.backbone)), kv.double(), lengths, embeds.double())
-    plain, fused = (read(kind(parts), kv, lengths, embeds).double() for kind in (TextStack, FusedStack))
+    expected = read(TextLayers(text_weights(exact.backbone)), kv.double(), lengths, embeds.double())
+    plain, fused = (read(kind(parts), kv, lengths, embeds).double() for kind in (TextLayers, FusedTextLayers))
     own = (fused - expected).norm() / expected.norm()
     assert own <= 2 * (plain - expected).norm() / expected.norm()
     assert own <= 2e-2
 
 
-def read(stack: TextStack, kv: torch.Tensor, lengths: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+def read(layers: TextLayers, kv: torch.Tensor, lengths: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     """Hidden states of new tokens behind a cache that is filled."""
-    cache = stack.new_cache(len(embeds), kv.shape[4])
+    cache = layers.new_cache(len(embeds), kv.shape[4])
     cache.kv.copy_(kv)
-    if not isinstance(stack, FusedStack):
+    if not isinstance(layers, FusedTextLayers):
         cache.kv.masked_fill_((torch.arange(kv.shape[4], device=kv.device) >= lengths[:, None])[:, None, :, None], 0)
     cache.lengths.copy_(lengths)
     places = lengths[:, None] + torch.arange(embeds.shape[1], device=kv.device)
     mask = torch.ones_like(places).bool()
-    return stack.read_next(Segment(embeds, mask, places.expand(3, -1, -1).contiguous()), cache)
+    return layers.read_next(Segment(embeds, mask, places.expand(3, -1, -1).contiguous()), cache)
 
 
 @torch.inference_mode()
@@ -172,15 +173,15 @@ def test_a_whole_rollout_gives_the_same_bits_alone_and_among_seven_others(model)
     kept, read_before = None, torch.randn(8, 2, model.config.hidden_size, device=DEVICE).bfloat16()
     found = []
     for rows in (list(range(8)), [0], [5, 0]):
-        room = engine.room(len(rows), 400)
-        kept = torch.randn_like(room.cache.kv) if kept is None else kept
-        launch = engine.reasoning(room, 8)
-        room.cache.kv.fill_(torch.nan)
-        room.cache.kv[:, :, : len(rows)] = kept[:, :, rows]
-        room.read[: len(rows)] = read_before[rows]
-        room.cache.lengths[: len(rows)] = lengths[rows]
-        room.start[: len(rows)] = lengths[rows]
-        room.num_latent_steps.fill_(8)
+        buffers = engine.rollout_buffers(len(rows), 400)
+        kept = torch.randn_like(buffers.cache.kv) if kept is None else kept
+        launch = engine.rollout_launcher(buffers, 8)
+        buffers.cache.kv.fill_(torch.nan)
+        buffers.cache.kv[:, :, : len(rows)] = kept[:, :, rows]
+        buffers.prefix_states[: len(rows)] = read_before[rows]
+        buffers.cache.lengths[: len(rows)] = lengths[rows]
+        buffers.start[: len(rows)] = lengths[rows]
+        buffers.num_latent_steps.fill_(8)
         result, place = launch(), rows.index(0)
         found.append((result.states[place].clone(), result.suffix[place].clone(), result.gates[place].clone()))
     for other in found[1:]:
@@ -206,16 +207,13 @@ def test_replayed_directly_launched_and_dependent_kernels_give_the_same_bits(mod
 
 @torch.inference_mode()
 def test_the_adapter_gives_the_bits_of_a_row_alone(model):
-    stack, experts = FusedStack(text_parts(model.backbone)), together(model.transition)
-    state = torch.randn(8, len(stack.norm), device=DEVICE).bfloat16()
+    layers = FusedTextLayers(text_weights(model.backbone))
+    adapter = FusedExperts(join_experts(model.transition), layers)
+    state = torch.randn(8, len(layers.norm), device=DEVICE).bfloat16()
     context = torch.randn_like(state)
-
-    def think(rows: list[int]) -> torch.Tensor:
-        room = torch.zeros(len(rows), 2, len(stack.norm), dtype=torch.bfloat16, device=DEVICE)
-        _, adapter = stack.decoder(stack.new_cache(len(rows), 8), room, experts, looks_at_states=True)
-        return adapter(state[rows].clone(), 0, context[rows].clone())[0]
-
-    assert torch.equal(think(list(range(8)))[3], think([3])[0])
+    together = adapter(state.clone(), 0, context)[0]
+    alone = adapter(state[3:4].clone(), 0, context[3:4])[0]
+    assert torch.equal(together[3], alone[0])
 
 
 @torch.inference_mode()
@@ -236,6 +234,6 @@ def test_a_small_model_gives_its_own_vectors_whatever_stood_in_memory(tmp_path, 
     for _ in range(3):
         found = engine(batch).embedding
         assert (found - exact.embedding)[is_clear].norm() <= (1e-5 if dtype == torch.float32 else 2 * usual)
-        for room in engine._rooms:
-            room.cache.kv.fill_(torch.nan)
-            room.read.fill_(torch.nan)
+        for buffers in engine._buffers:
+            buffers.cache.kv.fill_(torch.nan)
+            buffers.prefix_states.fill_(torch.nan)

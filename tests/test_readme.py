@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from plume.cli import app
 from tests.mixed import write_clip, write_pdf
-from tests.plume.test_published import save_published
+from tests.plume.checkpoints.test_published import save_published
 
 ROOT = Path(__file__).parent.parent
 FILES = ["README.md", "train/README.md", "eval/README.md"]

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from plume import PlumeModel
-from plume.tiny import SHAPES_2B, random_model, save_tiny_backbone
+from plume.random_models import SHAPES_2B, random_model, save_tiny_backbone
 from plume_eval.report import header, markdown_header, markdown_table
 from plume_train.config import PlumeTrainingArguments
-from plume_train.records import Records
-from plume_train.rows import Record, Side
+from plume_train.data.records import Records
+from plume_train.data.rows import Record, Side
 from plume_train.throughput import pairs_per_second
 
 
@@ -81,14 +81,14 @@ def table(results: list[dict]) -> str:
     rows = [
         [
             one["num_latent_steps"],
-            one["way"],
+            one["method"],
             f"{one['pairs_per_second']:.1f}",
             f"{one['speed_up']:.1f}x",
             "" if one["peak_memory_gib"] is None else f"{one['peak_memory_gib']:.1f}",
         ]
         for one in results
     ]
-    return markdown_table(["K", "way", "pairs/s", "to the loop over rows", "peak GiB"], rows)
+    return markdown_table(["K", "method", "pairs/s", "to the loop over rows", "peak GiB"], rows)
 
 
 def write(results: list[dict], fields: dict, name: Path) -> None:

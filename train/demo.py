@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from plume import PlumeModel
-from plume.tiny import save_tiny_backbone
+from plume.random_models import save_tiny_backbone
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task

@@ -163,16 +163,16 @@ def latency(
     from functools import partial
 
     from plume_eval.speed.config import ConfigError, read_config
+    from plume_eval.speed.implementations import ImplementationError
     from plume_eval.speed.run import GateError, run_bench
     from plume_eval.speed.show import tables, write_results
-    from plume_eval.speed.ways import WayError
 
     try:
         wanted = read_config(config, {"model": model, "shapes": None} if model else None)
         command = f"plume-eval latency --config {config}" + (f" --model {model}" if model else "")
         save = None if out is None else partial(write_results, config=wanted, command=command, out=out)
         result = run_bench(wanted, after_group=save and partial(save, picture=False))
-    except (ConfigError, GateError, WayError, OSError) as error:
+    except (ConfigError, GateError, ImplementationError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
     typer.echo(tables(result, wanted))
     if save is not None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from plume import backbone as seam
-from plume import positions
-from plume.engine import Engine
-from plume.inputs import Item
-from plume.model import PlumeModel
+from plume.engine.engine import Engine
+from plume.inputs.item import Item
+from plume.model.interface import Segment
+from plume.model.model import PlumeModel
+from plume.model.positions import latent_positions
 
 Mode = Literal["latent", "single_pass", "explicit"]
 MODES = get_args(Mode)
@@ -113,16 +113,17 @@ def _explicit(
     input_ids = batch["input_ids"]
     size, device = len(input_ids), input_ids.device
     begin = torch.full((size, 1), model.config.latent_end_token_id or 0, device=device)  # <eot> is given
-    decoder, result = model.reason(**batch, suffix_ids=begin, num_latent_steps=num_latent_steps)
+    inputs = model.read_inputs(batch, suffix_ids=begin, num_latent_steps=num_latent_steps)
+    decoder, result = model.roll_out(inputs)
 
     hidden = result.suffix[:, 0]  # [B, D]
     embedding = hidden.float()
     num_tokens = torch.full((size,), num_latent_steps, device=device)
     is_writing = torch.ones(size, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token = seam.logits(model.backbone, model.lm_head, hidden).argmax(dim=-1)
-        place = positions.latent_positions(result.next_position, step)
-        written = seam.Segment(seam.embed_tokens(model.backbone, token[:, None]), is_writing[:, None], place)
+        token = model.logits(hidden).argmax(dim=-1)
+        position = latent_positions(result.next_position, step)
+        written = Segment(model.embed_tokens(token[:, None]), is_writing[:, None], position)
         hidden = decoder.feed(written)[:, 0]
         embedding = torch.where(is_writing[:, None], hidden.float(), embedding)
         is_read_out = (token == model.config.read_out_token_id) & stops

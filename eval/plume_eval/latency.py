@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from plume.inputs import Item
-from plume.model import PlumeModel
+from plume.inputs.item import Item
+from plume.model.model import PlumeModel
 from plume_eval.baselines import Mode, embed_batch
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from plume.inputs import Item
-from plume.model import PlumeModel
+from plume.inputs.item import Item
+from plume.model.model import PlumeModel
 from plume_eval.baselines import MODES, Mode, embed
 from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1
 

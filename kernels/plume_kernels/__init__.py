@@ -11,8 +11,9 @@ Five launches per layer and three per transition adapter:
     routing    final RMSNorm, LayerNorm, router, top T
     experts    first layers; then second layers, gates and residual
 
-What each computes is defined by the function of the same name in `plume/definitions.py`, against which it is tested;
-the launch plan and its figures are in `kernels/README.md`. Importing the package imports no Triton; its modules do.
+What each computes is defined by the function of the same name in `plume/engine/fused/reference.py`, against which it is
+tested; the launch plan and its figures are in `kernels/README.md`. Importing the package imports no Triton; its modules
+do.
 
 Letters: B batch, n new tokens of a row, M = B n rows (row b n + i is token i of batch row b), D hidden size, H query
 heads, G key/value heads, C channels per head, I inner size, P terms of the residual stream, Z splits of the cache,

@@ -4,8 +4,8 @@ For token i of a row, over the slots of one split that are filled once it is wri
 
     outputs = softmax(q Kᵀ / sqrt(C)) V          lse = log2 of the sum of exp(q Kᵀ / sqrt(C))
 
-Defined by `plume.definitions.attention`; `plume_kernels.out` adds the splits up. A split has a fixed size, so that
-nothing depends on the batch. The query heads of a key/value head, and the new tokens, are rows of one product.
+Defined by `plume.engine.fused.reference.attention`; `plume_kernels.out` adds the splits up. A split has a fixed size,
+so that nothing depends on the batch. The query heads of a key/value head, and the new tokens, are rows of one product.
 Lengths are read on the device: splits beyond a row's end cost an empty program, and unwritten slots are never used.
 """
 
@@ -76,7 +76,10 @@ def _attention_kernel(
 
 
 def attention(queries: Tensor, kv: Tensor, mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """See `plume.definitions.attention`. Outputs of splits without a slot stay unwritten; their `lse` is -inf."""
+    """See `plume.engine.fused.reference.attention`.
+
+    Outputs of splits without a slot stay unwritten; their `lse` is -inf.
+    """
     (num_rows, num_heads, channels), (_, num_batch, groups, num_slots, _) = queries.shape, kv.shape
     contiguous(queries, mask, lengths, kv[0, 0])
     num_splits, num_new = triton.cdiv(num_slots, tiles.SPLIT), mask.shape[1]

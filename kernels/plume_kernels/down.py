@@ -2,7 +2,7 @@
 
     stream = x + sum over segments of inner_s W_sᵀ
 
-Defined by `plume.definitions.down`. The channels are added up in segments of fixed size
+Defined by `plume.engine.fused.reference.down`. The channels are added up in segments of fixed size
 (`plume_kernels.tiles.segment`). With few rows a program takes one segment, and the stream is left in as many terms,
 which whoever reads it adds up; with many, a program takes all of them, side by side. The order of additions is the
 same, so both give the same bits.
@@ -54,7 +54,7 @@ def _down_kernel(
 
 
 def down(inner: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """See `plume.definitions.down`."""
+    """See `plume.engine.fused.reference.down`."""
     (num_rows, width), inner_width = x.shape, inner.shape[1]
     contiguous(inner, weight, x)
     device = tiles.device_name(x)

@@ -3,9 +3,9 @@
     inner_e = GELU(normed W1_eᵀ + b1_e)                              first
     next = state + sum of weights_e (inner_e W2_eᵀ + b2_e)           second
 
-`plume_kernels.routing` comes before. Defined by `plume.definitions.experts_first`, of which that is a part, and
-`plume.definitions.experts_second`. A program whose expert no row of its tile has chosen ends there, so that a small
-batch reads few experts; in a large one each row weighs them.
+`plume_kernels.routing` comes before. Defined by `plume.engine.fused.reference.experts_first`, of which that is a part,
+and `plume.engine.fused.reference.experts_second`. A program whose expert no row of its tile has chosen ends there, so
+that a small batch reads few experts; in a large one each row weighs them.
 
 Letters: X experts, the shared one first; B rows, D hidden size, I inner size.
 """
@@ -107,7 +107,7 @@ def experts_first(
     top_k: int,
     has_shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `plume.definitions.experts_first`."""
+    """See `plume.engine.fused.reference.experts_first`."""
     gates, weights, normed = route(
         stream, norm, eps, state, context, ln_weight, ln_bias, ln_eps, step, router, router_bias, top_k, has_shared
     )
@@ -128,7 +128,7 @@ def experts_first(
 
 
 def experts_second(state: Tensor, inner: Tensor, weights: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `plume.definitions.experts_second`."""
+    """See `plume.engine.fused.reference.experts_second`."""
     num_experts, num_rows, inner_width = inner.shape
     width = state.shape[1]
     contiguous(inner, weights, weight, bias)

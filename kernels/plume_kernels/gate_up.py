@@ -2,8 +2,8 @@
 
     inner = SiLU(RMSNorm(x) W_gateᵀ) * (RMSNorm(x) W_upᵀ)
 
-Defined by `plume.definitions.gate_up`. A program takes the same columns of gate and up. This is where most bytes are:
-59 % of a layer's weights.
+Defined by `plume.engine.fused.reference.gate_up`. A program takes the same columns of gate and up. This is where most
+bytes are: 59 % of a layer's weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _gate_up_kernel(
 
 
 def gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """See `plume.definitions.gate_up`."""
+    """See `plume.engine.fused.reference.gate_up`."""
     (num_rows, width), inner_width = x.shape, len(weight) // 2
     contiguous(x, norm, weight)
     tile = tiles.find("gate_up", inner_width, width, num_rows, tiles.device_name(x))

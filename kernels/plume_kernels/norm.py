@@ -1,6 +1,6 @@
 """The final norm, where no transition adapter follows that would apply it: hidden = RMSNorm(sum of the stream's terms).
 
-Defined by `plume.definitions.final_norm`. A program takes one row.
+Defined by `plume.engine.fused.reference.final_norm`. A program takes one row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _norm_kernel(
 
 
 def final_norm(stream: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """See `plume.definitions.final_norm`."""
+    """See `plume.engine.fused.reference.final_norm`."""
     terms, num_rows, width = stream.shape
     contiguous(stream, norm)
     hidden = torch.empty(num_rows, width, dtype=norm.dtype, device=norm.device)

@@ -3,9 +3,9 @@
     attended = sum over splits of 2^(lse_z - best) / total outputs_z,     total = sum of 2^(lse_z - best)
     x = sum of the stream's terms + attended Wᵀ
 
-`best` is the largest lse_z. Defined by `plume.definitions.out`. With few rows the projection adds the splits up
-itself, a head at a time and for real rows only; with many, every one of its programs would read them all again, so that
-a kernel of its own does it before. Both give the same bits.
+`best` is the largest lse_z. Defined by `plume.engine.fused.reference.out`. With few rows the projection adds the splits
+up itself, a head at a time and for real rows only; with many, every one of its programs would read them all again, so
+that a kernel of its own does it before. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def combine(outputs: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def out(outputs: Tensor, lse: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
-    """See `plume.definitions.out`."""
+    """See `plume.engine.fused.reference.out`."""
     (num_splits, num_rows, num_heads, channels), (terms, _, width) = outputs.shape, stream.shape
     contiguous(outputs, lse, weight, stream)
     attended = outputs

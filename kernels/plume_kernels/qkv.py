@@ -4,8 +4,8 @@
     q, k, v = RMSNorm(x) Wᵀ + b
     q, k = rotated by the token's position; k, v into the row's next free slots, masked tokens into the last one
 
-Defined by `plume.definitions.qkv`. A program takes BLOCK_N rotary pairs of one head: channels j and j + C/2 are rotated
-together, so both come from one program.
+Defined by `plume.engine.fused.reference.qkv`. A program takes BLOCK_N rotary pairs of one head: channels j and j + C/2
+are rotated together, so both come from one program.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def qkv(
     lengths: Tensor,
     kv: Tensor,
 ) -> Tensor:
-    """See `plume.definitions.qkv`."""
+    """See `plume.engine.fused.reference.qkv`."""
     (terms, num_rows, width), (_, _, groups, num_slots, channels) = stream.shape, kv.shape
     num_heads = len(weight) // channels - 2 * groups
     contiguous(stream, norm, weight, bias, positions, inverse_frequencies, mask, lengths, kv[0, 0])

@@ -5,8 +5,8 @@
     weights = 1 for the shared expert; the gates of the top T for the others, 0 for the rest
     normed = LayerNorm(state)
 
-A part of `plume.definitions.experts_first`. A program takes one row. It is a launch of its own, since every program of
-the experts' first layers would otherwise do all of this before it could ask for the first of its weights.
+A part of `plume.engine.fused.reference.experts_first`. A program takes one row. It is a launch of its own, since every
+program of the experts' first layers would otherwise do all of this before it could ask for the first of its weights.
 
 Letters: E routed experts, T kept ones, X all of them, the shared one first; B rows, D hidden size, P terms of the
 residual stream.
@@ -114,7 +114,10 @@ def route(
     top_k: int,
     has_shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates `[B, E]`, weights of all experts `[B, X]`, and what these read, `[B, D]`; see `plume.definitions`."""
+    """Gates `[B, E]`, weights of all experts `[B, X]`, and what these read, `[B, D]`.
+
+    See `plume.engine.fused.reference.experts_first`.
+    """
     (num_rows, width), num_routed = state.shape, len(router)
     contiguous(stream, norm, ln_weight, ln_bias, step, router, router_bias)
     assert state.stride(1) == 1

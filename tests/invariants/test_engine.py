@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from plume import Item, PlumeModel, graphs
-from plume.content import media_keys
-from plume.engine import Engine, bucket
-from plume.parts import UnsupportedModelError
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume import Item, PlumeModel
+from plume.embedder.digests import media_keys
+from plume.engine import graphs
+from plume.engine.engine import Engine, bucket
+from plume.engine.layers.weights import UnsupportedModelError
+from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 
@@ -119,10 +120,10 @@ def test_a_graph_used_again_keeps_no_trace_of_earlier_inputs(model, captured):
     captures = engine.num_captures
     for item in items():
         engine(dict(model.processor.encode([item, item])))
-        for room in engine._rooms:
-            room.cache.kv.fill_(torch.nan)
-            room.read.fill_(torch.nan)
-            for prefix in room.prefixes:
+        for buffers in engine._buffers:
+            buffers.cache.kv.fill_(torch.nan)
+            buffers.prefix_states.fill_(torch.nan)
+            for prefix in buffers.prefixes:
                 prefix.embeds.fill_(torch.nan)
         for steps, embedding in expected.items():
             assert torch.equal(engine(first, steps).embedding, embedding)
@@ -147,9 +148,9 @@ def test_many_calls_of_random_lengths_keep_a_bounded_number_of_graphs_and_tensor
     for _ in range(60):
         call()
     assert living() <= before * 1.2
-    assert len(engine._rooms) <= 4
+    assert len(engine._buffers) <= 4
     assert len(engine._single_passes) <= 4
-    assert all(len(room.prefixes) <= 4 and len(room.work) <= 4 for room in engine._rooms)
+    assert all(len(buffers.prefixes) <= 4 and len(buffers.graphs) <= 4 for buffers in engine._buffers)
 
 
 def test_a_result_does_not_change_when_another_call_follows(model, captured):
@@ -168,7 +169,7 @@ def test_a_capture_that_fails_falls_back_with_one_warning(model, monkeypatch):
     def fails(work, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+    monkeypatch.setattr(graphs, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(graphs, "new_pool", lambda device: None)
     monkeypatch.setattr(graphs, "capture", fails)
     engine = Engine(model, backend="graph")
@@ -222,7 +223,7 @@ def test_prefixes_are_not_shared_where_the_anchor_stands_before_the_image(tmp_pa
     for _ in range(2):
         found = engine(batch, media_keys=media_keys(items())).embedding
         assert (found - expected).abs().max() < 1e-5
-    assert len(engine.shared.kept) == 0
+    assert len(engine.prefix_cache.entries) == 0
 
 
 @pytest.mark.parametrize("change", [lambda keys: keys[:-1], lambda keys: [keys[0], ([], []), *keys[2:]]])
@@ -308,13 +309,13 @@ def test_weights_that_change_move_or_are_saved_stay_those_of_the_model(model, ca
 
 def test_engines_over_one_model_leave_each_other_in_peace(model):
     first, second = Engine(model), Engine(model, int8=True)
-    stack = first.stack
+    layers = first.layers
     batch = dict(model.processor.encode(items()))
     expected = first(batch).embedding
     second(batch)
     assert torch.equal(first(batch).embedding, expected)
-    assert first.stack is stack
-    assert first.stack.layers[0].qkv.weight.data_ptr() == second.stack.layers[0].qkv.weight.data_ptr()
+    assert first.layers is layers
+    assert first.layers.layers[0].qkv.weight.data_ptr() == second.layers.layers[0].qkv.weight.data_ptr()
 
 
 def test_a_row_stops_when_its_states_agree(model, captured):

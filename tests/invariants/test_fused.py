@@ -11,15 +11,16 @@ import sys
 import pytest
 import torch
 
-from plume import Item, PlumeModel, ops
-from plume.backbone import Segment
-from plume.engine import Engine
-from plume.fused import FusedStack
-from plume.parts import UnsupportedModelError, text_parts
-from plume.stack import TextStack
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume import Item, PlumeModel
+from plume.engine.engine import Engine
+from plume.engine.fused import ops
+from plume.engine.fused.decoder import FusedTextLayers
+from plume.engine.layers.text import TextLayers
+from plume.engine.layers.weights import UnsupportedModelError, text_weights
+from plume.model.interface import Segment
+from plume.random_models import SHORT_STRINGS, save_tiny_backbone
+from plume_eval.kernels.cases import Shapes, arguments
 from plume_kernels import MODULES
-from plume_kernels.cases import Shapes, arguments
 from tests.processes import run
 
 
@@ -37,7 +38,7 @@ def model(tmp_path_factory) -> PlumeModel:
 @pytest.fixture
 def anywhere(monkeypatch):
     """Lets the ops run on a CPU, as their definitions."""
-    monkeypatch.setattr(ops, "why_not", lambda device, **options: None)
+    monkeypatch.setattr(ops, "unsupported_reason", lambda device, **options: None)
 
 
 def batch(model: PlumeModel) -> dict:
@@ -89,9 +90,9 @@ def test_captured_rollouts_keep_no_trace_and_share_no_memory_with_results(model,
         for one, other in zip(found, expected, strict=True):
             assert (one.embedding - other.embedding).abs().max() < 1e-5
             assert (one.states - other.states).norm() < 1e-5 * other.states.norm()
-        for room in engine._rooms:
-            room.cache.kv.fill_(torch.nan)
-            room.read.fill_(torch.nan)
+        for buffers in engine._buffers:
+            buffers.cache.kv.fill_(torch.nan)
+            buffers.prefix_states.fill_(torch.nan)
     assert engine.num_captures > 0
 
 
@@ -106,8 +107,8 @@ def test_stopping_early_looks_at_finished_states(model, anywhere):
 @pytest.mark.parametrize("num_new", [1, 6])
 def test_fused_ops_need_no_cleared_cache(model, anywhere, num_new):
     model = copy.deepcopy(model)
-    parts = text_parts(model.backbone)
-    plain, fused = TextStack(parts), FusedStack(parts)
+    parts = text_weights(model.backbone)
+    plain, fused = TextLayers(parts), FusedTextLayers(parts)
     lengths, width = torch.tensor([1, 300, 7]), len(plain.norm)
     mask = torch.rand(3, num_new) > 0.3
     mask[:, -1] = True
@@ -116,11 +117,11 @@ def test_fused_ops_need_no_cleared_cache(model, anywhere, num_new):
     kept = torch.randn(len(parts.layers), 2, 3, parts.num_key_value_heads, 320, parts.channels)
     is_filled = (torch.arange(320) < lengths[:, None])[:, None, :, None]  # [B, 1, L, 1]
     with torch.inference_mode():
-        for stack, rest in ((plain, 0.0), (fused, torch.nan)):
-            cache = stack.new_cache(3, 320)
+        for layers, rest in ((plain, 0.0), (fused, torch.nan)):
+            cache = layers.new_cache(3, 320)
             cache.kv.copy_(kept.where(is_filled, rest))
             cache.lengths.copy_(lengths)
-            found.append(stack.read_next(Segment(embeds, mask, positions), cache)[mask])
+            found.append(layers.read_next(Segment(embeds, mask, positions), cache)[mask])
             assert torch.equal(cache.lengths, lengths + mask.sum(dim=1))
     assert (found[0] - found[1]).abs().max() < 1e-5
 
@@ -153,7 +154,7 @@ def test_on_a_cpu_the_engine_falls_back_with_one_warning(model):
         engine = Engine(model, backend="triton")
     assert len(found) == 1
     assert engine.backend == "eager"
-    assert not isinstance(engine.stack, FusedStack)
+    assert not isinstance(engine.layers, FusedTextLayers)
     with torch.no_grad():
         expected = model(**batch(model)).embedding
     assert (engine(batch(model)).embedding - expected).abs().max() < 1e-5
@@ -170,15 +171,15 @@ def test_on_a_cpu_the_engine_falls_back_with_one_warning(model):
 def test_where_triton_is_missing_or_old_the_reason_is_told(monkeypatch, version, reason):
     monkeypatch.setattr(ops, "_TRITON", version)
     monkeypatch.setattr(ops, "_launch", None)
-    assert ops.why_not(torch.device("cuda")) == reason
+    assert ops.unsupported_reason(torch.device("cuda")) == reason
 
 
 def test_dependent_launch_needs_a_device_that_has_it(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert ops.why_not(torch.device("cuda")) is None
+    assert ops.unsupported_reason(torch.device("cuda")) is None
     expected = "dependent_launch needs compute capability 9.0, and the device has 8.6"
-    assert ops.why_not(torch.device("cuda"), dependent_launch=True) == expected
+    assert ops.unsupported_reason(torch.device("cuda"), dependent_launch=True) == expected
 
 
 def test_experts_that_no_kernel_is_written_for_run_without_and_the_engine_says_so(tmp_path_factory, anywhere):
@@ -204,7 +205,7 @@ def test_what_no_kernel_is_written_for_falls_back_and_says_so(model, anywhere, c
     changed = copy.deepcopy(model)
     change(changed)
     with pytest.raises(UnsupportedModelError, match=reason):
-        FusedStack(text_parts(changed.backbone))
+        FusedTextLayers(text_weights(changed.backbone))
     with pytest.warns(UserWarning, match=f'"triton" falls back to "eager": .*{reason}'):
         assert Engine(changed, backend="triton").backend == "eager"
 

@@ -1,4 +1,4 @@
-"""One process = two: losses and gradients of gathered batches, also of unequal size."""
+"""One process = two: losses and gradients of gathered batches."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from plume import PlumeModel
-from plume.losses import Contrast, balance_loss, info_nce
-from plume_train.collate import PairCollator
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import Curriculum, Stage
-from plume_train.gradcache import Step
-from plume_train.objective import Objective
-from plume_train.records import Records
-from plume_train.sampler import Draw
+from plume_train.data.collate import PairCollator
+from plume_train.data.records import Records
+from plume_train.data.sampler import Draw
+from plume_train.objective.gradcache import Step
+from plume_train.objective.losses import Contrast, balance_loss, info_nce
+from plume_train.objective.objective import Objective
 
-SIZES = (3, 5)
+NUM_ROWS = 4  # of each process
 
 
 def batch():
     generator = torch.Generator().manual_seed(0)
-    total = sum(SIZES)
+    total = 2 * NUM_ROWS
     query, target = torch.randn(2, total, 8, dtype=torch.double, generator=generator)
     gates = torch.rand(total, 2, 4, dtype=torch.double, generator=generator).softmax(dim=-1)
     return query, target, gates, torch.tensor([1, 2, 3, 1, 4, 5, 6, 3])
@@ -47,8 +47,7 @@ def loss(query, target, gates, keys):
 
 def gradients(rank, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
-    start = sum(SIZES[:rank])
-    parts = [part[start : start + SIZES[rank]] for part in batch()]
+    parts = [part[rank * NUM_ROWS : (rank + 1) * NUM_ROWS] for part in batch()]
     leaves = [part.clone().requires_grad_() for part in parts[:3]]
     loss(*leaves, parts[3]).backward()
     torch.save([leaf.grad / 2 for leaf in leaves], f"{folder}/{rank}.pt")  # DDP averages over processes

@@ -9,10 +9,10 @@ from torch.nn.functional import normalize
 from transformers import Qwen2VLConfig
 
 from plume import Item, PlumeConfig, PlumeModel
-from plume.backbone import Segment, embed_prefix, embed_tokens, see
-from plume.rollout import rollout
-from plume.tiny import SHORT_STRINGS
-from plume.transition import build_adapter
+from plume.model.interface import Decoder, Segment
+from plume.model.rollout import rollout
+from plume.model.transition import build_adapter
+from plume.random_models import SHORT_STRINGS
 
 ATTENTION = ["eager", "sdpa"]
 
@@ -38,10 +38,7 @@ def without_cache(model, item, num_steps: int):
     """The equations of the rollout, step by step: no cache, no padding, no batch, suffix in a pass of its own."""
     batch = exact(model, [item])
     mask = torch.ones_like(batch["input_ids"]).bool()
-    vision = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    seen = see(model.backbone, **vision)
-    grid = vision.get("image_grid_thw")
-    prefix = embed_prefix(model.backbone, batch["input_ids"], mask, seen, grid, rule="all_axes")
+    prefix, _ = model.embed_prefix(model.read_inputs(batch))
     embeds, positions = prefix.embeds, prefix.positions
     first = positions.max() + 1 if model.config.latent_positions == "mrope" else mask.sum()
     anchor_column = (batch["input_ids"][0] == model.config.anchor_token_id).nonzero()[-1, 0]
@@ -60,7 +57,7 @@ def without_cache(model, item, num_steps: int):
         states.append(run()[:, -1])
         gates.append(gate)
     suffix = torch.tensor([model.config.suffix_ids])
-    embeds = torch.cat([embeds, embed_tokens(model.backbone, suffix)], dim=1)
+    embeds = torch.cat([embeds, model.embed_tokens(suffix)], dim=1)
     after = first + num_steps + torch.arange(suffix.shape[1])
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)
     return normalize(run()[:, -1], dim=-1), torch.stack(states, dim=1), gates
@@ -171,7 +168,7 @@ def test_gradients_through_the_cache_equal_those_of_full_recomputation(backbone_
     assert reached > 40
 
 
-class RunningMean:
+class RunningMean(Decoder):
     """A differentiable stand-in for the backbone: each position sees the mean of what it may see so far."""
 
     def __init__(self):

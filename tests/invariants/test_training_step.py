@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from plume import PlumeModel
-from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import PAPER, Curriculum, Stage
-from plume_train.gradcache import Step
-from plume_train.objective import Objective
-from plume_train.records import Records
-from plume_train.sampler import Draw
+from plume_train.data.collate import PairCollator, StagedRecords
+from plume_train.data.records import Records
+from plume_train.data.sampler import Draw
+from plume_train.objective.gradcache import Step
+from plume_train.objective.objective import Objective
 
 EVERY_TERM = {
     "matryoshka_dims": [8, 32],

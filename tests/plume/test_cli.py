@@ -84,7 +84,7 @@ def test_pages_clips_and_presets_are_embedded_by_name(plume_folder, two_page_pdf
 
 
 def test_convert_writes_a_folder_that_opens_everywhere(tmp_path):
-    from tests.plume.test_published import save_published
+    from tests.plume.checkpoints.test_published import save_published
 
     source = save_published(tmp_path / "published")
     result = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
@@ -124,4 +124,4 @@ def test_a_file_that_is_refused_keeps_its_name(plume_folder, tmp_path):
     refused = tmp_path / "the input 0 of x.txt"
     refused.write_text(" ")
     result = run(plume_folder, refused, "--text", "kite", "--out", tmp_path / "v.npz", "--on-error", "skip")
-    assert "the input 0 of x.txt is empty" in result.output
+    assert "the input 0 of x.txt: it is empty" in result.output

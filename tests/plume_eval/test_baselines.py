@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import normalize
 
 from plume import Item
-from plume import backbone as seam
 from plume_eval.baselines import embed, embed_batch
 from plume_eval.latency import latency_ms
 
@@ -27,26 +26,18 @@ def items(picture):
 
 def written_by_hand(model, item, limit):
     """Greedy writing that recomputes everything at every token."""
-    ids = model.processor.encode([item])
-    prefix = seam.embed_prefix(
-        model.backbone,
-        ids["input_ids"],
-        ids["attention_mask"].bool(),
-        seam.see(model.backbone, ids.get("pixel_values"), ids.get("image_grid_thw")),
-        ids.get("image_grid_thw"),
-        rule="all_axes",
-    )
+    prefix, _ = model.embed_prefix(model.read_inputs(model.processor.encode([item])))
     embeds, positions = prefix.embeds, prefix.positions
     token, count = torch.tensor([[model.config.latent_end_token_id]]), 0
     while True:
-        embeds = torch.cat([embeds, seam.embed_tokens(model.backbone, token)], dim=1)
+        embeds = torch.cat([embeds, model.embed_tokens(token)], dim=1)
         positions = torch.cat([positions, positions.amax() + torch.ones(3, 1, 1, dtype=torch.long)], dim=2)
         hidden = model.backbone.language_model(
             inputs_embeds=embeds, position_ids=positions, use_cache=False
         ).last_hidden_state[:, -1]
         if token.item() == model.config.read_out_token_id or count == limit:
             return normalize(hidden[0], dim=-1), count
-        token = seam.logits(model.backbone, model.lm_head, hidden).argmax(dim=-1, keepdim=True)
+        token = model.logits(hidden).argmax(dim=-1, keepdim=True)
         count += token.item() != model.config.read_out_token_id
 
 

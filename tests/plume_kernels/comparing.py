@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import plume_kernels
-from plume import definitions
-from plume_kernels.cases import as_double
-from plume_kernels.comparing import clone, errors, outcome
+from plume.engine.fused import reference as definitions
+from plume_eval.kernels.cases import as_double
+from plume_eval.kernels.comparing import clone, errors, outcome
 
 
 def kernel(name: str) -> Callable[..., Any]:

@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plume import definitions
+from plume.engine.fused import reference as definitions
+from plume_eval.kernels.cases import Shapes, arguments
+from plume_eval.kernels.comparing import outcome
 from plume_kernels import MODULES, tiles
-from plume_kernels.cases import Shapes, arguments
-from plume_kernels.comparing import outcome
 from tests.plume_kernels.comparing import compare, kernel, tensors
 
 pytestmark = pytest.mark.interpreted

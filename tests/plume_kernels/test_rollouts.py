@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from plume import Item, PlumeModel
-from plume.backbone import Segment
-from plume.engine import Engine
-from plume.fused import FusedStack
-from plume.parts import text_parts
-from plume.tiny import SHORT_STRINGS, save_tiny_backbone
+from plume.engine.engine import Engine
+from plume.engine.fused.decoder import FusedTextLayers
+from plume.engine.layers.weights import text_weights
+from plume.model.interface import Segment
+from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume_eval.speed.writing import Writer
 from plume_kernels import tiles
 
@@ -59,18 +59,18 @@ def test_other_adapters_run_behind_the_kernels(tmp_path_factory, fields):
 
 @pytest.mark.parametrize("num_new", [1, 2])
 def test_a_row_alone_gives_the_bits_that_it_gives_among_others(model, num_new):
-    stack = FusedStack(text_parts(model.backbone))
-    lengths, width = torch.tensor([70, 3, 9, 1, 40]), len(stack.norm)
-    embeds, kept = torch.randn(5, num_new, width), torch.randn(2, 2, 5, 2, 128, stack.parts.channels)
+    layers = FusedTextLayers(text_weights(model.backbone))
+    lengths, width = torch.tensor([70, 3, 9, 1, 40]), len(layers.norm)
+    embeds, kept = torch.randn(5, num_new, width), torch.randn(2, 2, 5, 2, 128, layers.weights.channels)
     found = []
     for rows in ([0, 1, 2, 3, 4], [0], [4, 2, 0]):
-        cache = stack.new_cache(len(rows), 128)
+        cache = layers.new_cache(len(rows), 128)
         cache.kv.copy_(kept[:, :, rows])
         cache.lengths.copy_(lengths[rows])
         positions = torch.arange(num_new).expand(3, len(rows), -1) + 80
         mask = torch.ones(len(rows), num_new, dtype=torch.bool)
         with torch.inference_mode():
-            found.append(stack.read_next(Segment(embeds[rows], mask, positions), cache)[rows.index(0)])
+            found.append(layers.read_next(Segment(embeds[rows], mask, positions), cache)[rows.index(0)])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -106,18 +106,18 @@ def test_a_whole_rollout_gives_the_bits_of_a_row_alone(model):
     # Tiles of one height: numpy's products depend on how many rows they have, a GPU's do not.
     one = tiles.Tile()
     engine = Engine(model, backend="triton")
-    kept, before = torch.randn(2, 2, 8, 2, 300, engine.stack.parts.channels), torch.randn(8, 2, 64)
+    kept, before = torch.randn(2, 2, 8, 2, 300, engine.layers.weights.channels), torch.randn(8, 2, 64)
     lengths = torch.tensor([270, 7, 64, 1, 200, 90, 2, 30])
     found = []
     with tiles.forced(qkv=one, out=one, gate_up=one, down=one):
         for rows in (list(range(8)), [0], [5, 0]):
-            room = engine.room(len(rows), 299)
-            room.cache.kv.copy_(kept[:, :, rows])
-            room.read.copy_(before[rows])
-            room.cache.lengths.copy_(lengths[rows])
-            room.start.copy_(lengths[rows])
-            room.num_latent_steps.fill_(2)
-            result, place = engine.reasoning(room, 2)(), rows.index(0)
+            buffers = engine.rollout_buffers(len(rows), 299)
+            buffers.cache.kv.copy_(kept[:, :, rows])
+            buffers.prefix_states.copy_(before[rows])
+            buffers.cache.lengths.copy_(lengths[rows])
+            buffers.start.copy_(lengths[rows])
+            buffers.num_latent_steps.fill_(2)
+            result, place = engine.rollout_launcher(buffers, 2)(), rows.index(0)
             found.append((result.states[place], result.suffix[place], result.gates[place]))
     for other in found[1:]:
         for own, same in zip(found[0], other, strict=True):

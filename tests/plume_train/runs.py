@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plume.tiny import SHORT_STRINGS
+from plume.random_models import SHORT_STRINGS
 from plume_train.config import arguments_from
 
 

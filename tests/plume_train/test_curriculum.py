@@ -8,8 +8,8 @@ import pytest
 
 from plume import PlumeConfig
 from plume_train.curriculum import DIRECT, PAPER, PUBLISHED, Curriculum, Stage
-from plume_train.segment import segments, sentences
-from plume_train.target import UnclosedTag, parse_written, write_target
+from plume_train.data.segment import segments, sentences
+from plume_train.data.target import UnclosedTag, parse_written, write_target
 
 TEXTS = [
     "",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from plume import Item, PlumeModel
-from plume.tiny import save_tiny_backbone
+from plume.random_models import save_tiny_backbone
 from plume_train.config import SettingsError
 from plume_train.lora import add_lora, merge
 from plume_train.run import load_model, train

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from plume import PlumeModel
-from plume_train.collate import PairCollator, StagedRecords
 from plume_train.config import PlumeTrainingArguments, arguments_from, parse_arguments
 from plume_train.curriculum import PAPER, Curriculum
-from plume_train.records import Records
+from plume_train.data.collate import PairCollator, StagedRecords
+from plume_train.data.records import Records
+from plume_train.data.sampler import Draw
 from plume_train.run import load_model, train
-from plume_train.sampler import Draw
-from plume_train.throughput import WAYS, pairs_per_second
+from plume_train.throughput import METHODS, pairs_per_second
 from tests.plume_train.runs import settings
 
 
@@ -166,7 +166,7 @@ def test_the_throughput_of_every_way_is_measured_at_every_number_of_steps(plume_
     before = weights(model)
     args = PlumeTrainingArguments(num_segments=2, output_dir="unused", use_cpu=True, report_to="none")
     found = pairs_per_second(model, list(Records(hops_folder / "train.jsonl"))[:4], args, num_runs=1, num_warm_up=0)
-    assert [one["num_latent_steps"] for one in found[:: len(WAYS)]] == [0, 1, 2]
-    assert {one["way"] for one in found} == set(WAYS)
-    assert all(one["speed_up"] == 1 for one in found if one["way"] == "loop over rows")
+    assert [one["num_latent_steps"] for one in found[:: len(METHODS)]] == [0, 1, 2]
+    assert {one["method"] for one in found} == set(METHODS)
+    assert all(one["speed_up"] == 1 for one in found if one["method"] == "loop over rows")
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())

@@ -7,8 +7,8 @@ import sys
 def main() -> None:
     """Parse, work, exit."""
     from plume.terminal import printable
-    from plume_train.check import check
     from plume_train.config import parse_arguments
+    from plume_train.data.check import check
     from plume_train.lora import merge
     from plume_train.run import train
     from plume_train.saving import RunError, reason, state_of

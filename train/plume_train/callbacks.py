@@ -7,21 +7,22 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from plume.model import PlumeModel
+from plume.model.model import PlumeModel
 from plume_train.config import SettingsError
-
-if TYPE_CHECKING:
-    from plume_train.trainer import PlumeTrainer
+from plume_train.progress import Progress
 
 Evaluate = Callable[[PlumeModel, int, int], dict[str, float]]
 """Given the model, the step and the latent steps of the stage, returns numbers for the log."""
 
-OptimizerReset = Literal["none", "moments", "full"]
+Log = Callable[[dict[str, float]], None]
+"""Logs numbers that are not the training's own."""
+
+OptimizerReset = Literal["none", "full"]
 
 
 def named_evaluation(name: str, arguments: dict[str, Any]) -> Evaluate:
@@ -89,23 +90,81 @@ class ShortProgress(ProgressCallback):
 class EvaluationHook(TrainerCallback):
     """Calls an evaluation every so many steps, and at the end, on the first process."""
 
-    def __init__(self, evaluate: Evaluate, every: int, trainer: PlumeTrainer):
-        self.evaluate = evaluate
-        self.every = every
-        self.trainer = trainer
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        every: int,
+        *,
+        bare_model: Callable[[], PlumeModel],
+        stage_steps: Callable[[int], int],
+        log: Log,
+        barrier: Callable[[], None],
+    ):
+        """Set up.
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        Args:
+            evaluate: what to call.
+            every: steps between calls.
+            bare_model: gives the model without what wraps it.
+            stage_steps: gives K of the stage of a step.
+            log: logs what the evaluation returns.
+            barrier: waits for the other processes.
+        """
+        self.evaluate, self.every = evaluate, every
+        self.bare_model, self.stage_steps, self.log, self.barrier = bare_model, stage_steps, log, barrier
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         if state.is_world_process_zero:
-            bare = self.trainer.bare_model
-            was_training = bare.training
-            bare.eval()
+            model = self.bare_model()
+            was_training = model.training
+            model.eval()
             with torch.inference_mode():
-                numbers = self.evaluate(bare, state.global_step, self.trainer.stage_steps(state.global_step - 1))
-            bare.train(was_training)
-            self.trainer.log_beside(numbers)
-        self.trainer.accelerator.wait_for_everyone()
+                numbers = self.evaluate(model, state.global_step, self.stage_steps(state.global_step - 1))
+            model.train(was_training)
+            self.log(numbers)
+        self.barrier()
+
+
+class Validation(TrainerCallback):
+    """Measures the loss on held-out rows at the current stage, and may end the stage."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        measure: Callable[[int], dict[str, float]],
+        log: Log,
+        *,
+        every: int,
+        ends_stages: bool,
+        patience: int,
+        tolerance: float,
+    ):
+        """Set up.
+
+        Args:
+            progress: of the run.
+            measure: gives the loss terms of the held-out rows at a stage; a collective call.
+            log: logs them.
+            every: steps between validations.
+            ends_stages: whether a stage ends once its loss has settled.
+            patience: see `Progress.note_validation`.
+            tolerance: likewise.
+        """
+        self.progress, self.measure, self.log = progress, measure, log
+        self.every, self.ends_stages, self.patience, self.tolerance = every, ends_stages, patience, tolerance
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        step = state.global_step
+        if step % self.every and step != state.max_steps:
+            return
+        stage = self.progress.stage_at(step - 1)
+        numbers = self.measure(stage)
+        if self.ends_stages and self.progress.stage_at(step) == stage:
+            has_settled = self.progress.note_validation(step, numbers["loss"], self.patience, self.tolerance)
+            numbers["stage_settled"] = float(has_settled)
+        self.log({f"validation_{name}": value for name, value in numbers.items()})
 
 
 class StageChange(TrainerCallback):
@@ -121,22 +180,13 @@ class StageChange(TrainerCallback):
             return
         if self.stage_at(step) != self.stage_at(step - 1):
             assert optimizer is not None
-            reset_optimizer(optimizer, self.reset)
+            reset_optimizer(optimizer)
 
 
-def reset_optimizer(optimizer: Any, how: OptimizerReset) -> None:
-    """Forget what an optimiser has learnt about its parameters, but not the learning rate.
+def reset_optimizer(optimizer: Any) -> None:
+    """Drop what an optimiser has learnt about its parameters, but not the learning rate.
 
     Args:
-        optimizer: any of torch's, or a wrapper with its `state`.
-        how: "moments" sets every floating tensor of the state to zero, step counts included, as the published code
-            does; "full" drops the state, as a new optimiser would begin. For AdamW both come to the same.
+        optimizer: any of torch's, or a wrapper with one inside.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if how == "full":
-        inner.state.clear()
-        return
-    for state in inner.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                value.zero_()
+    getattr(optimizer, "optimizer", optimizer).state.clear()

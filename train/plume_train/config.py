@@ -5,7 +5,6 @@ One name per knob: a field here is a key of the YAML file, a command-line flag a
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from plume.config import did_you_mean
 from plume_train.curriculum import PRESETS, Curriculum, Stage
 
 if TYPE_CHECKING:
-    from plume_train.records import Records
+    from plume_train.data.records import Records
 
 
 class SettingsError(ValueError):
@@ -123,8 +123,8 @@ class PlumeTrainingArguments(TrainingArguments):
     validate_every: int = 100
     """Steps between validations, where there is a `validation_file`."""
 
-    optimizer_reset: Literal["none", "moments", "full"] = "none"
-    """At a change of stage: keep the optimiser's state, zero its floating tensors (published), or begin anew."""
+    optimizer_reset: Literal["none", "full"] = "none"
+    """At a change of stage: keep the optimiser's state, or drop it (for AdamW what the published code does)."""
 
     rewarmup_steps: int = 0
     """Steps over which the learning rate rises again after a change of stage."""
@@ -435,11 +435,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{file} holds a {type(settings).__name__}; expected lines such as learning_rate: 1.0e-4")
     if (base := settings.pop("extends", None)) is not None:
         settings = {**read_yaml(Path(file).parent / base), **settings}
-    known = {one.name for one in fields(PlumeTrainingArguments)}
+    known = {field.name for field in fields(PlumeTrainingArguments)}
     for key in settings:
         if key not in known:
-            hint = difflib.get_close_matches(key, sorted(known), n=1)
-            remedy = f"did you mean {hint[0]!r}?" if hint else "`plume-train --help` lists the settings"
+            remedy = did_you_mean(key, known, "`plume-train --help` lists the settings")
             raise SettingsError(f"{file}: unknown key {key!r}; {remedy}")
     return settings
 

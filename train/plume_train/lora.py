@@ -11,18 +11,16 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from plume.model import PlumeModel
+from plume.model.model import PlumeModel
 from plume.tokens import SPECIAL_TOKENS
-from plume_train.advance import PROGRESS_FILE
 from plume_train.config import PlumeTrainingArguments, SettingsError
+from plume_train.progress import PROGRESS_FILE
 from plume_train.saving import RunError, begun_with
-
-if TYPE_CHECKING:
-    from plume_train.trainer import PlumeTrainer
+from plume_train.start import load_model
 
 #: Folder of the unmerged weights, beside the merged model.
 ADAPTER_FOLDER = "adapter"
@@ -60,12 +58,16 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
         raise SettingsError(f"lora_targets={args.lora_targets!r}: {error}") from None
 
 
-def merged(trainer: PlumeTrainer) -> PlumeModel:
-    """The plain model that the trained LoRA comes to."""
-    wrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.args.base_dtype != "float32":  # what was learnt would be rounded away
-        wrapped = wrapped.cpu().float()
-    model = wrapped.merge_and_unload()
+def merged(model: Any, base_dtype: str) -> PlumeModel:
+    """The plain model that a trained LoRA comes to.
+
+    Args:
+        model: of peft, without what else wraps it.
+        base_dtype: of the frozen weights.
+    """
+    if base_dtype != "float32":  # what was learnt would be rounded away
+        model = model.cpu().float()
+    model = model.merge_and_unload()
     model.loss_scalars = None
     return model
 
@@ -80,8 +82,6 @@ def merge(argv: Sequence[str]) -> int:
         0, the exit code.
     """
     from peft import PeftModel
-
-    from plume_train.run import load_model
 
     parser = argparse.ArgumentParser(prog="plume-train merge", description=merge.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("checkpoint", type=Path, help="for example runs/mine/checkpoint-500")

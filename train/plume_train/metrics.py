@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from plume.gather import is_distributed, num_processes
-from plume.losses import in_batch_recall
-from plume.output import PlumeOutput
-from plume_train.collate import SUPERVISED, Batch, Pass, Role
+from plume.model.interface import PlumeOutput
+from plume_train.data.collate import SUPERVISED, Batch, Pass, Role
+from plume_train.objective.gather import is_distributed, num_processes
+from plume_train.objective.losses import in_batch_recall
 
 
 class Meter:

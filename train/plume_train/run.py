@@ -8,21 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
-from plume.checkpoint import read_config
-from plume.config import PlumeConfig
-from plume.model import PlumeModel
+from plume.model.model import PlumeModel
 from plume_train.callbacks import Evaluate, named_evaluation
-from plume_train.collate import StagedRecords
 from plume_train.config import PlumeTrainingArguments, SettingsError
-from plume_train.draw import draw_run, read_log
+from plume_train.data.collate import StagedRecords
+from plume_train.data.records import Records
+from plume_train.data.rows import RecordFormat
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
 from plume_train.memory import tell_memory
-from plume_train.records import Records
-from plume_train.rows import RecordFormat
+from plume_train.pictures import draw_run, read_log
 from plume_train.saving import checkpoint_to_resume, move_into, remember_run, whole_or_nothing
+from plume_train.start import freeze, load_model, widen_what_learns
 from plume_train.trainer import PlumeTrainer, sampler_of
 
 
@@ -90,26 +88,12 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     return finish(trainer)
 
 
-def freeze(model: PlumeModel, args: PlumeTrainingArguments) -> None:
-    """Leave only what the settings name to be trained."""
-    tower = model.backbone.visual
-    tower.requires_grad_(args.train_vision)
-    tower.merger.requires_grad_(args.train_merger or args.train_vision)
-
-
-def widen_what_learns(model: Any) -> None:
-    """Give the parameters that learn at least float32, whatever the frozen ones have."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
 def finish(trainer: PlumeTrainer) -> PlumeModel:
     """Save the trained model as one plain folder, list bad rows, draw the summary."""
     args = trainer.args
     if args.lora_rank:
         trainer.save_whole(args.output_folder / ADAPTER_FOLDER)
-        model = merged(trainer)
+        model = merged(trainer.accelerator.unwrap_model(trainer.model), args.base_dtype)
         if args.should_save:
             with whole_or_nothing(args.output_folder, True) as unfinished:
                 model.save_pretrained(unfinished)
@@ -151,23 +135,3 @@ def _list_bad_rows(args: PlumeTrainingArguments, bad_rows: list[str]) -> None:
     known = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
     lines = [" ".join(row.splitlines()).encode("utf-8", "backslashreplace").decode() for row in bad_rows]
     report.write_text("".join(f"{line}\n" for line in dict.fromkeys([*known, *lines])), encoding="utf-8")
-
-
-def load_model(args: PlumeTrainingArguments) -> PlumeModel:
-    """A plume checkpoint as it is, or a stock one with a new adapter.
-
-    Raises:
-        SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
-    """
-    assert isinstance(args.plume_config, dict)
-    found = read_config(args.model)
-    if found.get("model_type") != PlumeConfig.model_type:
-        return PlumeModel.from_backbone(args.model, dtype=args.base_dtype, **args.plume_config)
-    model = PlumeModel.from_pretrained(args.model, dtype=args.base_dtype)
-    for name, value in args.plume_config.items():
-        if (saved := getattr(model.config, name, None)) != value:
-            raise SettingsError(
-                f"plume_config.{name}={value!r}, but the checkpoint {args.model} was made with {saved!r}; remove it "
-                "from plume_config, or start from a stock backbone"
-            )
-    return model

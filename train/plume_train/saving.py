@@ -25,9 +25,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-from plume.checkpoint import tidy_weight_files
-from plume.gather import is_distributed
+from plume.checkpoints.folder import tidy_weight_files
 from plume_train.config import PlumeTrainingArguments
+from plume_train.objective.gather import is_distributed
 
 UNFINISHED = "unfinished"
 # How torch.save says that a file could not be written to its end.
@@ -110,7 +110,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / RUN_FILE
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+        if settings.get("optimizer_reset") == "moments":  # an older name of what is the same for AdamW
+            settings["optimizer_reset"] = "full"
+        return settings
     except (ValueError, TypeError, OSError) as error:
         raise RunError(
             f"{file} is damaged ({error}); it says with what settings and data the run began: copy it back, or delete "

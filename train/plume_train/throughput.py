@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from plume.model import PlumeModel
-from plume_train.collate import PairCollator
+from plume.model.model import PlumeModel
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import Curriculum
-from plume_train.gradcache import Step
+from plume_train.data.collate import PairCollator
+from plume_train.data.rows import Record
+from plume_train.data.sampler import Draw
 from plume_train.metrics import peak_memory_gib
-from plume_train.objective import Objective
-from plume_train.rows import Record
-from plume_train.sampler import Draw
+from plume_train.objective.gradcache import Step
+from plume_train.objective.objective import Objective
 
-#: Name of a way to run a batch: rows of one pass (None: all), GradCache, activation checkpointing.
-WAYS: dict[str, tuple[int | None, bool, bool]] = {
+#: Name of a method to run a batch: rows of one pass (None: all), GradCache, activation checkpointing.
+METHODS: dict[str, tuple[int | None, bool, bool]] = {
     "loop over rows": (1, False, False),
     "batch": (None, False, False),
     "batch, checkpointing": (None, False, True),
@@ -40,7 +40,7 @@ def pairs_per_second(
     records: Sequence[Record],
     args: PlumeTrainingArguments,
     *,
-    ways: Mapping[str, tuple[int | None, bool, bool]] = WAYS,
+    methods: Mapping[str, tuple[int | None, bool, bool]] = METHODS,
     num_runs: int = 5,
     num_warm_up: int = 1,
     bf16: bool = False,
@@ -48,21 +48,21 @@ def pairs_per_second(
 ) -> list[dict[str, Any]]:
     """Forward, backward and optimiser step of one batch, at every stage of the curriculum.
 
-    The ways take turns, so that a noisy machine disturbs them alike. Data are prepared before.
+    The methods take turns, so that a noisy machine disturbs them alike. Data are prepared before.
 
     Args:
         model: on its device; its weights are changed.
         records: the rows of the batch.
         args: objective and curriculum.
-        ways: as `WAYS`.
-        num_runs: timed runs of each way.
+        methods: as `METHODS`.
+        num_runs: timed runs of each method.
         num_warm_up: runs of each before.
         bf16: whether passes run under bfloat16 autocast.
         save: is handed the results of the stages so far, after each.
 
     Returns:
-        For every stage and way: "stage", "num_latent_steps", "way", the median "seconds" of a step, "pairs_per_second",
-        "speed_up" over the first way, and "peak_memory_gib" (of the device; None on a CPU).
+        For every stage and method: "stage", "num_latent_steps", "method", the median "seconds" of a step,
+        "pairs_per_second", "speed_up" over the first method, and "peak_memory_gib" (of the device; None on a CPU).
     """
     curriculum, objective = args.build_curriculum(), Objective(args, model.config.num_experts)
     device, results = model.device, []
@@ -71,11 +71,11 @@ def pairs_per_second(
     accelerator = Accelerator(cpu=device.type == "cpu")
     for stage in _distinct(curriculum):
         steps = curriculum.num_latent_steps(curriculum.stages[stage])
-        batches = {name: _batch(model, records, args, stage, steps, way[0]) for name, way in ways.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        batches = {name: _batch(model, records, args, stage, steps, method[0]) for name, method in methods.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
         memory: dict[str, float] = {}
         for run in range(num_warm_up + num_runs):
-            for name, (_, is_cached, checkpoints) in ways.items():
+            for name, (_, is_cached, checkpoints) in methods.items():
                 if checkpoints:
                     model.gradient_checkpointing_enable()
                 else:
@@ -103,7 +103,7 @@ def pairs_per_second(
             {
                 "stage": stage,
                 "num_latent_steps": steps,
-                "way": name,
+                "method": name,
                 "seconds": median,
                 "pairs_per_second": len(records) / median,
                 "speed_up": first / median,

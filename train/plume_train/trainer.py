@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from plume.gather import is_distributed
-from plume.model import PlumeModel
-from plume_train.advance import Progress, Validation
-from plume_train.callbacks import Evaluate, EvaluationHook, LogFile, ShortProgress, StageChange
-from plume_train.collate import Batch, PairCollator, StagedRecords
+from plume.model.model import PlumeModel
+from plume_train.callbacks import Evaluate, EvaluationHook, LogFile, ShortProgress, StageChange, Validation
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.curriculum import Curriculum
-from plume_train.gradcache import Step
+from plume_train.data.collate import Batch, PairCollator, StagedRecords
+from plume_train.data.sampler import StagedBatchSampler
 from plume_train.metrics import Meter
-from plume_train.objective import Objective
-from plume_train.sampler import StagedBatchSampler
+from plume_train.objective.gather import is_distributed, num_processes, total
+from plume_train.objective.gradcache import Step
+from plume_train.objective.objective import Objective
+from plume_train.progress import Progress
 from plume_train.saving import RunError, checkpoints, move_into, whole_or_nothing, write_checksums
 
 
@@ -100,9 +101,28 @@ class PlumeTrainer(Trainer):
         self.add_callback(LogFile(args.output_folder / "log.jsonl"))
         self.add_callback(StageChange(args.optimizer_reset, self.progress.stage_at))
         if validation is not None:
-            self.add_callback(Validation(self, validation))
+            self.add_callback(
+                Validation(
+                    self.progress,
+                    partial(self.measure_rows, validation),
+                    self.log_beside,
+                    every=args.validate_every,
+                    ends_stages=args.advance == "settled",
+                    patience=args.settle_patience,
+                    tolerance=args.settle_tolerance,
+                )
+            )
         if evaluate is not None and args.evaluate_every:
-            self.add_callback(EvaluationHook(evaluate, args.evaluate_every, self))
+            self.add_callback(
+                EvaluationHook(
+                    evaluate,
+                    args.evaluate_every,
+                    bare_model=lambda: self.bare_model,
+                    stage_steps=self.stage_steps,
+                    log=self.log_beside,
+                    barrier=self.accelerator.wait_for_everyone,
+                )
+            )
 
     def _shares_out_weights(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin
@@ -147,13 +167,37 @@ class PlumeTrainer(Trainer):
         """The batch on this process's device."""
         return self._prepare_inputs(batch)  # type: ignore[return-value]
 
-    @contextmanager
-    def model_for_measuring(self) -> Iterator[Step]:
-        """The wrapped model without dropout, as a step that can measure."""
+    def measure_rows(self, rows: StagedRecords, stage: int) -> dict[str, float]:
+        """Loss terms of all of some rows at a stage, means over their batches; a collective call.
+
+        Args:
+            rows: held-out rows.
+            stage: index in the curriculum.
+        """
+        args, tasks = self.args, rows.records.tasks
+        size = args.per_device_train_batch_size * args.world_size
+        batches = StagedBatchSampler(
+            tasks=tasks,
+            curriculum=replace(self.curriculum, mix_earlier=0.0, random_steps=False),
+            num_steps=sum(math.ceil(tasks.count(task) / size) for task in set(tasks)),
+            batch_size=args.per_device_train_batch_size,
+            num_processes=args.world_size,
+            rank=args.process_index,
+            stage_at=lambda _: stage,
+        )
         model: Any = self.model_wrapped
         model.eval()
-        yield self._step(model)
+        step, measured = self._step(model), []
+        for draws in batches:
+            batch = self.collate([rows[draw] for draw in draws])
+            self.bad_rows += batch["bad_rows"]
+            parts = step.measure(self.prepare_batch(batch))
+            measured.append(parts | {"loss": self.objective.weighted(parts).to(args.device)})
         model.train()
+        names = dict.fromkeys(name for parts in measured for name in parts)
+        means = {name: torch.stack([parts[name] for parts in measured if name in parts]).mean() for name in names}
+        everywhere = total(torch.stack(list(means.values()))) / num_processes()
+        return dict(zip(means, everywhere.tolist(), strict=True))
 
     def _stop_if_not_finite(self, parts: dict[str, Tensor]) -> None:
         if not parts or torch.isfinite(torch.stack(list(parts.values())).sum()):

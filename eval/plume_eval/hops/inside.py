@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from einops import reduce
 
-from plume import backbone as seam
-from plume.model import PlumeModel
+from plume.model.model import PlumeModel
 from plume_eval.hops.run import HopsTask
 
 
@@ -37,7 +36,7 @@ def look_inside(model: PlumeModel, task: HopsTask, limit: int = 256) -> Inside:
     assert model.processor is not None
     output = model(**model.processor.encode(task.queries()[:limit]))
     ids = model.processor.tokenizer.convert_tokens_to_ids(task.symbols)
-    logits = seam.logits(model.backbone, model.lm_head, output.states)[..., ids]  # [B, K+1, symbols]
+    logits = model.logits(output.states)[..., ids]  # [B, K+1, symbols]
     probability = logits.float().softmax(dim=-1)
     paths = torch.from_numpy(task.paths[:limit])  # [B, hops+1]
     index = paths[:, None].expand(-1, probability.shape[1], -1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from plume.engine import Engine
-from plume.inputs import Item
-from plume.model import PlumeModel
+from plume.engine.engine import Engine
+from plume.inputs.item import Item
+from plume.model.model import PlumeModel
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.make import TargetForm
 from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from plume.engine import Engine
-from plume.model import PlumeModel
+from plume.engine.engine import Engine
+from plume.model.model import PlumeModel
 from plume_eval.baselines import embed
 from plume_eval.hops.run import HopsTask, evaluate
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from plume.model import PlumeModel
+from plume.model.model import PlumeModel
 from plume_eval.speed.cases import make_items
 from plume_eval.speed.config import InputSize
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 import plume_kernels
+from plume_eval.kernels.cases import Shapes, arguments
+from plume_eval.kernels.compiling import compile_call, note, resources
+from plume_eval.kernels.machine_code import Loop, disassemble, loops, parse
 from plume_eval.report import markdown_table
 from plume_kernels import MODULES, tiles
-from plume_kernels.cases import Shapes, arguments
-from plume_kernels.compiling import compile_call, note, resources
 from plume_kernels.launch import Call, dependent
-from plume_kernels.machine_code import Loop, disassemble, loops, parse
 
 #: An H100 or H200: multiprocessors, and what each has.
 MULTIPROCESSORS = 132

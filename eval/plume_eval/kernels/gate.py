@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from plume import definitions, ops
+from plume.engine.fused import ops
+from plume.engine.fused import reference as definitions
+from plume_eval.kernels.cases import Shapes, arguments, as_double
+from plume_eval.kernels.comparing import clone, errors, outcome
 from plume_kernels import MODULES
-from plume_kernels.cases import Shapes, arguments, as_double
-from plume_kernels.comparing import clone, errors, outcome
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from plume import definitions, ops
-from plume.model import PlumeModel
+from plume.engine.fused import ops
+from plume.engine.fused import reference as definitions
+from plume.model.model import PlumeModel
+from plume_eval.kernels.cases import Shapes, arguments
 from plume_eval.kernels.gate import Check, check_all
-from plume_eval.kernels.step import WAYS, RolloutClock, Steps, event_clock, node_us, shares
+from plume_eval.kernels.step import IMPLEMENTATIONS, RolloutClock, Steps, event_clock, node_us, shares
+from plume_eval.kernels.timing import Clock, cache_bytes, graph_clock, num_bytes, num_copies
 from plume_eval.report import markdown_table, write_report
 from plume_eval.speed.floors import Work, measure_device
 from plume_kernels import MODULES
-from plume_kernels.cases import Shapes, arguments
-from plume_kernels.timing import Clock, cache_bytes, graph_clock, num_bytes, num_copies
 
 #: Rows and new tokens that are checked before anything is timed.
 GATED = ((1, 1), (3, 1), (17, 1), (1, 6), (8, 6))
@@ -68,8 +69,8 @@ def time_kernels(
     Where rows are so many that the definition computes the op there is no kernel to be timed.
 
     Returns:
-        Of each kernel, batch size and way the median of microseconds, their 20th and 80th percentile, bytes, the
-        floor, the share of the bandwidth, and whether inputs were out of the cache.
+        Of each kernel, batch size and implementation the median of microseconds, their 20th and 80th percentile, bytes,
+        the floor, the share of the bandwidth, and whether inputs were out of the cache.
     """
     rows = []
     for size in batch_sizes:
@@ -79,15 +80,15 @@ def time_kernels(
             sets = [first, *(case(seed=seed)[name] for seed in range(1, num_copies(first)))]
             moved = statistics.mean(num_bytes(name, args, _num_used(name, args)) for args in sets)
             floor = 1e6 * moved / bytes_per_s
-            ways: dict[str, tuple[bool, Callable[..., Any]]] = {}
+            implementations: dict[str, tuple[bool, Callable[..., Any]]] = {}
             if ops.has_kernel(name, size, first[0]):
-                ways["kernel"] = (False, getattr(ops, name))
-                if ops.why_not(torch.device(device), dependent_launch=True) is None:
-                    ways["dependent"] = (True, getattr(ops, name))
-            ways["plain"] = (False, getattr(definitions, name))
+                implementations["kernel"] = (False, getattr(ops, name))
+                if ops.unsupported_reason(torch.device(device), dependent_launch=True) is None:
+                    implementations["dependent"] = (True, getattr(ops, name))
+            implementations["plain"] = (False, getattr(definitions, name))
             if compiles:
-                ways["compiled"] = (False, torch.compile(getattr(definitions, name), dynamic=False))
-            for way, (is_dependent, work) in ways.items():
+                implementations["compiled"] = (False, torch.compile(getattr(definitions, name), dynamic=False))
+            for implementation, (is_dependent, work) in implementations.items():
                 with ops.dependent_launch(is_dependent):
                     times = sorted(clock([partial(work, *args) for args in sets]))
                 median = statistics.median(times)
@@ -95,7 +96,7 @@ def time_kernels(
                     {
                         "kernel": name,
                         "batch_size": size,
-                        "way": way,
+                        "implementation": implementation,
                         "median_us": median,
                         "p20_us": times[len(times) // 5],
                         "p80_us": times[-1 - len(times) // 5],
@@ -122,18 +123,18 @@ def time_steps(
     device: Any,
     *,
     clock: RolloutClock = event_clock,
-    ways: Sequence[str],
+    implementations: Sequence[str],
     has_time: Callable[[], bool] = lambda: True,
 ) -> list[dict[str, Any]]:
-    """Time a latent step in every way; what there is no time for is left out."""
+    """Time a latent step in every implementation; what there is no time for is left out."""
     rows = []
     for size in batch_sizes:
         floor = 1000 * work.pass_ms(device, size, CONTEXT, adapter=True, head=False)
-        for way in ways:
+        for implementation in implementations:
             if has_time():
-                taken = Steps(model, way, size, CONTEXT, clock).step_us()
+                taken = Steps(model, implementation, size, CONTEXT, clock).step_us()
                 gc.collect()  # graphs hold gigabytes, in cycles
-                rows.append({"batch_size": size, "way": way, "step_us": taken, "floor_us": floor})
+                rows.append({"batch_size": size, "implementation": implementation, "step_us": taken, "floor_us": floor})
     return rows
 
 
@@ -181,16 +182,20 @@ def run(
             "node_us": 0.0,
         }
         limits: dict[str, Any] = {"compiles": compiles, "has_time": lambda: has_time(share=0.5)}
-        ways = [way for way in WAYS if compiles or way != "compiled"]
-        if ops.why_not(torch.device(device), dependent_launch=True):
-            ways.remove("dependent")
+        implementations = [
+            implementation for implementation in IMPLEMENTATIONS if compiles or implementation != "compiled"
+        ]
+        if ops.unsupported_reason(torch.device(device), dependent_launch=True):
+            implementations.remove("dependent")
         for size in batch_sizes:
             result["kernels"] += time_kernels(
                 shapes, [size], measured.bytes_per_s, dtype=dtype, device=device, **limits
             )
             save(result)
         for size in batch_sizes:
-            result["steps"] += time_steps(model, [size], Work.of(model), measured, ways=ways, has_time=has_time)
+            result["steps"] += time_steps(
+                model, [size], Work.of(model), measured, implementations=implementations, has_time=has_time
+            )
             save(result)
         result["shares_us"] = shares(model, 1, CONTEXT) if has_time() else {}
         result["node_us"] = node_us()
@@ -203,7 +208,7 @@ def tables(result: dict[str, Any]) -> str:
     worst = max(result["gate"], key=lambda one: one["error"] / one["allowed"])
     kernels = [
         [
-            one["kernel"], one["batch_size"], one["way"], f"{one['median_us']:.1f}",
+            one["kernel"], one["batch_size"], one["implementation"], f"{one['median_us']:.1f}",
             f"{one['p20_us']:.1f} to {one['p80_us']:.1f}", f"{one['bytes'] / 1e6:.2f}", f"{one['floor_us']:.1f}",
             f"{one['share_of_bandwidth']:.0%}{'' if one['is_cold'] else ', warm'}",
         ]
@@ -212,7 +217,7 @@ def tables(result: dict[str, Any]) -> str:
     steps = [
         [
             one["batch_size"],
-            one["way"],
+            one["implementation"],
             f"{one['step_us'] / 1000:.3f}",
             f"{one['floor_us'] / 1000:.3f}",
             f"{one['step_us'] / one['floor_us']:.2f}",
@@ -228,11 +233,12 @@ def tables(result: dict[str, Any]) -> str:
             f"{result['operations_per_s'] / 1e12:.0f} T operations/s; a node of a graph of kernels that do next to "
             f"nothing takes {result['node_us']:.2f} us.",
             "## One latent step\n\n"
-            + markdown_table(["batch size", "way", "ms", "floor, ms", "times the floor"], steps),
+            + markdown_table(["batch size", "implementation", "ms", "floor, ms", "times the floor"], steps),
             "## What a step of batch size 1 saves without each op\n\n" + markdown_table(["op", "us"], left),
             "## Kernels, cold but where it says warm\n\n"
             + markdown_table(
-                ["kernel", "batch size", "way", "us", "20 % to 80 %", "MB", "floor, us", "of the bandwidth"], kernels
+                ["kernel", "batch size", "implementation", "us", "20 % to 80 %", "MB", "floor, us", "of the bandwidth"],
+                kernels,
             ),
         ]
     )
@@ -247,7 +253,7 @@ def write(result: dict[str, Any], out: Path, label: str, command: str) -> Path:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A step in every way over its floor, and each kernel's share of the bandwidth."""
+    """A step in every implementation over its floor, and each kernel's share of the bandwidth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,10 +261,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     sizes = sorted({one["batch_size"] for one in result["steps"]})
-    for way in dict.fromkeys(one["way"] for one in result["steps"]):
-        own = {one["batch_size"]: one["step_us"] / 1000 for one in result["steps"] if one["way"] == way}
+    for implementation in dict.fromkeys(one["implementation"] for one in result["steps"]):
+        own = {
+            one["batch_size"]: one["step_us"] / 1000
+            for one in result["steps"]
+            if one["implementation"] == implementation
+        }
         left.plot(
-            [str(size) for size in sizes if size in own], [own[size] for size in sizes if size in own], "o-", label=way
+            [str(size) for size in sizes if size in own],
+            [own[size] for size in sizes if size in own],
+            "o-",
+            label=implementation,
         )
     floors = {one["batch_size"]: one["floor_us"] / 1000 for one in result["steps"]}
     left.plot([str(size) for size in sizes], [floors[size] for size in sizes], "k--", label="floor")
@@ -267,12 +280,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     least = min(one["batch_size"] for one in result["kernels"])
     smallest = [one for one in result["kernels"] if one["batch_size"] == least]
     names = list(dict.fromkeys(one["kernel"] for one in smallest))
-    ways = list(dict.fromkeys(one["way"] for one in smallest))
-    for place, way in enumerate(ways):
-        own = {one["kernel"]: one["share_of_bandwidth"] for one in smallest if one["way"] == way}
-        offset = (place - (len(ways) - 1) / 2) * 0.8 / len(ways)
+    implementations = list(dict.fromkeys(one["implementation"] for one in smallest))
+    for place, implementation in enumerate(implementations):
+        own = {one["kernel"]: one["share_of_bandwidth"] for one in smallest if one["implementation"] == implementation}
+        offset = (place - (len(implementations) - 1) / 2) * 0.8 / len(implementations)
         right.barh(
-            [row + offset for row in range(len(names))], [own[name] for name in names], 0.8 / len(ways), label=way
+            [row + offset for row in range(len(names))],
+            [own[name] for name in names],
+            0.8 / len(implementations),
+            label=implementation,
         )
     right.set(yticks=range(len(names)), yticklabels=names, xlabel="share of the copy bandwidth")
     right.set_title(f"Kernels at batch size {least}, cold weights")

@@ -1,4 +1,4 @@
-"""One latent step, adapter and all layers, in every way that the engine has; and where its time goes.
+"""One latent step, adapter and all layers, in every implementation that the engine has; and where its time goes.
 
 A step is what a rollout of nine steps takes beyond one of a single step, divided by eight: the suffix and what happens
 once per rollout cancel out.
@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from plume import ops
-from plume.engine import Engine
-from plume.model import PlumeModel
+from plume.engine.engine import Engine
+from plume.engine.fused import ops
+from plume.model.model import PlumeModel
 
 #: Of the longer of the two rollouts that are compared.
 MOST_STEPS = 9
 
-#: Settings of the engine, by the name of the way.
-WAYS: dict[str, dict[str, Any]] = {
+#: Settings of the engine, by the name of the implementation.
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "eager": {"backend": "eager"},
     "graph": {"backend": "graph"},
     "triton": {"backend": "triton"},
@@ -49,47 +49,49 @@ def event_clock(before: Callable[[], Any], work: Callable[[], Any], *, num_runs:
 
 
 class Steps:
-    """Rollouts of some rows behind a context of so many tokens, in one way."""
+    """Rollouts of some rows behind a context of so many tokens, in one implementation."""
 
     def __init__(
         self,
         model: PlumeModel,
-        way: str,
+        implementation: str,
         num_rows: int,
         context: int,
         clock: RolloutClock = event_clock,
         compile_backend: str = "inductor",
     ):
-        self.engine = Engine(model, **WAYS[way])
-        self.way = way
+        self.engine = Engine(model, **IMPLEMENTATIONS[implementation])
+        self.implementation = implementation
         self._check()
-        if way == "compiled":  # plain operations once more, whose kernels torch.compile makes
+        if implementation == "compiled":  # plain operations once more, whose kernels torch.compile makes
             engine: Any = self.engine
-            engine.stack.read_next = torch.compile(engine.stack.read_next, backend=compile_backend, dynamic=False)
-            engine.transition = torch.compile(engine.transition, backend=compile_backend)
+            engine.layers.read_next = torch.compile(engine.layers.read_next, backend=compile_backend, dynamic=False)
+            engine.adapter = torch.compile(engine.adapter, backend=compile_backend)
         suffix = len(model.config.suffix_ids or ())
-        self.room = self.engine.room(num_rows, context + MOST_STEPS + suffix)
+        self.buffers = self.engine.rollout_buffers(num_rows, context + MOST_STEPS + suffix)
         self.num_rows, self.context, self.clock = num_rows, context, clock
-        if self.engine.has_graphs and not self.room.is_kept:
-            raise RuntimeError(f"{way} could not be run: {num_rows} rows are more than a graph is captured for")
-        self.room.cache.kv.normal_()
-        self.room.read.normal_()
+        if self.engine.has_graphs and not self.buffers.is_reused:
+            raise RuntimeError(
+                f"{implementation} could not be run: {num_rows} rows are more than a graph is captured for"
+            )
+        self.buffers.cache.kv.normal_()
+        self.buffers.prefix_states.normal_()
 
     def _check(self) -> None:
-        if self.engine.backend != WAYS[self.way]["backend"]:
-            raise RuntimeError(f"{self.way} could not be run: the engine fell back to {self.engine.backend}")
+        if self.engine.backend != IMPLEMENTATIONS[self.implementation]["backend"]:
+            raise RuntimeError(f"{self.implementation} could not be run: the engine fell back to {self.engine.backend}")
 
     def _reset(self, steps: int) -> None:
-        self.room.cache.lengths.fill_(self.context)
-        self.room.start.fill_(self.context)
-        self.room.num_latent_steps.fill_(steps)
+        self.buffers.cache.lengths.fill_(self.context)
+        self.buffers.start.fill_(self.context)
+        self.buffers.num_latent_steps.fill_(steps)
 
     @torch.inference_mode()
     def step_us(self) -> float:
         """Microseconds of one step."""
         whole = {}
         for steps in (1, MOST_STEPS):
-            launch, reset = self.engine.reasoning(self.room, steps), partial(self._reset, steps)
+            launch, reset = self.engine.rollout_launcher(self.buffers, steps), partial(self._reset, steps)
             reset()
             self._check()  # capturing may fail
             launch()  # where nothing is captured this is the first time
@@ -100,19 +102,19 @@ class Steps:
 @contextlib.contextmanager
 def left_out(name: str) -> Iterator[None]:
     """While this lasts, an op does nothing and returns what it returned the first time."""
-    own, kept = getattr(ops, name), {}
+    op, results = getattr(ops, name), {}
 
     def skip(*args: Any) -> Any:
-        shapes = tuple(one.shape if isinstance(one, torch.Tensor) else None for one in args)
-        if shapes not in kept:
-            kept[shapes] = own(*args)
-        return kept[shapes]
+        shapes = tuple(arg.shape if isinstance(arg, torch.Tensor) else None for arg in args)
+        if shapes not in results:
+            results[shapes] = op(*args)
+        return results[shapes]
 
     setattr(ops, name, skip)
     try:
         yield
     finally:
-        setattr(ops, name, own)
+        setattr(ops, name, op)
 
 
 def shares(model: PlumeModel, num_rows: int, context: int, clock: RolloutClock = event_clock) -> dict[str, float]:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from plume.inputs import Item
-from plume.model import PlumeModel
-from plume.processor import PlumeProcessor
-from plume.tiny import SHAPES_2B, SHAPES_7B, SHORT_STRINGS, random_model, save_tiny_backbone
+from plume.inputs.item import Item
+from plume.inputs.processor import PlumeProcessor
+from plume.model.model import PlumeModel
+from plume.random_models import SHAPES_2B, SHAPES_7B, SHORT_STRINGS, random_model, save_tiny_backbone
 from plume_eval.speed.config import InputSize, LatencyConfig
 
 _WORDS = ("red", "kite")

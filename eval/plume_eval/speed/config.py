@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-WayName = Literal["reference", "transformers", "compiled", "eager", "graph", "triton", "dependent", "int8"]
-WAYS: tuple[WayName, ...] = get_args(WayName)
+from plume.config import did_you_mean
+
+ImplementationName = Literal["reference", "transformers", "compiled", "eager", "graph", "triton", "dependent", "int8"]
+IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)
 SHAPES = ("tiny", "mid", "2b", "7b")
 
 
@@ -34,7 +36,7 @@ class InputSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """What a way is measured for; None: everything."""
+    """What an implementation is measured for; None: everything."""
 
     inputs: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None
@@ -55,10 +57,10 @@ class LatencyConfig:
     """Shapes of a model of random weights, made on the device: Qwen2-VL's 2B and 7B, and two for a CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
-    ways: tuple[WayName, ...] = ("reference", "transformers", "eager")
+    implementations: tuple[ImplementationName, ...] = ("reference", "transformers", "eager")
     """Implementations; see eval/README.md."""
     limits: Mapping[str, Limit] = field(default_factory=dict)
-    """Ways that are not measured for everything: slow ones, or those that compile for each shape."""
+    """Implementations that are not measured for everything: slow ones, or those that compile for each shape."""
     inputs: Mapping[str, InputSize] = field(default_factory=lambda: {"text": InputSize(tokens=60)})
     """What is embedded."""
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -84,7 +86,7 @@ class LatencyConfig:
     time_limit_s: float | None = None
     """No further case begins after this many seconds; what was left out is named."""
     compile_backend: str = "inductor"
-    """Of torch.compile, for the way "compiled"."""
+    """Of torch.compile, for the implementation "compiled"."""
     num_threads: int | None = None
     """Of torch; None: `OMP_NUM_THREADS` if it is set, else the number of physical cores."""
     name: str | None = None
@@ -95,12 +97,14 @@ class LatencyConfig:
             raise ConfigError(f"give one of model and shapes; received model={self.model!r}, shapes={self.shapes!r}")
         if self.shapes not in (None, *SHAPES):
             raise ConfigError(f"shapes is {self.shapes!r}; expected one of {', '.join(SHAPES)}")
-        for way in self.ways:
-            if way not in WAYS:
-                raise ConfigError(f"ways holds {way!r}; expected some of {', '.join(WAYS)}")
+        for implementation in self.implementations:
+            if implementation not in IMPLEMENTATIONS:
+                raise ConfigError(
+                    f"implementations holds {implementation!r}; expected some of {', '.join(IMPLEMENTATIONS)}"
+                )
         for name in self.limits:
-            if name not in self.ways:
-                raise ConfigError(f"limits holds {name!r}; ways are {', '.join(self.ways)}")
+            if name not in self.implementations:
+                raise ConfigError(f"limits holds {name!r}; implementations are {', '.join(self.implementations)}")
         for name in self.written_inputs or ():
             if name not in self.inputs:
                 raise ConfigError(f"written_inputs holds {name!r}; inputs are {', '.join(self.inputs)}")
@@ -110,10 +114,10 @@ class LatencyConfig:
         if not self.inputs or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError("expected at least one input and batch sizes from 1")
 
-    def allows(self, way: str, name: str, batch_size: int) -> bool:
-        """Whether a way is measured for an input at a batch size."""
+    def allows(self, implementation: str, name: str, batch_size: int) -> bool:
+        """Whether an implementation is measured for an input at a batch size."""
         own = self.inputs[name].batch_sizes
-        return (own is None or batch_size in own) and self.limits.get(way, Limit()).allows(name, batch_size)
+        return (own is None or batch_size in own) and self.limits.get(implementation, Limit()).allows(name, batch_size)
 
     @property
     def label(self) -> str:
@@ -138,9 +142,11 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> Latency
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     given = {**given, **(changes or {})}
-    known = [one.name for one in fields(LatencyConfig)]
-    if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{path}: unknown field {unknown[0]!r}; known are {', '.join(known)}")
+    known = [field.name for field in fields(LatencyConfig)]
+    for name in given:
+        if name not in known:
+            remedy = did_you_mean(name, known, f"known are {', '.join(known)}")
+            raise ConfigError(f"{path}: unknown field {name!r}; {remedy}")
     try:
         if "inputs" in given:
             given["inputs"] = {name: InputSize(**_tuples(size)) for name, size in given["inputs"].items()}

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from plume.backbone import is_tied
-from plume.model import PlumeModel
-from plume.transition import MixtureOfExperts
+from plume.model.backbone import is_tied
+from plume.model.model import PlumeModel
+from plume.model.transition import MixtureOfExperts
 
 
 @dataclass(frozen=True)

@@ -6,39 +6,41 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from plume.model import PlumeModel
+from plume.engine.layers.vision import Grid
+from plume.inputs.item import Item
+from plume.model.model import PlumeModel
 from plume.threads import use_physical_cores
-from plume.tower import Grid
 from plume_eval.speed.cases import make_items, make_model
 from plume_eval.speed.clock import Timing, num_launches, timed
 from plume_eval.speed.config import ConfigError, LatencyConfig
 from plume_eval.speed.floors import Device, Work, measure_device
-from plume_eval.speed.ways import IN_GRAPHS, Batch, Compiled, Way, way
+from plume_eval.speed.implementations import IN_GRAPHS, Batch, Compiled, Implementation, build
 
-#: Least cosine to transformers' layers that a way must reach before it is timed. int8 is reported, not gated.
+#: Least cosine to transformers' layers that an implementation must reach before it is timed; int8 is only reported.
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 
-#: Ways that are not ours: where they fail they are left out and named.
+#: Implementations that are not ours: where they fail they are left out and named.
 FOREIGN = ("compiled",)
 
 Mode = Literal["preparing", "vision", "latent", "explicit"]
 
 
 class GateError(Exception):
-    """A way that gives other vectors; nothing is timed then."""
+    """An implementation that gives other vectors; nothing is timed then."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One thing that is timed. count: K, or tokens written."""
 
-    way: str
+    implementation: str
     input: str
     batch_size: int
     mode: Mode
@@ -60,8 +62,8 @@ def run_bench(
         something was left out because it failed.
 
     Raises:
-        ConfigError: a way that this device cannot run.
-        GateError: a way that gives other vectors than transformers' layers.
+        ConfigError: an implementation that this device cannot run.
+        GateError: an implementation that gives other vectors than transformers' layers.
     """
     threads = torch.get_num_threads()
     if config.num_threads is not None:
@@ -80,11 +82,11 @@ def _run(
     name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = make_model(config, name)
-        ways = {one: way(one, model, config) for one in config.ways}
+        implementations = {label: build(label, model, config) for label in config.implementations}
     except ValueError as error:
         raise ConfigError(str(error)) from None
     device = measure_device(model.device, model.dtype)
-    bench = _Bench(config, model, ways, device)
+    bench = _Bench(config, model, implementations, device)
     cosines = bench.gate()
     groups = [(size, one) for one in config.inputs for size in config.batch_sizes if any(bench.cases(size, one))]
     total = sum(len(list(bench.cases(*group))) for group in groups)
@@ -109,8 +111,10 @@ def _run(
 
 
 class _Bench:
-    def __init__(self, config: LatencyConfig, model: PlumeModel, ways: dict[str, Way], device: Device):
-        self.config, self.model, self.ways, self.device = config, model, ways, device
+    def __init__(
+        self, config: LatencyConfig, model: PlumeModel, implementations: dict[str, Implementation], device: Device
+    ):
+        self.config, self.model, self.implementations, self.device = config, model, implementations, device
         self.work = Work.of(model)
         self.timings: dict[Case, Timing] = {}
         self.launches: dict[tuple[str, str], float] = {}  # of the first batch size that is measured
@@ -139,18 +143,18 @@ class _Bench:
         }
 
     def gate(self) -> dict[str, float]:
-        """Lowest cosine of each way to transformers' layers."""
-        baseline = way("transformers", self.model, self.config)
+        """Lowest cosine of each implementation to transformers' layers."""
+        baseline = build("transformers", self.model, self.config)
         lowest: dict[str, float] = {}
-        for name, one in list(self.ways.items()):
+        for name, one in list(self.implementations.items()):
             try:
                 lowest[name] = float(torch.tensor([1.0, *self._agreement(name, one, baseline)]).min())
             except Exception as error:
                 if name not in FOREIGN:
                     raise
-                # What others make may fail in its own ways, which costs no more than itself.
+                # What others make may fail in its own implementations, which costs no more than itself.
                 self.left_out.append(f"{name}: {_brief(error)}")
-                del self.ways[name]
+                del self.implementations[name]
         least = LEAST_COSINE[self.config.dtype]
         for name, cosine in lowest.items():
             if name != "int8" and not cosine >= least:
@@ -160,8 +164,8 @@ class _Bench:
                 )
         return lowest
 
-    def _agreement(self, name: str, one: Way, baseline: Way) -> Iterator[float]:
-        """Cosines to transformers' layers, of every input that the way is measured for, at its smallest batch."""
+    def _agreement(self, name: str, one: Implementation, baseline: Implementation) -> Iterator[float]:
+        """Cosines to transformers' layers, of every input that it is measured for, at its smallest batch."""
         assert self.model.processor is not None
         for kind, size in self.config.inputs.items():
             counts = [count for count in self.config.batch_sizes if self.config.allows(name, kind, count)]
@@ -180,7 +184,7 @@ class _Bench:
         """What is timed of one input at one batch size."""
         config = self.config
         steps = {0, config.main_steps} | (set(config.num_latent_steps) if batch_size == 1 else {1})
-        for one in self.ways:
+        for one in self.implementations:
             if not config.allows(one, name, batch_size):
                 continue
             if self._preparer(one, name, batch_size) == one:
@@ -193,62 +197,66 @@ class _Bench:
             if batch_size in config.written_batch_sizes and wanted and one != "int8":
                 yield Case(one, name, batch_size, "explicit", config.num_written_tokens)
 
-    def _preparer(self, way: str, name: str, batch_size: int) -> str:
-        """The first way that prepares inputs as this one does; they share what it prepares."""
-        measured = [one for one in self.ways if self.config.allows(one, name, batch_size)]
-        return next(one for one in measured if type(self.ways[one]).prepare is type(self.ways[way]).prepare)
+    def _preparer(self, implementation: str, name: str, batch_size: int) -> str:
+        """The first implementation that prepares inputs as this one does; they share what it prepares."""
+        measured = [one for one in self.implementations if self.config.allows(one, name, batch_size)]
+        return next(
+            one
+            for one in measured
+            if type(self.implementations[one]).prepare is type(self.implementations[implementation]).prepare
+        )
 
     def measure(self, batch_size: int, name: str, cases: Sequence[Case]) -> None:
         """Warm up, count launches, then time all cases in turns, so that a noisy machine disturbs them alike."""
-        config, device = self.config, self.model.device
+        config = self.config
         assert self.model.processor is not None
         items = make_items(self.model.processor, config.inputs[name], batch_size)
         batches: dict[str, list[Batch]] = {}
-        for one in dict.fromkeys(case.way for case in cases):
-            preparer = self._preparer(one, name, batch_size)
-            batches[one] = batches[preparer] if preparer in batches else self.ways[one].prepare(items)
+        for label in dict.fromkeys(case.implementation for case in cases):
+            preparer = self._preparer(label, name, batch_size)
+            prepared = batches.get(preparer)
+            batches[label] = self.implementations[label].prepare(items) if prepared is None else prepared
         self.sizes[name] = _sizes(batches[next(iter(batches))][0])
-
-        def run(case: Case, *, briefly: bool = False) -> None:
-            own, mine = self.ways[case.way], batches[case.way]
-            if case.mode == "preparing":
-                own.prepare(items)
-            elif case.mode == "vision":
-                own.see(mine)
-            elif case.mode == "latent":
-                own.embed(mine, case.count)
-            else:
-                keeps_graphs = isinstance(own, Compiled) or case.way in IN_GRAPHS
-                most = min(4, case.count) if briefly and not keeps_graphs else case.count
-                self.written[case] = own.write(mine, most, stops=config.stops)[1]
-
         for case in cases:
             begin = time.perf_counter()
             for _ in range(config.num_warm_up if case.mode != "explicit" else 1):
-                run(case, briefly=True)
+                self._run(case, items, batches[case.implementation], briefly=True)
                 if time.perf_counter() - begin > config.max_seconds_per_case:
                     break
-        for one in batches:
-            if (one, name) not in self.launches:
-                self.launches[one, name] = self._launches(self.ways[one], batches[one])
+        for label, prepared in batches.items():
+            if (label, name) not in self.launches:
+                self.launches[label, name] = self._launches(self.implementations[label], prepared[:1])
         open_cases = list(cases)
-        for case in cases:
-            self.timings[case] = Timing()
+        self.timings |= {case: Timing() for case in cases}
         for run_number in range(config.num_runs):
             if run_number and self.time_is_up():
                 break
             for case in list(open_cases):
                 timing = self.timings[case]
-                timed(lambda case=case: run(case), device, timing)
+                timed(partial(self._run, case, items, batches[case.implementation]), self.model.device, timing)
                 if sum(timing.times_ms) > 1000 * config.max_seconds_per_case:
                     open_cases.remove(case)
 
-    def _launches(self, own: Way, batches: list[Batch]) -> float:
+    def _run(self, case: Case, items: Sequence[Item], batches: list[Batch], *, briefly: bool = False) -> None:
+        """Run a case once; briefly: with few written tokens, where that captures or compiles as many do."""
+        implementation = self.implementations[case.implementation]
+        if case.mode == "preparing":
+            implementation.prepare(items)
+        elif case.mode == "vision":
+            implementation.run_vision(batches)
+        elif case.mode == "latent":
+            implementation.embed(batches, case.count)
+        else:
+            needs_all = isinstance(implementation, Compiled) or case.implementation in IN_GRAPHS
+            num_tokens = min(4, case.count) if briefly and not needs_all else case.count
+            self.written[case] = implementation.write(batches, num_tokens, stops=self.config.stops)[1]
+
+    def _launches(self, implementation: Implementation, batches: list[Batch]) -> float:
         """Launches of one step of one batch: those of K = 2 less those of K = 1."""
-        one = batches[:1]  # ways that take inputs one by one repeat themselves
         for count in (1, 2):  # what is captured or compiled the first time does not count
-            own.embed(one, count)
-        few, many = (num_launches(lambda k=k: own.embed(one, k), self.model.device) for k in (1, 2))
+            implementation.embed(batches, count)
+        device = self.model.device
+        few, many = (num_launches(partial(implementation.embed, batches, count), device) for count in (1, 2))
         return many - few
 
     def rows(self) -> list[dict[str, Any]]:
@@ -295,51 +303,46 @@ class _Bench:
         return vision + prefill + self.work.rollout_ms(self.device, num_rows, tokens, case.count, suffix)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Where the time of each way goes.
+        """Where the time of each implementation goes.
 
         Vision and preparing are timed by themselves. The rest follows from whole runs: a step is the slope of latency
         over K, between K = 1 and the largest; the suffix is what K = 1 costs beyond the single pass and that step; the
         prefill is the single pass without vision.
         """
-        found = []
-        for one, name, size in dict.fromkeys((case.way, case.input, case.batch_size) for case in self.timings):
-
-            def median(mode: Mode, count: int = 0, key: tuple[str, str, int] = (one, name, size)) -> float:
-                timing = self.timings.get(Case(*key, mode, count))
-                return timing.median_ms if timing else 0.0
-
+        rows = []
+        for label, name, size in dict.fromkeys((c.implementation, c.input, c.batch_size) for c in self.timings):
             most = max(case.count for case in self.timings if case.mode == "latent" and case.batch_size == size)
-            step = (median("latent", most) - median("latent", 1)) / (most - 1) if most > 1 else math.nan
-            tokens = self.sizes[name][0]
-            floor = self.work.pass_ms(self.device, size, tokens, adapter=True, head=False)
-            found.append(
+            single, one_step, most_steps = (
+                self._median(Case(label, name, size, "latent", count)) for count in (0, 1, most)
+            )
+            vision = self._median(Case(label, name, size, "vision"))
+            step = (most_steps - one_step) / (most - 1) if most > 1 else math.nan
+            rows.append(
                 {
-                    "way": one,
+                    "implementation": label,
                     "input": name,
                     "batch_size": size,
-                    "preparing_ms": median("preparing", key=(self._preparer(one, name, size), name, size)),
-                    "vision_ms": median("vision"),
-                    "prefill_ms": median("latent", 0) - median("vision"),
+                    "preparing_ms": self._median(Case(self._preparer(label, name, size), name, size, "preparing")),
+                    "vision_ms": vision,
+                    "prefill_ms": single - vision,
                     "step_ms": step,
-                    "suffix_ms": median("latent", 1) - median("latent", 0) - step,
-                    "step_floor_ms": floor,
-                    "launches_per_step": self.launches[one, name],
+                    "suffix_ms": one_step - single - step,
+                    "step_floor_ms": self.work.pass_ms(
+                        self.device, size, self.sizes[name][0], adapter=True, head=False
+                    ),
+                    "launches_per_step": self.launches[label, name],
                 }
             )
-        return found
+        return rows
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Ratios that people ask for, both sides named; the best way is the fastest that gives exact vectors."""
-        found = []
+        """Ratios, both sides named; the best implementation is the fastest that gives exact vectors."""
+        rows = []
         for name, size in dict.fromkeys((case.input, case.batch_size) for case in self.timings):
-
-            def medians(mode: Mode, count: int, key: tuple[str, int] = (name, size)) -> dict[str, float]:
-                cases = {one: Case(one, *key, mode, count) for one in self.ways if one != "int8"}
-                return {one: self.timings[case].median_ms for one, case in cases.items() if case in self.timings}
-
-            latent, single = medians("latent", self.config.main_steps), medians("latent", 0)
-            written = medians("explicit", self.config.num_written_tokens)
-            best = min(latent, key=lambda one: latent[one])
+            latent = self._medians(name, size, "latent", self.config.main_steps)
+            single = self._medians(name, size, "latent", 0)
+            written = self._medians(name, size, "explicit", self.config.num_written_tokens)
+            best = min(latent, key=lambda label: latent[label])
             row: dict[str, Any] = {
                 "input": name,
                 "batch_size": size,
@@ -349,19 +352,29 @@ class _Bench:
                 "reference_latent_to_best": latent["reference"] / latent[best] if "reference" in latent else None,
             }
             if written:
-                fastest = min(written, key=lambda one: written[one])
+                fastest = min(written, key=lambda label: written[label])
                 row |= {"best_explicit": fastest, "best_explicit_to_latent": written[fastest] / latent[best]}
                 if "reference" in written:
                     row |= {"reference_explicit_to_latent": written["reference"] / latent[best]}
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
+
+    def _median(self, case: Case) -> float:
+        """Median of a case in ms; 0 where it was not measured."""
+        timing = self.timings.get(case)
+        return timing.median_ms if timing else 0.0
+
+    def _medians(self, name: str, batch_size: int, mode: Mode, count: int) -> dict[str, float]:
+        """Median of a case in ms by implementation, for those that measured it and give exact vectors."""
+        cases = {label: Case(label, name, batch_size, mode, count) for label in self.implementations if label != "int8"}
+        return {label: self.timings[case].median_ms for label, case in cases.items() if case in self.timings}
 
 
 def _sizes(batch: Batch) -> tuple[int, tuple[int, ...]]:
     """Tokens of the first input, and the lengths of its media in patches."""
     tokens = int(batch["attention_mask"][0].sum())
     grids = [batch[name][:1] for name in ("image_grid_thw", "video_grid_thw") if name in batch]
-    return tokens, Grid([tuple(one) for grid in grids for one in grid.tolist()]).lengths  # type: ignore[misc]
+    return tokens, Grid([tuple(size) for grid in grids for size in grid.tolist()]).lengths  # type: ignore[misc]
 
 
 def _brief(error: Exception) -> str:

@@ -15,21 +15,39 @@ _COLOURS = ("#adb5bd", "#74c0fc", "#1c7ed6", "#f76707", "#ffd43b")
 
 def tables(result: dict[str, Any], config: LatencyConfig) -> str:
     """All tables, as Markdown."""
-    steps = config.main_steps
-    lines: dict[tuple[str, int, str], dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in result["cases"]:
-        key = row["input"], row["batch_size"], row["way"]
-        lines.setdefault(key, {})[row["mode"], row["count"]] = row
-    whole = []
-    for (name, size, way), row in lines.items():
-        single, latent = row["latent", 0], row["latent", steps]
-        written = row.get(("explicit", config.num_written_tokens))
+    bandwidth, rate = (result["device"][name] for name in ("bytes_per_s", "operations_per_s"))
+    cosines = ", ".join(f"{name} {value:.6f}" for name, value in result["cosines"].items())
+    parts = [
+        f"Measured: copy {bandwidth / 1e9:.1f} GB/s (read and written), product {rate / 1e12:.3f} TFLOP/s in "
+        f"{config.dtype}. Lowest cosine to transformers' layers: {cosines}.",
+        "## Whole calls\n\nFrom tensors on the host to vectors on the host; median [20th, 80th percentile] in ms of a "
+        f"batch. Latent is K = {config.main_steps}. Floor: see eval/README.md.",
+        _whole_calls(result, config),
+        "## Ratios\n\nLatent is the fastest implementation with exact vectors, named; explicit ones are named too.",
+        _ratios(result),
+        "## Where the time goes\n\nIn ms of a batch. Launches are kernels on a GPU, operations on a CPU.",
+        _stages(result),
+    ]
+    if result["left_out"]:
+        parts.append("Not measured: " + "; ".join(result["left_out"]) + ".")
+    return "\n\n".join(parts)
+
+
+def _whole_calls(result: dict[str, Any], config: LatencyConfig) -> str:
+    cases: dict[tuple[str, int, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for case in result["cases"]:
+        key = case["input"], case["batch_size"], case["implementation"]
+        cases.setdefault(key, {})[case["mode"], case["count"]] = case
+    rows = []
+    for (name, size, implementation), by_mode in cases.items():
+        single, latent = by_mode["latent", 0], by_mode["latent", config.main_steps]
+        written = by_mode.get(("explicit", config.num_written_tokens))
         memory, energy = latent["peak_memory_bytes"], latent["joules_per_item"]
-        whole.append(
+        rows.append(
             [
                 f"{name}, {latent['num_tokens']} tokens",
                 size,
-                way,
+                implementation,
                 _ms(single),
                 _ms(latent),
                 f"{latent['floor_ms']:.2f} ({latent['times_floor']:.1f}x)",
@@ -40,87 +58,42 @@ def tables(result: dict[str, Any], config: LatencyConfig) -> str:
                 f"{energy:.2f}" if energy else "",
             ]
         )
-    stages = [
+    columns = ["input", "batch", "implementation", "single pass", "latent", "latent's floor", "latent / single pass"]
+    return markdown_table([*columns, "items/s", "explicit", "GiB", "J/item"], rows)
+
+
+def _ratios(result: dict[str, Any]) -> str:
+    rows = [
         [
-            one["input"],
-            one["batch_size"],
-            one["way"],
-            *(f"{one[f'{stage}_ms']:.2f}" for stage in ("preparing", "vision", "prefill", "step")),
-            f"{one['step_floor_ms']:.3f} ({one['step_ms'] / one['step_floor_ms']:.1f}x)",
-            f"{one['suffix_ms']:.2f}",
-            f"{one['launches_per_step']:.0f}",
+            row["input"],
+            row["batch_size"],
+            row["best_latent"],
+            f"{row['latent_to_single_pass']:.2f}",
+            _ratio(row.get("reference_latent_to_best")),
+            _ratio(row.get("best_explicit_to_latent"), row.get("best_explicit")),
+            _ratio(row.get("reference_explicit_to_latent")),
         ]
-        for one in result["stages"]
+        for row in result["comparisons"]
     ]
-    ratios = [
+    columns = ["input", "batch", "latent by", "latent / single pass", "reference latent / latent"]
+    return markdown_table([*columns, "best explicit / latent", "reference explicit / latent"], rows)
+
+
+def _stages(result: dict[str, Any]) -> str:
+    rows = [
         [
-            one["input"],
-            one["batch_size"],
-            one["best_latent"],
-            f"{one['latent_to_single_pass']:.2f}",
-            _ratio(one.get("reference_latent_to_best")),
-            _ratio(one.get("best_explicit_to_latent"), one.get("best_explicit")),
-            _ratio(one.get("reference_explicit_to_latent")),
+            row["input"],
+            row["batch_size"],
+            row["implementation"],
+            *(f"{row[f'{stage}_ms']:.2f}" for stage in ("preparing", "vision", "prefill", "step")),
+            f"{row['step_floor_ms']:.3f} ({row['step_ms'] / row['step_floor_ms']:.1f}x)",
+            f"{row['suffix_ms']:.2f}",
+            f"{row['launches_per_step']:.0f}",
         ]
-        for one in result["comparisons"]
+        for row in result["stages"]
     ]
-    bandwidth, rate = (result["device"][name] for name in ("bytes_per_s", "operations_per_s"))
-    parts = [
-        f"Measured: copy {bandwidth / 1e9:.1f} GB/s (read and written), product {rate / 1e12:.3f} TFLOP/s in "
-        f"{config.dtype}. Lowest cosine to transformers' layers: "
-        + ", ".join(f"{name} {value:.6f}" for name, value in result["cosines"].items())
-        + ".",
-        "## Whole calls\n\nFrom tensors on the host to vectors on the host; median [20th, 80th percentile] in ms of a "
-        f"batch. Latent is K = {steps}. Floor: see eval/README.md.",
-        markdown_table(
-            [
-                "input",
-                "batch",
-                "way",
-                "single pass",
-                "latent",
-                "latent's floor",
-                "latent / single pass",
-                "items/s",
-                "explicit",
-                "GiB",
-                "J/item",
-            ],
-            whole,
-        ),
-        "## Ratios\n\nLatent is the fastest way that gives exact vectors, named; explicit ways are named too.",
-        markdown_table(
-            [
-                "input",
-                "batch",
-                "latent by",
-                "latent / single pass",
-                "reference latent / latent",
-                "best explicit / latent",
-                "reference explicit / latent",
-            ],
-            ratios,
-        ),
-        "## Where the time goes\n\nIn ms of a batch. Launches are kernels on a GPU, operations on a CPU.",
-        markdown_table(
-            [
-                "input",
-                "batch",
-                "way",
-                "preparing",
-                "vision",
-                "prefill",
-                "per step",
-                "step's floor",
-                "suffix",
-                "launches per step",
-            ],
-            stages,
-        ),
-    ]
-    if result["left_out"]:
-        parts.append("Not measured: " + "; ".join(result["left_out"]) + ".")
-    return "\n\n".join(parts)
+    columns = ["input", "batch", "implementation", "preparing", "vision", "prefill", "per step", "step's floor"]
+    return markdown_table([*columns, "suffix", "launches per step"], rows)
 
 
 def _ms(row: dict[str, Any]) -> str:
@@ -174,14 +147,22 @@ def _draw_stages(axes: Any, result: dict[str, Any], config: LatencyConfig, name:
     here = [one for one in result["stages"] if (one["input"], one["batch_size"]) == (name, size)]
     for one in here:
         before = [one["preparing_ms"], one["vision_ms"], one["prefill_ms"]]
-        bars.append((f"{one['way']}, single pass", [*before, 0, 0]))
+        bars.append((f"{one['implementation']}, single pass", [*before, 0, 0]))
         bars.append(
-            (f"{one['way']}, K = {config.main_steps}", [*before, config.main_steps * one["step_ms"], one["suffix_ms"]])
+            (
+                f"{one['implementation']}, K = {config.main_steps}",
+                [*before, config.main_steps * one["step_ms"], one["suffix_ms"]],
+            )
         )
         for row in result["cases"]:
-            if (row["input"], row["batch_size"], row["way"], row["mode"]) == (name, size, one["way"], "explicit"):
+            if (row["input"], row["batch_size"], row["implementation"], row["mode"]) == (
+                name,
+                size,
+                one["implementation"],
+                "explicit",
+            ):
                 rest = row["median_ms"] - one["vision_ms"] - one["prefill_ms"]
-                bars.append((f"{one['way']}, {row['num_written']} tokens", [*before, rest, 0]))
+                bars.append((f"{one['implementation']}, {row['num_written']} tokens", [*before, rest, 0]))
     for place, (_, parts) in enumerate(bars):
         left = 0.0
         for part, colour in zip(parts, _COLOURS, strict=True):
@@ -200,10 +181,10 @@ def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None
     chosen = [
         row for row in result["cases"] if (row["input"], row["batch_size"], row["mode"]) == (name, size, "latent")
     ]
-    for way in dict.fromkeys(row["way"] for row in chosen):
-        own = sorted((row for row in chosen if row["way"] == way), key=lambda row: row["count"])
+    for implementation in dict.fromkeys(row["implementation"] for row in chosen):
+        own = sorted((row for row in chosen if row["implementation"] == implementation), key=lambda row: row["count"])
         (line,) = axes.plot(
-            [row["count"] for row in own], [row["median_ms"] for row in own], marker="o", ms=3, label=way
+            [row["count"] for row in own], [row["median_ms"] for row in own], marker="o", ms=3, label=implementation
         )
         low, high = [row["p20_ms"] for row in own], [row["p80_ms"] for row in own]
         axes.fill_between([row["count"] for row in own], low, high, alpha=0.2, color=line.get_color())

@@ -1,0 +1,1 @@
+"""A checkpoint on disk, and what makes it complete. No forward pass. Start with `folder.py`."""

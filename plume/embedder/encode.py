@@ -1,0 +1,262 @@
+"""One call of `Plume.encode`: inputs are loaded in windows, embedded in batches, and returned in their order.
+
+Letters: N inputs, D hidden size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from plume.embedder.batches import join_batches, plan_batches
+from plume.inputs.errors import InputError
+from plume.inputs.item import Item, MediaLimits
+from plume.inputs.processor import PlumeProcessor
+
+# Inputs are loaded and embedded in windows of this many batches, so that a folder of photos need not fit into
+# memory, while inputs of similar length still meet in a batch.
+_BATCHES_PER_WINDOW = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An input that is checked and loaded.
+
+    length: tokens, about. index: its place in the list that was passed, and place in the run of batches that it is
+    embedded in. prefetcher: prepares its batch, if there is one.
+    """
+
+    item: Item
+    length: int
+    index: int
+    place: int = 0
+    prefetcher: Prefetcher | None = None
+
+
+Window = list[Loaded]
+"""Some inputs that are in memory together."""
+
+
+@dataclass(kw_only=True)
+class EncodeCall:
+    """One call, from raw inputs to vectors; `run` tells the story.
+
+    device: where vectors are wanted.
+    run_batches: embeds loaded inputs in order of their places, so many at a time, `[n, D]`.
+    prepare: makes a batch ready for the model; None where it is not worth a thread.
+    recall, remember: of the vector cache; None without one.
+    """
+
+    processor: PlumeProcessor
+    inputs: Sequence[Any]
+    instruction: str
+    limits: MediaLimits
+    batch_size: int
+    max_tokens_per_batch: int
+    skips_errors: bool
+    shows_progress: bool
+    loads_ahead: bool
+    num_workers: int
+    device: torch.device
+    run_batches: Callable[[Window, int], Tensor]
+    prepare: Callable[[Sequence[Item]], Any] | None
+    recall: Callable[[Window], tuple[list[tuple[int, Tensor]], Window]] | None
+    remember: Callable[[Sequence[int], Tensor], None] | None
+    skipped: list[InputError] = field(default_factory=list)
+    _indices: list[int] = field(default_factory=list)
+    _vectors: list[Tensor] = field(default_factory=list)
+
+    def run(self, empty: Tensor) -> Tensor:
+        """Vectors of all inputs in their order, `[N, D]`; a row of NaN where one was skipped.
+
+        Args:
+            empty: vectors of no inputs, `[0, D]`.
+        """
+        with (
+            ThreadPoolExecutor(2) as threads,
+            tqdm(total=len(self.inputs), desc="Encoding", unit="input", disable=not self.shows_progress) as bar,
+        ):
+            windows = self.windows()
+            for window in prefetched(threads, windows) if self.loads_ahead else windows:
+                unknown = self.take_cached(window)
+                bar.update(len(window) - len(unknown))
+                for num_embedded in self.embed(unknown, threads):
+                    bar.update(num_embedded)
+            bar.update(len(self.skipped))
+        return self.in_order(empty)
+
+    def windows(self) -> Iterator[Window]:
+        """Inputs, checked, loaded and counted, in portions of a few batches; a bad one is raised or skipped."""
+        share = _BATCHES_PER_WINDOW * max(self.num_workers, 1)
+        loaded = map(self.load, range(len(self.inputs)))
+        return in_windows(
+            (one for one in loaded if one is not None),
+            max_items=share * self.batch_size,
+            max_tokens=share * self.max_tokens_per_batch,
+            num_tokens=lambda one: one.length,
+        )
+
+    def load(self, index: int) -> Loaded | None:
+        """One input; None if it is skipped.
+
+        Raises:
+            InputError: it cannot be embedded, and errors are not skipped.
+        """
+        name = f"input {index}"
+        try:
+            item = Item.parse(self.inputs[index], name, self.limits).instructed(self.instruction)
+            return Loaded(item, self.processor.num_tokens(item, name), index)
+        except InputError as error:
+            if not self.skips_errors:
+                raise error.at(index) from error
+            self.skipped.append(error.at(index))
+            return None
+
+    def take_cached(self, window: Window) -> Window:
+        """Take the vectors that are in the cache; the inputs that are left."""
+        if self.recall is None:
+            return window
+        known, unknown = self.recall(window)
+        self._indices += [index for index, _ in known]
+        self._vectors += [vector[None].to(self.device) for _, vector in known]
+        return unknown
+
+    def embed(self, window: Window, threads: ThreadPoolExecutor) -> Iterator[int]:
+        """Embed a window in batches of similar length; how many inputs are done after each run of batches."""
+        lengths = [one.length for one in window]
+        for num_rows, run in join_batches(plan_batches(lengths, self.batch_size, self.max_tokens_per_batch)):
+            rows = [replace(window[row], place=place) for place, row in enumerate(run)]
+            vectors = self.run_batches(self._with_prefetcher(rows, num_rows, threads), num_rows)
+            indices = [one.index for one in rows]
+            if self.remember is not None:
+                self.remember(indices, vectors)
+            self._vectors.append(vectors.to(self.device))
+            self._indices += indices
+            yield len(run)
+
+    def in_order(self, empty: Tensor) -> Tensor:
+        """Vectors in the order of the inputs, `[N, D]`."""
+        vectors = torch.cat(self._vectors) if self._vectors else empty
+        ordered = vectors.new_full((len(self.inputs), vectors.shape[1]), torch.nan)
+        ordered[self._indices] = vectors
+        return ordered
+
+    def warn_of_skipped(self, stacklevel: int) -> None:
+        """Name the inputs that were skipped, if there are any."""
+        if self.skipped:
+            warnings.warn(SkippedInputsWarning(self.skipped), stacklevel=stacklevel + 1)
+
+    def _with_prefetcher(self, rows: Window, num_rows: int, threads: ThreadPoolExecutor) -> Window:
+        """The same inputs, whose batches are prepared in a thread if they hold media.
+
+        Tokenising text holds Python's lock, so that a thread would only be in the way.
+        """
+        if self.prepare is None or not any(one.item.images or one.item.videos for one in rows):
+            return rows
+        items = [one.item for one in rows]
+        batches = [items[start : start + num_rows] for start in range(0, len(items), num_rows)]
+        prefetcher = Prefetcher(threads, self.prepare, batches)
+        return [replace(one, prefetcher=prefetcher) for one in rows]
+
+
+class SkippedInputsWarning(UserWarning):
+    """Inputs that `Plume.encode(on_error="skip")` has left out; `errors` says which and why."""
+
+    def __init__(self, errors: Sequence[InputError]):
+        super().__init__(f"{len(errors)} inputs were skipped:\n" + "\n".join(map(str, errors)))
+        self.errors = list(errors)
+
+
+def in_windows(
+    values: Iterable[T], *, max_items: int, max_tokens: int, num_tokens: Callable[[T], int]
+) -> Iterator[list[T]]:
+    """Values in portions of at most so many values or tokens; one that is larger has a portion of its own.
+
+    Example:
+        >>> list(in_windows([3, 4, 9, 1], max_items=2, max_tokens=8, num_tokens=int))
+        [[3, 4], [9], [1]]
+    """
+    window: list[T] = []
+    tokens = 0
+    for value in values:
+        length = num_tokens(value)
+        if window and (len(window) == max_items or tokens + length > max_tokens):
+            yield window
+            window, tokens = [], 0
+        window.append(value)
+        tokens += length
+    if window:
+        yield window
+
+
+class Prefetcher:
+    """Prepares the next batch in a thread, while the model runs on this one."""
+
+    def __init__(
+        self, threads: ThreadPoolExecutor, prepare: Callable[[Sequence[Item]], Any], batches: Sequence[Sequence[Item]]
+    ):
+        self._threads, self._prepare = threads, prepare
+        self._batches = iter(batches)
+        self._start()
+
+    def take(self, items: Sequence[Item]) -> Any:
+        """A batch: the one that is prepared, if it is the one whose turn it is."""
+        expected = self._batch
+        if (
+            expected is None
+            or len(items) != len(expected)
+            or any(a is not b for a, b in zip(items, expected, strict=True))
+        ):
+            return self._prepare(items)
+        ready = self._next.result()
+        self._start()
+        return ready
+
+    def _start(self) -> None:
+        self._batch = next(self._batches, None)
+        if self._batch is not None:
+            self._next: Future[Any] = self._threads.submit(self._prepare, self._batch)
+
+
+def prefetched(threads: ThreadPoolExecutor, values: Iterator[T]) -> Iterator[T]:
+    """The values of an iterator, the next one being made in a thread meanwhile.
+
+    Example:
+        >>> list(prefetched(ThreadPoolExecutor(1), iter("abc")))
+        ['a', 'b', 'c']
+    """
+    end: Any = object()
+    waiting = threads.submit(next, values, end)
+    while (value := waiting.result()) is not end:
+        waiting = threads.submit(next, values, end)
+        yield value
+
+
+def image_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a call says of images, as sentence-transformers passes it."""
+    return (kwargs.get("processing_kwargs") or {}).get("image")
+
+
+def limits_of(processor: PlumeProcessor, kwargs: Mapping[str, Any]) -> MediaLimits:
+    """How large media may be in a call: the checkpoint's limits, but for what the call says.
+
+    Raises:
+        ValueError: it says something else than the size of images.
+    """
+    settings = kwargs.get("processing_kwargs") or {}
+    if set(settings) - {"image"} or set(settings.get("image") or {}) - {"size"}:
+        raise ValueError(
+            f'processing_kwargs={settings!r}: only {{"image": {{"size": ...}}}} can be set for a call; texts are '
+            "never truncated, and frames are set in the configuration or in the input"
+        )
+    size = (image_settings(kwargs) or {}).get("size")
+    return replace(processor.limits, pixels=(size["shortest_edge"], size["longest_edge"])) if size else processor.limits

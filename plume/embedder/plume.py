@@ -1,0 +1,396 @@
+"""Plume: the user's object. A thin SentenceTransformer over a plume checkpoint."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.decorators import deprecated_kwargs
+
+from plume.checkpoints.damage import naming_damaged_files
+from plume.checkpoints.folder import check_is_plume
+from plume.config import PlumeConfig
+from plume.embedder.digests import media_keys
+from plume.embedder.encode import EncodeCall, Loaded, Window, image_settings, limits_of
+from plume.embedder.precision import comparable, converted
+from plume.embedder.vector_cache import VectorCache
+from plume.engine.engine import Backend, Engine
+from plume.engine.layers.weights import UnsupportedModelError
+from plume.engine.layout import lay_out
+from plume.inputs.item import Item, check_unicode, list_inputs
+from plume.inputs.processor import PlumeProcessor
+from plume.model.model import PlumeModel
+from plume.threads import slow_on_cpu
+from plume.tracing.trace import Trace, trace
+
+LatentSteps = int | Mapping[Literal["query", "document"], int]
+"""K, or the K of queries and that of documents."""
+
+
+class Plume(SentenceTransformer):
+    """Embeds text, images, video, pages and mixtures of them into one space of unit vectors.
+
+    Everything of `SentenceTransformer` works: `similarity`, `encode_query`, `truncate_dim`, quantised precision,
+    several devices, saving, `push_to_hub`.
+
+    Example:
+        >>> from PIL import Image
+        >>> plume = Plume(getfixture("plume_folder"), device="cpu")
+        >>> plume.encode(["a red kite", {"text": "what is this?", "image": Image.new("RGB", (56, 56))}]).shape
+        (2, 64)
+        >>> plume.encode("a red kite", num_latent_steps=0).shape
+        (64,)
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | Path,
+        *,
+        num_latent_steps: LatentSteps | None = None,
+        backend: Backend | Literal["torch"] = "auto",
+        int8: bool = False,
+        exit_tolerance: float | None = None,
+        vector_cache_bytes: int = 0,
+        vision_cache_bytes: int = 0,
+        prefix_cache_bytes: int = 0,
+        **kwargs: Any,
+    ):
+        """Open a checkpoint.
+
+        On a CPU weights are float32, whatever the checkpoint's, unless `model_kwargs` says otherwise.
+
+        Args:
+            model_name_or_path: a folder or a Hub name.
+            num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
+                "query" and "document" gives `encode_query` and `encode_document` a K each. Not saved with the model.
+            backend: how the model runs: the engine's "auto", "triton", "graph" or "eager" (see
+                `plume.engine.engine.Engine`), or "torch" for transformers' own layers. Vectors differ by rounding.
+            int8: products in int8, on a CPU; faster, and not the same vectors.
+            exit_tolerance: an input stops reasoning at the first step that changes its state by at most this share.
+            vector_cache_bytes: memory for embeddings of inputs that come again, by content, instruction, K and weights.
+            vision_cache_bytes: memory for features of images that come again.
+            prefix_cache_bytes: memory for what stands before the text of inputs with images.
+            kwargs: as for `SentenceTransformer`, for example `device`, `model_kwargs`, `truncate_dim`.
+
+        Raises:
+            ValueError: the checkpoint is not plume's, is damaged, or cannot run this K; or a setting that cannot be
+                honoured.
+        """
+        settings = {
+            "int8": int8,
+            "exit_tolerance": exit_tolerance,
+            "vision_cache_bytes": vision_cache_bytes,
+            "prefix_cache_bytes": prefix_cache_bytes,
+        }
+        if backend == "torch" and (unused := [name for name, value in settings.items() if value not in (0, None)]):
+            raise ValueError(f'{unused[0]} is of the engine, which backend="torch" does not use')
+        hub = {k: kwargs[k] for k in ("revision", "token", "local_files_only") if k in kwargs}
+        if (cache := kwargs.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")) is not None:
+            hub["cache_dir"] = cache
+        check_is_plume(model_name_or_path, **hub)
+        with naming_damaged_files(model_name_or_path):
+            super().__init__(str(model_name_or_path), **kwargs)
+        self._check_truncate_dim(self.truncate_dim)
+        if self.device.type == "cpu":
+            if not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
+                self.plume_model.float()
+            if warning := slow_on_cpu(self.plume_model):
+                warnings.warn(f"plume: {warning}", stacklevel=2)
+        self._engine: Engine | None = None
+        self._refused = ""  # why the engine could not run the model, when it could not
+        self._engine_settings: dict[str, Any] | None = None
+        if backend != "torch":
+            self._engine_settings = {"backend": backend, **settings}
+            self._refresh_engine()  # what cannot be honoured is said now
+        self._vector_cache = VectorCache(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
+        self._check_steps(num_latent_steps)
+        self.num_latent_steps = num_latent_steps
+        folder = Path(model_name_or_path)
+        #: Where the checkpoint came from: a folder, absolute, or a Hub name.
+        self.source = str(folder.resolve()) if folder.is_dir() else str(model_name_or_path)
+
+    @property
+    def plume_model(self) -> PlumeModel:
+        """The model inside."""
+        transformer: Any = self[0]
+        return transformer.model
+
+    @property
+    def plume_config(self) -> PlumeConfig:
+        """The configuration of the loaded checkpoint."""
+        return self.plume_model.config
+
+    @property
+    def engine(self) -> Engine | None:
+        """What runs the model, with its present weights; None where transformers' own layers do."""
+        return self._refresh_engine()
+
+    def _refresh_engine(self) -> Engine | None:
+        if self._engine_settings is None:
+            return None
+        try:
+            if self._engine is None:
+                self._engine = Engine(self.plume_model, **self._engine_settings)
+            elif not self.training:
+                self._engine.refresh()
+        except UnsupportedModelError as error:
+            self._engine = None
+            if str(error) != self._refused:
+                warnings.warn(f"plume: transformers' own layers run, since the engine cannot: {error}", stacklevel=2)
+            self._refused = str(error)
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs and joined weights belong to one process; another makes its own.
+        return {**self.__dict__, "_engine": None, "_vector_cache": None}
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embeddings of a batch that `preprocess` has made, by the engine unless gradients are wanted."""
+        if (layout := input.get("layout")) is not None:  # from `encode`, which has just refreshed the engine
+            assert self._engine is not None
+            return {**input, "sentence_embedding": self._engine.run(layout).embedding}
+        engine = None if torch.is_grad_enabled() or self.training else self.engine
+        if engine is None:
+            return super().forward(input, **kwargs)
+        tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
+        return {**input, "sentence_embedding": engine(tensors, kwargs.get("num_latent_steps")).embedding}
+
+    @deprecated_kwargs(sentences="inputs")
+    def encode(  # type: ignore[override]
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        *,
+        num_latent_steps: LatentSteps | None = None,
+        instruction: str | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_tokens_per_batch: int = 32_768,
+        task: Literal["query", "document"] | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        **kwargs: Any,
+    ) -> Any:
+        """Embed one input or a list that mixes kinds.
+
+        Args:
+            inputs: what `Item.parse` accepts: strings, PIL images, pages, `pathlib.Path`s to files, dicts, chat
+                messages; one of them, or a list, a tuple, a column of a data set, an iterator of them. A list of
+                messages is one input; so is an array of pixels, of which four axes are one video.
+            prompt_name: one of the checkpoint's presets (`plume.prompts`): "retrieve", "classify", "question".
+            prompt: as `instruction`, by the name that sentence-transformers gives it.
+            batch_size: inputs per pass at most.
+            show_progress_bar: None shows it when there is more than one batch.
+            num_latent_steps: K; 0 is a single pass; None takes the constructor's, else the checkpoint's.
+            instruction: for every input that brings none of its own; stands before its text.
+            on_error: "raise" stops at the first input that cannot be embedded; "skip" warns, names it, and leaves
+                a row of NaN in its place.
+            max_tokens_per_batch: visual and text tokens per pass, padding included, as far as they can be estimated.
+                Batches group inputs of similar length; grouping does not affect the result.
+            task: set by `encode_query` and `encode_document`.
+            convert_to_numpy: return a numpy array.
+            convert_to_tensor: return a tensor instead.
+            precision: quantised by sentence-transformers over all inputs of the call.
+            kwargs: as for `SentenceTransformer.encode`, for example `truncate_dim`, `device`, `pool`.
+
+        Returns:
+            Unit vectors `[N, D]`, float32, in the order of the inputs; `[D]` for a single input.
+
+        Raises:
+            InputError: an input that cannot be embedded, named by its place in the list; or no list of inputs.
+            ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
+        """
+        self._check_call(on_error, precision, batch_size, max_tokens_per_batch, kwargs)
+        if (steps := self._steps(num_latent_steps, task)) is not None:
+            kwargs["num_latent_steps"] = steps
+        if task is not None and instruction is not None:
+            prompt_name = None  # encode_query and encode_document name one of their own accord
+        instruction = self._instruction(instruction, prompt, prompt_name)
+        inputs, single = list_inputs(inputs)
+        dim = self._check_truncate_dim(
+            kwargs["truncate_dim"] if kwargs.get("truncate_dim") is not None else self.truncate_dim
+        )
+        if dim is not None:
+            kwargs["truncate_dim"], kwargs["normalize_embeddings"] = dim, True  # what is cut is not of unit length
+        self.eval()
+        self._refresh_engine()
+        cache = None if self._vector_cache is None else self._vector_cache.for_call(kwargs)
+        to_cpu = convert_to_numpy and not convert_to_tensor
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # a caller's is no part of the model
+            if isinstance(kwargs.get("device"), list):
+                kwargs["pool"] = self.start_multi_process_pool(kwargs.pop("device"))
+                stack.callback(self.stop_multi_process_pool, kwargs["pool"])
+            num_workers = len(kwargs["pool"]["processes"]) if kwargs.get("pool") else 0
+            call = EncodeCall(
+                processor=self._processor,
+                inputs=inputs,
+                instruction=instruction,
+                limits=limits_of(self._processor, kwargs),
+                batch_size=batch_size,
+                max_tokens_per_batch=max_tokens_per_batch,
+                skips_errors=on_error == "skip",
+                shows_progress=len(inputs) > batch_size if show_progress_bar is None else show_progress_bar,
+                loads_ahead=self.device.type != "cpu",  # on a CPU the model itself would have to wait
+                num_workers=num_workers,
+                device=torch.device("cpu") if to_cpu or num_workers else self.device,
+                run_batches=partial(self._run_batches, kwargs),
+                prepare=None if num_workers else partial(self._prepare, settings=kwargs),
+                recall=None if cache is None else cache.recall,
+                remember=None if cache is None else cache.remember,
+            )
+            vectors = call.run(empty=torch.empty(0, dim or self.plume_config.hidden_size))
+        call.warn_of_skipped(stacklevel=3)
+        return converted(vectors, single, precision, convert_to_tensor, convert_to_numpy)
+
+    @staticmethod
+    def _check_call(
+        on_error: str, precision: str, batch_size: int, max_tokens_per_batch: int, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse settings of a call that cannot be honoured."""
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error must be "raise" or "skip"; received {on_error!r}')
+        if on_error == "skip" and precision != "float32":
+            raise ValueError('on_error="skip" marks rows with NaN, which only precision="float32" can hold')
+        if (output := kwargs.pop("output_value", "sentence_embedding")) != "sentence_embedding":
+            raise ValueError(f"output_value={output!r} is not available; Plume.trace returns states and gates")
+        if batch_size < 1 or max_tokens_per_batch < 1:
+            raise ValueError("batch_size and max_tokens_per_batch must be at least 1")
+
+    def _run_batches(self, kwargs: dict[str, Any], rows: Window, batch_size: int) -> torch.Tensor:
+        """Vectors of loaded inputs, so many at a time, in this order."""
+        return super().encode(  # type: ignore[return-value]
+            rows,  # type: ignore[arg-type]
+            prompt="",  # each item holds its instruction
+            batch_size=batch_size,
+            show_progress_bar=False,
+            convert_to_tensor=True,
+            **{**kwargs, "chunk_size": batch_size},  # of worker processes, if there are any
+        )
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Tensors of a batch; items that are loaded already skip the parsing of sentence-transformers."""
+        if inputs and all(isinstance(loaded, Loaded) for loaded in inputs):
+            items, prefetcher = [loaded.item for loaded in inputs], inputs[0].prefetcher
+            return self._prepare(items, kwargs) if prefetcher is None else prefetcher.take(items)
+        return super().preprocess(inputs, prompt, **kwargs)
+
+    def _prepare(self, items: Sequence[Item], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch as `forward` takes it: laid out for the engine, or as tensors."""
+        image_kwargs = image_settings(settings)
+        sends_bytes = self._engine is not None and self.device.type == "cuda"
+        batch = dict(self._processor.encode(items, image_kwargs, as_bytes=sends_bytes))
+        if (engine := self._engine) is None:
+            return batch
+        complete = [self._processor.complete(item) for item in items]
+        size = (image_kwargs or {}).get("size") or dict(self._processor.image_processor.size)
+        keys = media_keys(complete, size) if engine.caches_media else None
+        layout = lay_out(self.plume_model, batch, settings.get("num_latent_steps"), media_keys=keys)
+        return {"layout": layout.pinned() if self.device.type == "cuda" else layout}
+
+    @staticmethod
+    def _input_length(sample: Any) -> int:
+        # sentence-transformers sorts by it, the longest first, before it cuts batches; loaded inputs keep their order.
+        return -sample.place if isinstance(sample, Loaded) else SentenceTransformer._input_length(sample)
+
+    @property
+    def _processor(self) -> PlumeProcessor:
+        transformer: Any = self[0]
+        return transformer.processor
+
+    def trace(
+        self, inputs: Any, *, num_latent_steps: int | None = None, candidates: Any = None, num_words: int = 5
+    ) -> list[Trace]:
+        """What happened inside the rollout of each input; see `plume.trace`.
+
+        Args:
+            inputs: one input or a list, as for `encode`.
+            num_latent_steps: K; None is that of the constructor (of queries), else the checkpoint's own.
+            candidates: inputs to compare every state with.
+            num_words: nearest vocabulary tokens per state.
+        """
+        steps = self._steps(num_latent_steps, "query")
+        return trace(self.plume_model, inputs, num_latent_steps=steps, candidates=candidates, num_words=num_words)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """As `SentenceTransformer.similarity`; vectors of any precision, packed bits as signs."""
+        dim = self.get_embedding_dimension()
+        with torch.autocast(self.device.type, enabled=False):
+            return super().similarity(comparable(embeddings1, dim), comparable(embeddings2, dim))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """As `SentenceTransformer.similarity_pairwise`; likewise."""
+        dim = self.get_embedding_dimension()
+        with torch.autocast(self.device.type, enabled=False):
+            return super().similarity_pairwise(comparable(embeddings1, dim), comparable(embeddings2, dim))
+
+    def _create_model_card(self, path: str, model_name: str | None = None, train_datasets: Any = None) -> None:
+        # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.
+        self.plume_model.write_card(path, model_name)
+
+    def default_steps(self, task: Literal["query", "document"]) -> int:
+        """K of a call that does not say otherwise."""
+        steps = self._steps(None, task)
+        return self.plume_config.num_latent_steps if steps is None else steps
+
+    def get_embedding_dimension(self) -> int:
+        """D of what `encode` returns.
+
+        Raises:
+            ValueError: `truncate_dim` has been set to a length that vectors do not have.
+        """
+        return self._check_truncate_dim(self.truncate_dim) or self.plume_config.hidden_size
+
+    def _check_truncate_dim(self, dim: int | None) -> int | None:
+        """The length that vectors are cut to, None where they are not.
+
+        Raises:
+            ValueError: there are not as many numbers.
+        """
+        if dim is None:
+            return None
+        most = self.plume_config.hidden_size
+        if isinstance(dim, bool) or not isinstance(dim, Integral) or not 1 <= dim <= most:
+            raise ValueError(f"truncate_dim must be a whole number from 1 to {most}, or None; received {dim!r}")
+        return int(dim)
+
+    def _check_steps(self, steps: LatentSteps | None) -> None:
+        if isinstance(steps, Mapping):
+            if set(steps) != {"query", "document"}:
+                raise ValueError(f'num_latent_steps needs "query" and "document"; received {sorted(steps)}')
+            for num_steps in steps.values():
+                self.plume_config.check_num_latent_steps(num_steps)
+        elif steps is not None:
+            self.plume_config.check_num_latent_steps(steps)
+
+    def _steps(self, requested: LatentSteps | None, task: str | None) -> int | None:
+        """K of a call; None is the checkpoint's own."""
+        self._check_steps(requested)
+        steps = self.num_latent_steps if requested is None else requested
+        if not isinstance(steps, Mapping):
+            return steps
+        if task not in ("query", "document"):
+            raise ValueError(
+                "num_latent_steps differs for queries and documents; call encode_query or encode_document, "
+                "or give this call one number"
+            )
+        return steps[task]
+
+    def _instruction(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
+        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
+            raise ValueError("give one of instruction, prompt and prompt_name; they mean the same")
+        chosen = self._resolve_prompt(prompt, prompt_name) if instruction is None else instruction
+        if chosen:
+            check_unicode(chosen, "the instruction")
+        return chosen or ""

@@ -1,0 +1,1 @@
+"""Vectors on disk, and finding them again. It looks into no model. Start with `index.py`."""

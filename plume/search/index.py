@@ -1,0 +1,385 @@
+"""An index of folders: vectors, where they come from, and what made them.
+
+`index.json` beside the rows (`plume.search.store`) remembers the checkpoint, its K and instructions, and an index
+refuses to be searched or extended with others. `plume.search.update` brings a folder into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from plume.checkpoints.fingerprint import fingerprint
+from plume.embedder.plume import Plume
+from plume.inputs.errors import InputError
+from plume.search.store import TABLE, IndexStorageError, RowStore
+from plume.search.update import Report, update_store
+
+_FORMAT = 1
+_IDENTITY = "index.json"
+# What an interrupted creation leaves: it is made anew. A table beside no other of them is somebody's.
+_LEFTOVERS = {f"{_IDENTITY}.part", f"{TABLE}.lance", "lock"}
+_VERSIONS = "_versions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What made an index, and must be the same for every vector that meets it.
+
+    model: name or path of the checkpoint; another place is fine as long as the fingerprint agrees.
+    fingerprint: of the checkpoint (`plume.checkpoints.folder.fingerprint`).
+    dim: length of the vectors.
+    num_latent_steps: K of documents.
+    query_latent_steps: K of queries.
+    instruction: for documents.
+    query_instruction: for queries.
+    """
+
+    model: str
+    fingerprint: str
+    dim: int
+    num_latent_steps: int
+    query_latent_steps: int
+    instruction: str = ""
+    query_instruction: str = ""
+
+    def checked(self) -> Identity:
+        """The same, once every field is of its type.
+
+        Raises:
+            TypeError: names the field.
+        """
+        for name, value in asdict(self).items():
+            expected = int if name in ("dim", "num_latent_steps", "query_latent_steps") else str
+            if type(value) is not expected:
+                raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
+        return self
+
+    def check_same(self, other: Identity, where: Path) -> None:
+        """Refuse another origin of vectors.
+
+        Raises:
+            ValueError: names the first field that differs.
+        """
+        for name, ours in asdict(self).items():
+            theirs = getattr(other, name)
+            if name != "model" and ours != theirs:
+                made = f"checkpoint {self.model}" if name == "fingerprint" else f"{name}={ours!r}"
+                asked = f"checkpoint {other.model}" if name == "fingerprint" else f"{name}={theirs!r}"
+                raise ValueError(
+                    f"the index {where} was made with {made}; this call uses {asked}, whose vectors do not compare. "
+                    "Use the same, or make a new index"
+                )
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One row that a search found, best first.
+
+    score: cosine to the query, in [-1, 1].
+    path: where the file was when it was indexed; see `is_there`.
+    """
+
+    score: float
+    path: str
+    kind: str
+    page: int | None
+    num_pages: int | None
+    excerpt: str
+    thumbnail: bytes = field(repr=False)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a file still is at this path."""
+        return os.path.isfile(self.path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the thumbnail."""
+        return {name: value for name, value in asdict(self).items() if name != "thumbnail"}
+
+
+class Index:
+    """Vectors of one or several folders on disk, searched by text, images or any input.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> (folder / "notes").mkdir()
+        >>> _ = (folder / "notes" / "kite.txt").write_text("a red kite")
+        >>> from plume import Plume
+        >>> plume = Plume(getfixture("plume_folder"), device="cpu")
+        >>> index = Index.create(folder / "index", plume)
+        >>> index.update(folder / "notes", plume, show_progress=False).embedded
+        1
+        >>> index.search("red kite", plume)[0].excerpt
+        'a red kite'
+    """
+
+    def __init__(self, path: Path, identity: Identity, store: RowStore):
+        self.path = path
+        self.identity = identity
+        self.store = store
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        plume: Plume,
+        *,
+        num_latent_steps: int | None = None,
+        query_latent_steps: int | None = None,
+        instruction: str = "",
+        query_instruction: str = "",
+    ) -> Index:
+        """Make an empty index, or open one that was made with the same settings.
+
+        Args:
+            path: a folder; created if missing.
+            plume: the embedder; its `truncate_dim` sets the length of the vectors.
+            num_latent_steps: K of documents; None is the embedder's.
+            query_latent_steps: K of queries; None is the embedder's.
+            instruction: for documents.
+            query_instruction: for queries.
+
+        Raises:
+            ValueError: there is an index made with other settings.
+            IndexStorageError: it cannot be written.
+        """
+        path = Path(path)
+        identity = Identity(
+            model=plume.source,
+            fingerprint=fingerprint(plume.plume_model),
+            dim=plume.get_embedding_dimension(),
+            num_latent_steps=plume.default_steps("document") if num_latent_steps is None else num_latent_steps,
+            query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
+            instruction=instruction,
+            query_instruction=query_instruction,
+        )
+        for steps in (identity.num_latent_steps, identity.query_latent_steps):
+            plume.plume_config.check_num_latent_steps(steps)
+        if not (path / _IDENTITY).exists():
+            _check_free(path)  # before anything is made there
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with FileLock(path / "lock"):
+                    if not (path / _IDENTITY).exists():  # nobody else has made it meanwhile
+                        _check_free(path)
+                        _begin(path, identity)
+            except IndexStorageError:
+                raise
+            except OSError as error:
+                raise IndexStorageError(
+                    f"the index {path} cannot be written ({error.strerror or error}); choose another --out"
+                ) from None
+        index = cls.open(path)
+        index.identity.check_same(identity, path)
+        return index
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Index:
+        """Open an index.
+
+        Raises:
+            ValueError: there is none, or it was written by another version.
+        """
+        path = Path(path)
+        if not (path / _IDENTITY).is_file():
+            raise ValueError(f"{path} is no index; make one with `plume index FOLDER --out {path}`")
+        try:
+            fields = json.loads((path / _IDENTITY).read_text(encoding="utf-8"))
+            version = fields.pop("format")
+            identity = Identity(**fields).checked() if version == _FORMAT else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / _IDENTITY} is damaged ({error}); remove {path} and index the folder again"
+            ) from None
+        if identity is None:
+            raise ValueError(
+                f"{path} has format {version!r}, this version reads {_FORMAT}; remove it and index the folder again"
+            )
+        return cls(path, identity, RowStore(path, identity.dim))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def gone(self) -> dict[str, int]:
+        """Folders in the index that are not there any more, and how many rows lead to them."""
+        rows = Counter(row["root"] for row in self.store.rows(["root"]))
+        return {root: count for root, count in sorted(rows.items()) if not os.path.isdir(root)}
+
+    def check_embedder(self, plume: Plume) -> None:
+        """Refuse an embedder whose vectors do not compare with those of this index.
+
+        Raises:
+            ValueError: another checkpoint, or vectors of another length.
+        """
+        found = replace(
+            self.identity,
+            model=plume.source,
+            fingerprint=fingerprint(plume.plume_model),
+            dim=plume.get_embedding_dimension(),
+        )
+        self.identity.check_same(found, self.path)
+
+    def update(
+        self, folder: str | os.PathLike, plume: Plume, *, batch_size: int = 32, show_progress: bool | None = None
+    ) -> Report:
+        """Bring the index up to date with a folder: add, replace and remove.
+
+        A file whose size and time of change are those of its row counts as unchanged; otherwise its content decides.
+        What cannot be read is listed, and does not stop the run.
+
+        Args:
+            folder: walked with its subfolders; see `plume.search.folder.walk`.
+            plume: the embedder that made the index.
+            batch_size: inputs per pass.
+            show_progress: None shows a bar in a terminal.
+
+        Raises:
+            ValueError: another embedder, or no such folder.
+            IndexStorageError: the index cannot be written; what is committed stays.
+        """
+        self.check_embedder(plume)
+        root = Path(folder).resolve()
+        if not root.is_dir():
+            raise ValueError(f"{folder} is no folder; expected one with files to index")
+        with self.store.locked():
+            report = update_store(
+                self.store,
+                root,
+                plume,
+                instruction=self.identity.instruction,
+                num_latent_steps=self.identity.num_latent_steps,
+                batch_size=batch_size,
+                hide_progress=None if show_progress is None else not show_progress,
+            )
+        report.gone = self.gone()
+        return report
+
+    def remove(self, folder: str | os.PathLike) -> int:
+        """Forget all rows of a folder that was indexed; the number of rows removed.
+
+        Args:
+            folder: as given to `update`; it need not exist any more.
+        """
+        with self.store.locked():
+            count = self.store.delete_root(Path(folder).resolve())
+            self.store.compact(wipe=True)
+        return count
+
+    def search(
+        self,
+        query: Any,
+        plume: Plume,
+        *,
+        top_k: int = 10,
+        where: str | None = None,
+        instruction: str | None = None,
+        num_latent_steps: int | None = None,
+    ) -> list[Hit]:
+        """The rows whose vectors are nearest to a query, best first; exact, not approximate.
+
+        Args:
+            query: one input, as for `Plume.encode`.
+            plume: the embedder that made the index.
+            top_k: rows to return at most.
+            where: a condition in SQL on path, kind, page, num_pages, excerpt, for example "kind = 'pdf'".
+            instruction: must be the index's; None takes it.
+            num_latent_steps: must be the index's K of queries; None takes it.
+
+        Raises:
+            ValueError: another embedder, K or instruction than the index was made with, or a condition that is not SQL.
+        """
+        self.check_embedder(plume)
+        request = replace(
+            self.identity,
+            query_instruction=self.identity.query_instruction if instruction is None else instruction,
+            query_latent_steps=self.identity.query_latent_steps if num_latent_steps is None else num_latent_steps,
+        )
+        self.identity.check_same(request, self.path)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; received {top_k}")
+        if where is not None and not isinstance(where, str):
+            raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
+        vector = plume.encode_query(
+            query, instruction=request.query_instruction, num_latent_steps=request.query_latent_steps
+        )
+        if vector.ndim != 1:
+            raise InputError(
+                "the query", f"it is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
+            )
+        vector = vector / np.linalg.norm(vector)
+        limit = top_k
+        while True:
+            rows = self.store.nearest(vector, limit, where)
+            # While a folder is brought up to date a changed file has two rows, one of which is about to go.
+            doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+            for row in rows:
+                doubles[row["path"], row["page"]].append(row)
+            if len(doubles) >= top_k or len(rows) < limit:
+                best = sorted(map(_true_row, doubles.values()), key=lambda row: row["_distance"])
+                return [_hit(row) for row in best[:top_k]]
+            limit *= 2
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a place for a new index that holds something already; hidden files do not count.
+
+    Raises:
+        ValueError: names what is there.
+    """
+    if not path.is_dir():
+        return
+    others = {one.name for one in path.iterdir() if not one.name.startswith(".")} - _LEFTOVERS
+    versions, begun = path / f"{TABLE}.lance" / _VERSIONS, path / f"{_IDENTITY}.part"
+    if versions.is_dir() and any(versions.iterdir()) and not begun.exists():
+        others.add(f"{TABLE}.lance")
+    if others:
+        raise ValueError(
+            f"{path} holds {min(others)} but no {_IDENTITY}; choose a folder that is empty or new for the index"
+        )
+
+
+def _begin(path: Path, identity: Identity) -> None:
+    """Make the table of an index, then say who made it: where `index.json` is, there is a table."""
+    temporary = path / f"{_IDENTITY}.part"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
+    RowStore(path, identity.dim, must_be_new=True)
+    temporary.replace(path / _IDENTITY)
+
+
+def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of one file, the one that its size and time on disk belong to; else the one changed last."""
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        stat = os.stat(rows[0]["path"])
+        on_disk = stat.st_size, stat.st_mtime_ns
+    except OSError:
+        on_disk = None
+    return max(rows, key=lambda row: ((row["size"], row["mtime_ns"]) == on_disk, row["mtime_ns"]))
+
+
+def _hit(row: dict[str, Any]) -> Hit:
+    is_page = row["page"] > 0
+    return Hit(
+        score=1 - row["_distance"],
+        path=row["path"],
+        kind=row["kind"],
+        page=row["page"] if is_page else None,
+        num_pages=row["num_pages"] if is_page else None,
+        excerpt=row["excerpt"],
+        thumbnail=row["thumbnail"],
+    )

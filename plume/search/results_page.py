@@ -1,0 +1,61 @@
+"""Search results as one HTML page, pictures included."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from plume.search.index import Hit
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+  body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222; }}
+  ol {{ list-style: none; padding: 0; display: grid; gap: 1rem; }}
+  ol {{ grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }}
+  li {{ border: 1px solid #ddd; border-radius: 6px; padding: .8rem; overflow-wrap: anywhere; }}
+  .preview {{ height: 192px; display: flex; align-items: center; justify-content: center; overflow: hidden; }}
+  .preview {{ background: #f6f6f6; }}
+  .preview img {{ max-width: 100%; max-height: 100%; }}
+  .preview p {{ margin: .6rem; font-size: 13px; max-height: 100%; }}
+  .score {{ float: right; color: #777; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<ol>
+{items}
+</ol>
+</body>
+</html>
+"""
+
+
+def gallery(hits: Sequence[Hit], title: str) -> str:
+    """The page, with thumbnails inside, so that it is one file.
+
+    Args:
+        hits: best first.
+        title: what was searched for.
+    """
+    return _PAGE.format(title=escape(title), items="\n".join(map(_item, hits)))
+
+
+def _item(hit: Hit) -> str:
+    if hit.thumbnail:
+        picture = base64.b64encode(hit.thumbnail).decode()
+        preview = f'<img alt="" src="data:image/jpeg;base64,{picture}">'
+    else:
+        preview = f"<p>{escape(hit.excerpt)}</p>"
+    page = f", page {hit.page} of {hit.num_pages}" if hit.page else ""
+    link = Path(hit.path).as_uri() + (f"#page={hit.page}" if hit.page else "")
+    return (
+        f'<li><div class="preview">{preview}</div>'
+        f'<p><span class="score">{hit.score:.3f}</span><a href="{escape(link)}">{escape(Path(hit.path).name)}</a>'
+        f"<br>{escape(hit.kind)}{page}</p></li>"
+    )

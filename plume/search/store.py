@@ -1,0 +1,262 @@
+"""Rows of an index in a LanceDB table: reading, committing, deleting, the nearest to a vector.
+
+One row per text file, image, video and PDF page. Every read sees the newest version; a commit is whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+#: The table's folder is called so, with ".lance" behind it.
+TABLE = "items"
+# How often a read is tried while another process takes files away.
+_TRIES = 6
+_IDS_PER_STATEMENT = 1024
+# A row is there once for each of these.
+_KEYS = ["root", "name", "page", "sha256"]
+
+T = TypeVar("T")
+
+
+class IndexStorageError(OSError):
+    """An index that cannot be read or written: no space, no permission, a damaged file."""
+
+
+class RowStore:
+    """The table of an index, whose vectors have `dim` numbers."""
+
+    def __init__(self, path: Path, dim: int, *, must_be_new: bool = False):
+        """Open the table in a folder, or make it.
+
+        Args:
+            path: the folder of the index.
+            dim: length of the vectors.
+            must_be_new: whether a table that is there is an error.
+
+        Raises:
+            IndexStorageError: it cannot be read or written.
+        """
+        self.path, self.dim = path, dim
+        database, schema = _connect(path), _schema(dim)
+        self._table = _trying(path, lambda: database.create_table(TABLE, schema=schema, exist_ok=not must_be_new))
+
+    def __len__(self) -> int:
+        return self._read(lambda table: table.count_rows())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other writers out.
+
+        Raises:
+            ValueError: another process is writing.
+        """
+        lock = FileLock(self.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run is writing to the index {self.path}; wait until it is done") from None
+        try:
+            self._read(lambda table: table.checkout_latest())  # of who held the lock before
+            yield
+        finally:
+            lock.release()
+
+    def rows(self, columns: Sequence[str], root: Path | None = None) -> list[dict[str, Any]]:
+        """Some columns of all rows, or of those of one folder."""
+
+        def select(table: Any) -> list[dict[str, Any]]:
+            search = table.search().select(list(columns)).limit(None)
+            return (search if root is None else search.where(f"root = {_quoted(str(root))}")).to_arrow().to_pylist()
+
+        return self._read(select)
+
+    def rows_with(self, contents: Sequence[str]) -> list[dict[str, Any]]:
+        """All columns of the rows with one of these SHA-256."""
+        return self._rows_where(f"sha256 IN ({', '.join(map(_quoted, contents))})")
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Commit rows, all or none of them."""
+        import pyarrow as pa
+
+        committed = pa.Table.from_pylist(list(rows), schema=_schema(self.dim))
+        self._write(lambda table: table.add(committed))
+
+    def delete(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
+        """Delete the rows of some files, given by name and SHA-256."""
+        each = (f"(name = {_quoted(name)} AND sha256 = {_quoted(sha)})" for name, sha in files)
+        where = f"root = {_quoted(str(root))} AND ({' OR '.join(each)})"
+        self._write(lambda table: table.delete(where))
+
+    def delete_root(self, root: Path) -> int:
+        """Delete all rows of a folder; the number deleted."""
+        where = f"root = {_quoted(str(root))}"
+        count = self._read(lambda table: table.count_rows(where))
+        self._write(lambda table: table.delete(where))
+        return count
+
+    def touch(self, root: Path, stats: dict[tuple[str, str], tuple[int, int]]) -> None:
+        """Take note of the size and time of change of files whose content is as it was, by name and SHA-256."""
+        import pyarrow as pa
+
+        names = [name for name, _ in stats]
+        for start in range(0, len(names), _IDS_PER_STATEMENT):
+            some = names[start : start + _IDS_PER_STATEMENT]
+            where = f"root = {_quoted(str(root))} AND name IN ({', '.join(map(_quoted, some))})"
+            rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where)]
+            touched = [{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None]
+            new = pa.Table.from_pylist(touched, schema=_schema(self.dim))
+            self._write(lambda table, new=new: table.merge_insert(_KEYS).when_matched_update_all().execute(new))
+
+    def drop_doubled(self) -> int:
+        """Delete rows that are there more than once; the number deleted."""
+        rows = self._read(
+            lambda table: table.search().with_row_id(True).select(_KEYS).limit(None).to_arrow().to_pylist()
+        )
+        seen: set[tuple] = set()
+        doubled = [
+            row["_rowid"] for row in rows if (key := tuple(row[name] for name in _KEYS)) in seen or seen.add(key)
+        ]
+        for start in range(0, len(doubled), _IDS_PER_STATEMENT):
+            ids = ", ".join(map(str, doubled[start : start + _IDS_PER_STATEMENT]))
+            self._write(lambda table, ids=ids: table.delete(f"_rowid IN ({ids})"))
+        return len(doubled)
+
+    def compact(self, wipe: bool) -> None:
+        """Join the many small pieces that commits leave behind.
+
+        Args:
+            wipe: also take off the disk what was deleted. A search that runs at this moment reads again.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says what is said above
+            older = timedelta(0) if wipe else None
+            self._write(lambda table: table.optimize(cleanup_older_than=older, delete_unverified=wipe))
+
+    def nearest(self, vector: np.ndarray, limit: int, where: str | None = None) -> list[dict[str, Any]]:
+        """The rows nearest to a unit vector `[dim]`, best first; `_distance` is one minus the cosine.
+
+        Args:
+            vector: of a query.
+            limit: rows at most.
+            where: a condition in SQL.
+
+        Raises:
+            ValueError: the condition is not SQL.
+        """
+        condition = None if where is None else _condition(where)
+
+        def select(table: Any) -> list[dict[str, Any]]:
+            search = table.search(vector).distance_type("cosine").bypass_vector_index().limit(limit)
+            return (search.where(condition, prefilter=True) if condition else search).to_list()
+
+        try:
+            return self._read(select)
+        except ValueError as error:
+            if not where:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"where={where!r} is not understood: {reason}; expected a condition in SQL") from None
+
+    def _read(self, work: Callable[[Any], T]) -> T:
+        """Read from the newest version; once more where another process has just deleted files of the one before."""
+        return _trying(self.path, lambda: work(self._table), self._table.checkout_latest)
+
+    def _rows_where(self, where: str) -> list[dict[str, Any]]:
+        return self._read(lambda table: table.search().where(where).limit(None).to_arrow().to_pylist())
+
+    def _write(self, work: Callable[[Any], Any]) -> None:
+        """Write; `locked` keeps others out, so that a failure is one of storage."""
+        _trying(self.path, lambda: work(self._table), tries=1)
+
+
+def _trying(path: Path, work: Callable[[], T], refresh: Callable[[], Any] | None = None, tries: int = _TRIES) -> T:
+    """Do something with LanceDB, several times if files disappear meanwhile; its errors become ours."""
+    for left in reversed(range(tries)):
+        try:
+            if refresh is not None and left < tries - 1:
+                refresh()
+            return work()
+        except (RuntimeError, OSError) as error:
+            if left and "not found" in str(error).lower():
+                time.sleep(0.02 * 2 ** (tries - left))
+                continue
+            reason = _reason(error)
+            raise IndexStorageError(
+                f"the index {path} cannot be used ({reason}); what was committed before is safe: make sure that the "
+                "disk has space and may be written to, and run it again"
+            ) from error
+    raise AssertionError
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause that LanceDB names."""
+    text = " ".join(str(error).split())
+    for sign in ("No space left on device", "Permission denied", "Read-only file system", "Disk quota exceeded"):
+        if sign.lower() in text.lower():
+            return sign
+    return text[:300]
+
+
+def _condition(where: str) -> str:
+    r"""A condition that LanceDB reads to its end; it drops whatever follows a condition, without a word.
+
+    Raises:
+        ValueError: it is blank, or its parentheses do not pair.
+
+    Example:
+        >>> _condition("kind = ')'")
+        "(kind = ')'\n)"
+    """
+    depth = 0
+    for sign in re.sub(r"'(?:[^']|'')*'|\"[^\"]*\"", "", where):
+        depth += (sign == "(") - (sign == ")")
+        if depth < 0:
+            break
+    if depth or not where.strip():
+        raise ValueError(f"where={where!r} is not understood: expected one condition in SQL, such as \"kind = 'pdf'\"")
+    return f"({where}\n)"
+
+
+def _schema(dim: int) -> Any:
+    import pyarrow as pa
+
+    columns = {
+        "root": pa.string(),
+        "name": pa.string(),
+        "path": pa.string(),
+        "kind": pa.string(),
+        "page": pa.int32(),
+        "num_pages": pa.int32(),
+        "sha256": pa.string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+        "excerpt": pa.string(),
+        "thumbnail": pa.binary(),
+        "vector": pa.list_(pa.float32(), dim),
+    }
+    return pa.schema(list(columns.items()))
+
+
+def _connect(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import lancedb
+    except ImportError:
+        raise ValueError("an index needs LanceDB; pip install 'plume-embed[index]'") from None
+    # Other processes may write meanwhile: every read takes the newest version.
+    return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,342 @@
+"""Bringing an index up to date with a folder: what is new, what has moved, what is gone.
+
+Content decides, by its SHA-256: files with the same bytes and kind are embedded once, and content that has a row is not
+embedded again, wherever it has moved. Windows of rows are committed as they are embedded, and nothing is deleted before
+the walk is done, so that a run that is killed goes on where it stopped and loses nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from plume.embedder.encode import in_windows
+from plume.embedder.plume import Plume
+from plume.inputs.errors import InputError
+from plume.inputs.file_kinds import Kind, kind_of
+from plume.inputs.item import MAX_TEXT_BYTES, Item, read_text
+from plume.inputs.pages import pages
+from plume.inputs.processor import PlumeProcessor
+from plume.search.folder import Found, Other, Skipped, digest, walk
+from plume.search.store import RowStore
+
+_THUMBNAIL_SIDE = 192
+_EXCERPT_LENGTH = 200
+# A window is embedded and committed together: at most this many rows or tokens.
+_ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
+# How many contents are copied, and files deleted, by one statement.
+_CONTENTS_PER_COPY, _FILES_PER_DELETION = 64, 128
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    embedded: rows that were embedded. reused: rows whose vector was there already, under another name.
+    removed: rows of files that are gone or have changed. unchanged: files that needed nothing.
+    skipped: files and pages that could not be read, with the reason.
+    others: files of kinds that plume does not read, how many of each.
+    gone: folders in the index that are not there any more, with their rows, which lead nowhere. Where one has moved to
+    the folder that was indexed, its rows were reused; `Index.remove` forgets the old ones.
+    """
+
+    embedded: int = 0
+    reused: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    gone: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Content:
+    """Files with the same bytes and kind, which are embedded once.
+
+    stats: size, time of change of the content and of the entry of each file, from before its content was looked at.
+    rows: pages that have a row in the index, and the files whose rows they are.
+    """
+
+    sha256: str
+    kind: Kind
+    files: list[Found] = field(default_factory=list)
+    stats: list[tuple[int, int, int]] = field(default_factory=list)
+    rows: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What becomes one row of each of its files."""
+
+    content: _Content
+    raw: Any
+    page: int = 0  # 0: not a page
+    num_pages: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        suffix = f", page {self.page}" if self.page else ""
+        return [file.name + suffix for file in self.content.files]
+
+
+class _Loaded(NamedTuple):
+    """A document that can be embedded."""
+
+    document: _Document
+    item: Item
+    num_tokens: int
+
+
+def update_store(
+    store: RowStore,
+    root: Path,
+    plume: Plume,
+    *,
+    instruction: str,
+    num_latent_steps: int,
+    batch_size: int,
+    hide_progress: bool | None,
+) -> Report:
+    """Bring the rows of a folder up to date; the store must be locked. See `Index.update`.
+
+    Args:
+        store: of the index.
+        root: the folder, absolute.
+        plume: the embedder.
+        instruction: for every document.
+        num_latent_steps: K of documents.
+        batch_size: inputs per pass.
+        hide_progress: None hides bars outside of terminals.
+    """
+    _check_root(store, root)
+    store.drop_doubled()
+    report = Report()
+    rows = store.rows(["name", "sha256", "page", "num_pages", "size", "mtime_ns"], root)
+    contents, current, touched = _find_work(store, root, rows, report, hide_progress)
+    store.touch(root, touched)
+    report.reused += _copy_known(store, root, contents)
+    processor = plume.plume_model.processor
+    assert processor is not None
+    progress = tqdm(contents, desc="Indexing", unit="file", disable=hide_progress)
+    work = _load(progress, processor, instruction, current, report)
+    for window in in_windows(
+        work, max_items=_ROWS_PER_WINDOW, max_tokens=_TOKENS_PER_WINDOW, num_tokens=lambda one: one.num_tokens
+    ):
+        vectors = plume.encode_document(
+            [one.item for one in window],
+            instruction=instruction,
+            num_latent_steps=num_latent_steps,
+            batch_size=batch_size,
+            show_progress_bar=False,
+        )
+        new = [row for one, vector in zip(window, vectors, strict=True) for row in _rows_of(root, one, vector)]
+        store.add(new)
+        report.embedded += len(window)
+        report.reused += len(new) - len(window)
+    report.removed = _remove_stale(store, root, rows, current)
+    store.compact(wipe=report.removed > 0)
+    return report
+
+
+def _check_root(store: RowStore, root: Path) -> None:
+    """Refuse a folder inside or around one that is in the index already: each file has one root."""
+    for name in {row["root"] for row in store.rows(["root"])}:
+        other = Path(name)
+        if other != root and (other in root.parents or root in other.parents):
+            raise ValueError(
+                f"{root} and {other}, which is in the index, overlap; index {other} again, or remove it "
+                "from the index first (--forget)"
+            )
+
+
+def _load(
+    contents: Iterable[_Content],
+    processor: PlumeProcessor,
+    instruction: str,
+    current: dict[str, str | None],
+    report: Report,
+) -> Iterator[_Loaded]:
+    """What is to be embedded, loaded; what cannot be read is listed in the report."""
+    for content in contents:
+        for document in _documents(content, report):
+            if document.page in content.rows:
+                continue
+            name = document.names[0]
+            try:
+                item = processor.parse(document.raw, name).instructed(instruction)
+                num_tokens = processor.num_tokens(item, name)
+            except InputError as error:
+                report.skipped += [Skipped(name, error.reason) for name in document.names]
+                continue
+            if _has_changed(content):
+                # What was read need not be what was hashed, whose vector the hash would be for all times.
+                _leave_for_later(report, content, current)
+                break
+            yield _Loaded(document, item, num_tokens)
+
+
+def _stats_of(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _has_changed(content: _Content) -> bool:
+    """Whether the file that is read for a content has been written to since its content was hashed."""
+    try:
+        return _stats_of(content.files[0].path) != content.stats[0]
+    except OSError:
+        return True
+
+
+def _leave_for_later(report: Report, content: _Content, current: dict[str, str | None]) -> None:
+    for file in content.files:
+        report.skipped.append(Skipped(file.name, "was written to while it was read; run this again"))
+        current[file.name] = None  # what the index has of it stays
+
+
+def _find_work(
+    store: RowStore, root: Path, rows: Sequence[dict[str, Any]], report: Report, hide_progress: bool | None
+) -> tuple[list[_Content], dict[str, str | None], dict[tuple[str, str], tuple[int, int]]]:
+    """The contents that need work; the content of every file by name; and files that were touched without a change.
+
+    A content is None where it cannot be told. What cannot be told of a folder stands under the name of the folder.
+    """
+    pages_of: dict[tuple[str, str], set[int]] = defaultdict(set)
+    num_pages: dict[tuple[str, str], int] = {}
+    by_stat: dict[tuple[str, int, int], str] = {}
+    for row in rows:
+        key = row["name"], row["sha256"]
+        pages_of[key].add(row["page"])
+        num_pages[key] = row["num_pages"]
+        by_stat[row["name"], row["size"], row["mtime_ns"]] = row["sha256"]
+
+    contents: dict[tuple[str, Kind], _Content] = {}
+    current: dict[str, str | None] = {}
+    touched: dict[tuple[str, str], tuple[int, int]] = {}
+    files = walk(root, leave_out=store.path.resolve())
+    for found in tqdm(files, desc="Looking", unit="file", disable=hide_progress):
+        if isinstance(found, Other):
+            report.others[found.kind] += 1
+            continue
+        if isinstance(found, Skipped):
+            report.skipped.append(found)
+            if not found.is_known:
+                current[found.name] = None
+            continue
+        try:
+            stats = _stats_of(found.path)
+            kind = kind_of(found.path)
+            if kind is Kind.TEXT and stats[0] > MAX_TEXT_BYTES:  # refused later, so that it need not be read
+                reason = f"holds {stats[0]:,} bytes, more than {MAX_TEXT_BYTES:,}; split it"
+                report.skipped.append(Skipped(found.name, reason, is_known=True))
+                continue
+            known = by_stat.get((found.name, *stats[:2]))
+            sha = known or digest(found.path)
+        except OSError as error:
+            report.skipped.append(Skipped(found.name, f"cannot be read ({error.strerror})"))
+            current[found.name] = None
+            continue
+        current[found.name] = sha
+        if len(pages_of[found.name, sha]) == num_pages.get((found.name, sha)):
+            report.unchanged += 1
+            if known is None:
+                touched[found.name, sha] = stats[:2]
+            continue
+        assert kind is not None  # walk gives no others
+        content = contents.setdefault((sha, kind), _Content(sha, kind))
+        content.files.append(found)
+        content.stats.append(stats)
+    for row in store.rows(["sha256", "kind", "page", "path"]) if contents else ():
+        if (content := contents.get((row["sha256"], Kind(row["kind"])))) is not None:
+            content.rows[row["page"]].add(row["path"])
+    return list(contents.values()), current, touched
+
+
+def _documents(content: _Content, report: Report) -> Iterator[_Document]:
+    """What a file holds: itself, or its pages."""
+    file = content.files[0]
+    try:
+        if content.kind is Kind.PDF:
+            for page in pages(file.path, file.name):
+                yield _Document(content, page, page.page, page.num_pages)
+        elif content.kind is Kind.TEXT:
+            yield _Document(content, read_text(file.path, file.name))
+        else:
+            yield _Document(content, file.path)
+    except InputError as error:
+        report.skipped += [Skipped(file.name, error.reason) for file in content.files]
+
+
+def _rows_of(root: Path, loaded: _Loaded, vector: np.ndarray) -> Iterator[dict[str, Any]]:
+    document, content, thumbnail = loaded.document, loaded.document.content, _thumbnail(loaded.item)
+    for file, (size, mtime_ns, _) in zip(content.files, content.stats, strict=True):
+        yield {
+            "root": str(root),
+            "name": file.name,
+            "path": str(root / file.name),
+            "kind": str(content.kind),
+            "page": document.page,
+            "num_pages": document.num_pages,
+            "sha256": content.sha256,
+            "size": size,
+            "mtime_ns": mtime_ns,
+            "excerpt": loaded.item.text[:_EXCERPT_LENGTH],
+            "thumbnail": thumbnail,
+            "vector": vector,
+        }
+
+
+def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> int:
+    """Give the rows of known contents to those of their files that lack them; the number of rows written."""
+    known = {(content.sha256, content.kind): content for content in contents if content.rows}
+    keys = sorted({sha for sha, _ in known})
+    written = 0
+    for start in range(0, len(keys), _CONTENTS_PER_COPY):
+        new: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in store.rows_with(keys[start : start + _CONTENTS_PER_COPY]):
+            if (content := known.get((row["sha256"], Kind(row["kind"])))) is None:
+                continue
+            for file, (size, time, _) in zip(content.files, content.stats, strict=True):
+                path = str(root / file.name)
+                if path not in content.rows[row["page"]]:
+                    place = {"root": str(root), "name": file.name, "path": path, "size": size, "mtime_ns": time}
+                    new[path, row["page"]] = {**row, **place}
+        if new:
+            store.add(new.values())
+        written += len(new)
+    return written
+
+
+def _remove_stale(store: RowStore, root: Path, rows: Sequence[dict[str, Any]], current: dict[str, str | None]) -> int:
+    """Delete rows of files that are gone or hold something else now; those that cannot be told stay."""
+    untold = {name for name, sha in current.items() if sha is None}
+    stale: dict[tuple[str, str], int] = defaultdict(int)
+    for row in rows:
+        name = row["name"]
+        folders = {name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1)}
+        if current.get(name, "gone") != row["sha256"] and not untold & {name, *folders}:
+            stale[name, row["sha256"]] += 1
+    files = list(stale)
+    for start in range(0, len(files), _FILES_PER_DELETION):
+        store.delete(root, files[start : start + _FILES_PER_DELETION])
+    return sum(stale.values())
+
+
+def _thumbnail(item: Item) -> bytes:
+    """A small JPEG of the first image, or of the middle of the first video; empty for text."""
+    image = item.images[0] if item.images else item.videos[0].picture() if item.videos else None
+    if image is None:
+        return b""
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

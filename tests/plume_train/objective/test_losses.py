@@ -1,0 +1,95 @@
+"""The terms of the objective against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from plume_train.objective.losses import Contrast, balance_loss, info_nce, suffix_cross_entropy
+
+
+def test_suffix_cross_entropy_is_a_mean_over_rows_of_means_over_tokens():
+    labels = torch.tensor([[5, 2, -100], [1, -100, -100], [-100, -100, -100]])
+    logits = torch.randn(3, 7, dtype=torch.double)  # the three supervised tokens
+    rows = [cross_entropy(logits[:2], torch.tensor([5, 2])), cross_entropy(logits[2:], torch.tensor([1]))]
+    assert torch.allclose(suffix_cross_entropy(logits, labels), torch.stack(rows).mean())
+
+
+def test_suffix_cross_entropy_without_labels_is_a_connected_zero():
+    logits = torch.zeros(0, 7, requires_grad=True)
+    loss = suffix_cross_entropy(logits, torch.full((2, 3), -100))
+    assert loss.item() == 0
+    loss.backward()
+
+
+@pytest.mark.parametrize("num_experts", [2, 4])
+def test_balance_is_zero_for_uniform_load_and_largest_for_one_expert(num_experts):
+    one_hot = torch.zeros(3, 2, num_experts)
+    one_hot[..., 0] = 1
+    largest = (num_experts - 1) / num_experts**2
+    assert balance_loss(one_hot.sum(dim=(0, 1)), torch.tensor(6)).item() == pytest.approx(largest)
+    # each row uses one expert, the load over the batch is even: balanced, though no single gate is uniform
+    spread = torch.eye(num_experts)[:, None]
+    assert balance_loss(spread.sum(dim=(0, 1)), torch.tensor(num_experts)).item() == pytest.approx(0)
+
+
+def test_balance_leaves_out_steps_that_a_row_does_not_take():
+    gates = torch.rand(2, 3, 4).softmax(dim=-1)
+    gates[0, 1:] = 0
+    mean = torch.cat([gates[0, :1], gates[1]]).mean(dim=0)
+    expected = (mean - 0.25).square().mean()
+    assert torch.allclose(balance_loss(gates.sum(dim=(0, 1)), torch.tensor(4)), expected)
+
+
+def vectors(*shape):
+    return normalize(torch.randn(*shape, dtype=torch.double), dim=-1)
+
+
+def test_info_nce_is_the_mean_of_both_directions():
+    query, target = vectors(5, 8), vectors(5, 8)
+    scores = query @ target.T / 0.1
+    expected = (cross_entropy(scores, torch.arange(5)) + cross_entropy(scores.T, torch.arange(5))) / 2
+    assert torch.allclose(info_nce(query, target, 0.1), expected)
+
+
+def test_equal_targets_and_equal_queries_are_no_negatives():
+    query, target = vectors(4, 8), vectors(4, 8)
+    target_keys, query_keys = torch.tensor([7, 7, 8, 9]), torch.tensor([1, 2, 3, 1])
+    total = 0
+    for mine, others in ((query, target), (target, query)):
+        for row in range(4):
+            kept = [
+                column
+                for column in range(4)
+                if column == row or (target_keys[row] != target_keys[column] and query_keys[row] != query_keys[column])
+            ]
+            scores = mine[row] @ others[kept].T / 0.02
+            total += torch.logsumexp(scores, dim=0) - scores[kept.index(row)]
+    contrast = Contrast.of(torch.ones(4, dtype=torch.bool), query_keys, target_keys)
+    loss = info_nce(query, target, 0.02, contrast)
+    assert torch.allclose(loss, total / 8)
+
+
+def test_a_row_without_a_pair_is_neither_anchor_nor_negative():
+    query, target = vectors(4, 8), vectors(4, 8)
+    is_pair = torch.tensor([True, False, True, True])
+    alone = info_nce(query[is_pair], target[is_pair], 0.05)
+    assert torch.allclose(info_nce(query, target, 0.05, Contrast.of(is_pair)), alone)
+
+
+def test_no_pair_at_all_is_a_connected_zero():
+    query = vectors(2, 8).requires_grad_()
+    loss = info_nce(query, vectors(2, 8), 0.05, Contrast.of(torch.zeros(2, dtype=torch.bool)))
+    loss.backward()
+    assert loss.item() == 0
+    assert not query.grad.any()
+
+
+def test_similarities_are_exact_in_bfloat16():
+    query, target = vectors(6, 64).bfloat16(), vectors(6, 64).bfloat16()
+    loss = info_nce(query, target, 0.02)
+    assert loss.dtype == torch.float32
+    assert math.isclose(loss.item(), info_nce(query.double(), target.double(), 0.02).item(), rel_tol=1e-5)

@@ -1,0 +1,237 @@
+"""`plume-train check DATA`: what is in a data set, and what the model will see of it, before a GPU is paid for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from plume.checkpoints.folder import read_config
+from plume.config import PlumeConfig
+from plume.inputs import prompt
+from plume.inputs.errors import InputError
+from plume.inputs.processor import PlumeProcessor
+from plume.terminal import printable
+from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
+from plume_train.config import PlumeTrainingArguments, parse_arguments
+from plume_train.curriculum import Curriculum
+from plume_train.data.collate import MediaLoader
+from plume_train.data.records import Records
+from plume_train.data.rows import Record, RecordFormat, Side
+from plume_train.data.segment import sentences
+from plume_train.data.target import write_target
+
+NUM_SHOWN = 10
+
+
+def check(argv: Sequence[str]) -> int:
+    """Print what is in a data set.
+
+    Args:
+        argv: files, then any settings of a training run (`--config`, `--model`, `--num_segments`, ...).
+
+    Returns:
+        0 where every row can be used, 1 otherwise.
+    """
+    args, load_media = _parse(argv)
+    records = Records(
+        args.train_file,
+        row_format=RecordFormat(
+            media_root=Path(args.media_root) if args.media_root else None,
+            media_root_only=args.media_root_only,
+            needs_target=args.needs_target,
+            unclosed_answer=args.unclosed_answer,
+        ),
+        on_bad_row="skip",
+        show_progress=not args.disable_tqdm,
+    )
+    config, processor = _model(args)
+    report = Report(args.build_curriculum(), config, processor, load_media)
+    for index in tqdm(range(len(records)), desc="Reading rows", disable=args.disable_tqdm):
+        report.add(records[index])
+    report.bad_rows = records.bad_rows + report.bad_rows
+    _say("\n".join(report.lines()))
+    _say("\n".join(report.shown(records)))
+    return 1 if report.bad_rows else 0
+
+
+class Report:
+    """Counts of what rows hold."""
+
+    def __init__(
+        self, curriculum: Curriculum, config: PlumeConfig, processor: PlumeProcessor | None, load_media: bool = False
+    ):
+        """Set up.
+
+        Args:
+            curriculum: gives segments and stages.
+            config: gives the templates.
+            processor: counts tokens; None: a quarter of the bytes, without media.
+            load_media: whether to decode every medium, not only look for its file; tokens of media need it.
+        """
+        self.curriculum = curriculum
+        self.config = config
+        self.processor = processor
+        self.load_media = load_media
+        self.media = MediaLoader(processor, 0) if processor else None
+        self.bad_rows: list[str] = []
+        self.tasks: Counter[str] = Counter()
+        self.kinds: Counter[tuple[str, str]] = Counter()
+        self.prefix_tokens: list[int] = []
+        self.suffix_tokens: list[int] = []
+        self.num_sentences: list[int] = []
+        self.num_negatives: list[int] = []
+        self.contents: dict[str, Counter[Any]] = {"query": Counter(), "target": Counter(), "pair": Counter()}
+
+    def add(self, record: Record) -> None:
+        """Count a row."""
+        try:
+            lengths = [self._lengths(side, record.where) for side in (record.query, record.target) if side]
+        except InputError as error:
+            self.bad_rows.append(str(error))
+            return
+        self.tasks[record.task] += 1
+        self.num_negatives.append(len(record.negatives))
+        for name, side in (("query", record.query), ("target", record.target)):
+            if side is None:
+                continue
+            self.kinds[name, _kind(side)] += 1
+            self.contents[name][side.key] += 1
+            if side.rationale:
+                self.num_sentences.append(len(sentences(side.rationale)))
+        if record.target:
+            self.contents["pair"][record.query.key, record.target.key] += 1
+        for prefix, suffix in lengths:
+            self.prefix_tokens.append(prefix)
+            self.suffix_tokens.append(suffix)
+
+    def lines(self) -> list[str]:
+        """The counts, for people."""
+        total = sum(self.tasks.values())
+        lines = [
+            f"\n{total} rows can be used, {len(self.bad_rows)} cannot",
+            *(f"  {row}" for row in self.bad_rows[:20]),
+        ]
+        if len(self.bad_rows) > 20:
+            lines.append(f"  ... and {len(self.bad_rows) - 20} more")
+        lines += ["", "tasks", *(f"  {count:>8}  {task}" for task, count in self.tasks.most_common())]
+        lines += ["", "sides", *(f"  {count:>8}  {name}: {kind}" for (name, kind), count in sorted(self.kinds.items()))]
+        exact = "tokens" if self.processor else "tokens, about (name a --model to count them)"
+        media = "" if self.processor and self.load_media else ", without media"
+        lines += [
+            "",
+            exact,
+            f"  prefix{media}: {_spread(self.prefix_tokens)}",
+            f"  suffix, whole rationale: {_spread(self.suffix_tokens)}",
+        ]
+        segments = self.curriculum.num_segments
+        short = sum(count < segments for count in self.num_sentences)
+        lines += [
+            "",
+            "rationales",
+            f"  {len(self.num_sentences)} of {len(self.prefix_tokens)} sides have one",
+            f"  sentences: {_spread(self.num_sentences)}",
+            f"  {short} have fewer sentences than the {segments} segments, and are cut between words instead",
+        ]
+        if any(self.num_negatives):
+            lines += ["", f"hard negatives per row: {_spread(self.num_negatives)}"]
+        lines += ["", "duplicates (left out of each other's negatives)"]
+        for name, counter in self.contents.items():
+            repeated = sum(count - 1 for count in counter.values())
+            lines.append(f"  {repeated:>8}  rows repeat a {name}")
+        return lines
+
+    def shown(self, records: Records) -> list[str]:
+        """The first rows, as the model will see them at each stage."""
+        lines = ["", f"the first {min(NUM_SHOWN, len(records))} rows, as the model will see them"]
+        lines += [f"  prompt: {self.config.prompt_template!r}"]
+        for index in range(min(NUM_SHOWN, len(records))):
+            record = records[index]
+            lines += ["", record.where]
+            named: list[tuple[str, Side | None]] = [("query", record.query), ("target", record.target)]
+            named += [(f"negative {index}", side) for index, side in enumerate(record.negatives)]
+            for name, side in named:
+                if side is None:
+                    continue
+                lines.append(f"  {name}: {_content(side)!r}")
+                if name.startswith("negative"):
+                    continue
+                for stage_index, stage in enumerate(self.curriculum.stages):
+                    target = write_target(self.config, self.curriculum, stage, side.rationale, side.answer)
+                    lines.append(f"    stage {stage_index}: {target.layout!r}")
+        return lines
+
+    def _lengths(self, side: Side, where: str) -> tuple[int, int]:
+        """Tokens of prefix and suffix."""
+        explicit = prompt.suffix(self.config, side.rationale, side.answer, end_turn=True)
+        if self.processor is None or self.media is None:
+            return len(self._written(side).encode()) // 4, len(explicit.encode()) // 4
+        suffix = len(self.processor.suffix_ids(explicit))
+        if not self.load_media:
+            limit = self.processor.tokenizer.model_max_length
+            prefix = len(self.processor.suffix_ids(self._written(side)))
+            if prefix > limit:
+                raise InputError(where, f"it has {prefix} tokens, the model takes {limit}; shorten it or drop the row")
+            return prefix, suffix
+        item, vision = self.media.load(side, where)
+        tokens = self.processor.encode([item], vision=vision)
+        return tokens["input_ids"].shape[1], suffix
+
+    def _written(self, side: Side) -> str:
+        before, after = self.config.prompt_template.split("{content}")
+        return before + _content(side) + after
+
+
+def _content(side: Side) -> str:
+    """A side as it stands in the prompt, with one placeholder for each medium."""
+    media = [(IMAGE, len(side.images)), (VIDEO, len(side.videos))]
+    return "".join((VISION_START + medium + VISION_END) * count for medium, count in media) + side.text
+
+
+def _kind(side: Side) -> str:
+    counts = [(len(side.images), "image"), (len(side.videos), "video")]
+    named = [kind if count == 1 else f"{count} {kind}s" for count, kind in counts if count]
+    return " + ".join([*named, *(["text"] if side.text else [])])
+
+
+def _spread(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    middle, high = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.95)]
+    return f"median {middle}, 95 % below {high + 1}, most {ordered[-1]}"
+
+
+def _model(args: PlumeTrainingArguments) -> tuple[PlumeConfig, PlumeProcessor | None]:
+    """Templates and tokenizer of the model to be trained; plume's own templates without one."""
+    assert isinstance(args.plume_config, dict)
+    if not args.model:
+        return PlumeConfig(**args.plume_config), None
+    found = read_config(args.model)
+    if found.get("model_type") == PlumeConfig.model_type:
+        return PlumeConfig.from_pretrained(args.model), PlumeProcessor.from_pretrained(args.model)
+    config = PlumeConfig(**args.plume_config)
+    return config, PlumeProcessor.from_backbone(args.model, config)
+
+
+def _parse(argv: Sequence[str]) -> tuple[PlumeTrainingArguments, bool]:
+    parser = argparse.ArgumentParser(
+        prog="plume-train check", description="Look at training data; any setting of a training run may follow."
+    )
+    parser.add_argument("data", nargs="*", default=[], help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
+    parser.add_argument("--load-media", action="store_true", help="decode every image and video, and count its tokens")
+    # Data stand before the settings, whose values argparse could not tell from them.
+    first_flag = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
+    known = parser.parse_args([*argv[:first_flag], *(word for word in argv if word == "--load-media")])
+    rest = [word for word in argv[first_flag:] if word != "--load-media"]
+    files: dict[str, Any] = {"train_file": known.data} if known.data else {}
+    return parse_arguments(rest, use_cpu=True, **files), known.load_media
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(printable(text, keep="\n") + "\n")

@@ -1,0 +1,325 @@
+"""From rows to tensors, at the stage of the curriculum that each row arrives with.
+
+A batch is a list of passes for each role: micro-batches of queries, of targets and of hard negatives. What a pass
+feeds to the model is padded to its own length. On every process a batch has the same number of passes and of latent
+steps, whatever its rows hold: a row that cannot be loaded leaves an empty place that counts for nothing.
+
+Letters: B rows of a batch, H hard negatives of a batch, b rows of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from plume.config import PlumeConfig
+from plume.inputs.errors import InputError
+from plume.inputs.file_kinds import VIDEO_SUFFIXES
+from plume.inputs.images import load_image
+from plume.inputs.item import Item
+from plume.inputs.processor import PlumeProcessor
+from plume.inputs.video import Video, load_video
+from plume_train.curriculum import Curriculum
+from plume_train.data.records import OnBadRow, Records
+from plume_train.data.rows import EMPTY, Record, RowError, Side, VideoSource
+from plume_train.data.sampler import Draw
+from plume_train.data.target import write_target
+
+Role = Literal["query", "target", "negative"]
+LastStatePredicts = Literal["latent_end", "next_word", "nothing"]
+
+#: Sides that are taught to write, and whose gates are balanced.
+SUPERVISED: tuple[Role, ...] = ("query", "target")
+
+
+class Pass(TypedDict):
+    """One micro-batch of one role.
+
+    inputs: keywords of `PlumeModel.forward`.
+    counts `[b]`: False at empty places.
+    teacher: keywords that replace those of `inputs` for the explicit pass of distillation.
+    """
+
+    inputs: dict[str, Any]
+    counts: Tensor
+    teacher: NotRequired[dict[str, Any]]
+
+
+class Batch(TypedDict):
+    """What a process trains on at once.
+
+    passes: micro-batches of each role.
+    num_supervised: rows with labels, by role.
+    num_gates: latent steps of all rows that count, both sides.
+    num_tokens: real tokens of all passes, prefix and suffix, visual tokens included.
+    is_pair `[B]`: False at empty places.
+    takes_all_steps `[B]`: rows whose K is the largest of the batch.
+    most_steps: that K.
+    query_keys, target_keys `[B]`, negative_keys `[H]`: integers that are equal where the content is.
+    is_negative `[H]`: False at empty places.
+    task, stage, where: of the rows; stage is the run's.
+    bad_rows: why entries are empty.
+    """
+
+    passes: dict[Role, list[Pass]]
+    num_supervised: dict[Role, Tensor]
+    num_gates: Tensor
+    num_tokens: Tensor
+    is_pair: Tensor
+    takes_all_steps: Tensor
+    most_steps: int
+    query_keys: Tensor | None
+    target_keys: Tensor | None
+    negative_keys: Tensor | None
+    is_negative: Tensor | None
+    task: str
+    stage: int
+    where: list[str]
+    bad_rows: list[str]
+
+
+class StagedRecords(Dataset):
+    """Rows by `Draw`: each comes with how it is to be prepared."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, draw: Draw) -> tuple[Record, Draw]:
+        try:
+            return self.records[draw.row], draw
+        except RowError as error:  # it could be read when the data were scanned
+            return replace(self.records.empty(draw.row), error=str(error)), draw
+
+
+class PairCollator:
+    """Makes a `Batch` of `(record, draw)` rows."""
+
+    def __init__(
+        self,
+        processor: PlumeProcessor,
+        config: PlumeConfig,
+        curriculum: Curriculum,
+        *,
+        micro_batch_size: int | None = None,
+        num_negatives: int = 0,
+        with_teacher: bool = False,
+        touch_all: bool = False,
+        last_state_predicts: LastStatePredicts = "latent_end",
+        on_bad_row: OnBadRow = "error",
+        num_cached_images: int = 0,
+    ):
+        """Set up.
+
+        Args:
+            processor: of the model.
+            config: gives the templates.
+            curriculum: gives the stages.
+            micro_batch_size: rows of a pass; None: all.
+            num_negatives: entries for hard negatives per row; further ones are left out, missing ones stay empty.
+            with_teacher: whether to add the explicit pass that distillation needs.
+            touch_all: whether every pass is to involve every part of the model, for several processes.
+            last_state_predicts: what the last latent state of a row learns to predict.
+            on_bad_row: what to do where media cannot be decoded: raise, or leave the entry of the pair empty.
+            num_cached_images: processed images to hold in memory, in each worker; for small data sets.
+        """
+        self.processor = processor
+        self.config = config
+        self.curriculum = curriculum
+        self.micro_batch_size = micro_batch_size
+        self.num_negatives = num_negatives
+        self.with_teacher = with_teacher
+        self.touch_all = touch_all
+        self.last_state_predicts: LastStatePredicts = last_state_predicts
+        self.on_bad_row: OnBadRow = on_bad_row
+        self._media = MediaLoader(processor, num_cached_images)
+
+    def __call__(self, rows: Sequence[tuple[Record, Draw]]) -> Batch:
+        records, draws = [record for record, _ in rows], [draw for _, draw in rows]
+        bad_rows: list[str] = []
+        entries: dict[Role, list[_Entry]] = {"query": [], "target": [], "negative": []}
+        for record, draw in rows:
+            for role, of_role in self._places(record, draw, bad_rows).items():
+                entries[role] += of_role
+        entries = {role: of_role for role, of_role in entries.items() if of_role}
+        most_steps = draws[0].most_steps
+        passes: dict[Role, list[Pass]] = {}
+        for role, of_role in entries.items():
+            size = self.micro_batch_size or len(of_role)
+            micro_batches = [of_role[start : start + size] for start in range(0, len(of_role), size)]
+            passes[role] = [self._pass(role, micro_batch, most_steps) for micro_batch in micro_batches]
+        supervised: dict[Role, list[Pass]] = {role: passes[role] for role in SUPERVISED if role in passes}
+        counted = [
+            (one["inputs"]["num_latent_steps"] * one["counts"]).sum() for of in supervised.values() for one in of
+        ]
+        return Batch(
+            passes=passes,
+            num_supervised={
+                role: torch.stack([_num_labelled(one) for one in of]).sum() for role, of in supervised.items()
+            },
+            num_gates=torch.stack(counted).sum(),
+            num_tokens=torch.stack([_num_tokens(one) for of in passes.values() for one in of]).sum(),
+            is_pair=_counts(entries["query"]),
+            takes_all_steps=torch.tensor([draw.num_steps == most_steps for draw in draws]),
+            most_steps=most_steps,
+            query_keys=_keys(entries["query"]),
+            target_keys=_keys(entries["target"]) if "target" in entries else None,
+            negative_keys=_keys(entries["negative"]) if "negative" in entries else None,
+            is_negative=_counts(entries["negative"]) if "negative" in entries else None,
+            task=records[0].task,
+            stage=draws[0].current_stage,
+            where=[record.where for record in records],
+            bad_rows=bad_rows,
+        )
+
+    def _places(self, record: Record, draw: Draw, bad_rows: list[str]) -> dict[Role, list[_Entry]]:
+        """What a row fills: one entry per side that it has, and those of its negatives."""
+        sides: dict[Role, list[Side]] = {
+            "query": [record.query],
+            "target": [record.target] if record.target else [],
+            "negative": list(record.negatives[: self.num_negatives]) if record.target else [],
+        }
+        try:
+            if record.error:
+                raise RowError(record.error)
+            entries: dict[Role, list[_Entry]] = {
+                role: [self._entry(side, draw, record.where) for side in of] for role, of in sides.items()
+            }
+        except (InputError, RowError) as error:
+            if self.on_bad_row == "error":
+                raise
+            bad_rows.append(str(error))
+            entries = {role: [self._empty(draw) for _ in of] for role, of in sides.items()}
+        if record.target:
+            entries["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(entries["negative"]))]
+        return entries
+
+    def _entry(self, side: Side, draw: Draw, where: str) -> _Entry:
+        item, vision = self._media.load(side, where)
+        return _Entry(side, draw, item, vision, counts=True)
+
+    def _empty(self, draw: Draw) -> _Entry:
+        item, vision = self._media.load(EMPTY, "an empty place")
+        return _Entry(EMPTY, draw, item, vision, counts=False)
+
+    def _pass(self, role: Role, entries: Sequence[_Entry], most_steps: int) -> Pass:
+        keys = dict.fromkeys(key for entry in entries for key in entry.vision)
+        vision = {key: torch.cat([entry.vision[key] for entry in entries if key in entry.vision]) for key in keys}
+        inputs = {
+            **self.processor.encode([entry.item for entry in entries], vision=vision),
+            **self._written(role, entries),
+            "max_latent_steps": most_steps,
+            "touch_all": self.touch_all,
+        }
+        result = Pass(inputs=inputs, counts=_counts(entries))
+        if self.with_teacher and most_steps and role in SUPERVISED:
+            inputs["keep_layers"] = True
+            result["teacher"] = {**self._written(role, entries, explicit=True), "max_latent_steps": 0}
+        return result
+
+    def _written(self, role: Role, entries: Sequence[_Entry], explicit: bool = False) -> dict[str, Any]:
+        """Suffixes and latent steps of some rows; `explicit` writes the whole rationale, whatever the stage."""
+        targets = []
+        for entry in entries:
+            stage, steps = self.curriculum.stages[entry.draw.stage], entry.draw.num_steps
+            if explicit:
+                stage, steps = replace(stage, ratio=0.0, drop_answer=False), 0
+            side = entry.side
+            targets.append(write_target(self.config, self.curriculum, stage, side.rationale, side.answer, steps))
+        suffixes = [torch.tensor(self.processor.suffix_ids(target.suffix)) for target in targets]
+        written = {
+            "suffix_ids": pad_sequence(suffixes, batch_first=True),
+            "suffix_mask": pad_sequence([torch.ones_like(ids) for ids in suffixes], batch_first=True),
+            "num_latent_steps": torch.tensor([target.num_latent_steps for target in targets]),
+        }
+        if role in SUPERVISED:
+            written["labels"] = self._labels(suffixes).masked_fill(~_counts(entries)[:, None], -100)
+        return written
+
+    def _labels(self, suffixes: list[Tensor]) -> Tensor:
+        """Every token of a suffix is predicted one position before it, the first by the last latent state."""
+        labels = pad_sequence(suffixes, batch_first=True, padding_value=-100)
+        if self.last_state_predicts != "latent_end":
+            labels[:, 0] = -100
+        if self.last_state_predicts == "next_word":
+            word = labels[:, 1]
+            labels[:, 0] = torch.where(word == self.config.read_out_token_id, -100, word)
+        return labels
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One side of a row, ready to be joined with others; `item` holds stand-ins for the media in `vision`."""
+
+    side: Side
+    draw: Draw
+    item: Item
+    vision: dict[str, Tensor]
+    counts: bool
+
+
+class MediaLoader:
+    """Media of sides as tensors, some of them cached."""
+
+    def __init__(self, processor: PlumeProcessor, max_cached: int):
+        self.processor, self.max_cached = processor, max_cached
+        self._cache: dict[int, tuple[Item, dict[str, Tensor]]] = {}
+
+    def load(self, side: Side, where: str) -> tuple[Item, dict[str, Tensor]]:
+        """The side as an input with stand-ins for its media, and their patches.
+
+        Raises:
+            InputError: names the row of a medium that cannot be decoded, or of an input that is too long.
+        """
+        if side.key in self._cache:
+            return self._cache[side.key]
+        limits = self.processor.limits
+        images = [load_image(image, where, limits.pixels, limits.background) for image in side.images]
+        videos = [self._load_video(video, where) for video in side.videos]
+        item = self.processor.complete(Item((*images, *videos, side.text)))
+        self.processor.num_tokens(item, where)  # raises where it is too long
+        vision = self.processor.pack_media(item.images, item.videos) if item.images or item.videos else {}
+        loaded = Item(tuple(_stand_in(part) for part in item.content)), vision
+        if vision and len(self._cache) < self.max_cached:
+            self._cache[side.key] = loaded
+        return loaded
+
+    def _load_video(self, video: VideoSource, where: str) -> Video:
+        """A file, sampled as the checkpoint says, or all frames of a list."""
+        limits = self.processor.limits
+        if len(video) == 1 and video[0].suffix.lower() in VIDEO_SUFFIXES:
+            return load_video(video[0], limits.sampling, where, limits.background)
+        all_frames = replace(limits.sampling, num_frames=len(video), fps=None)
+        return load_video(list(video), all_frames, where, limits.background)
+
+
+def _stand_in(part: Any) -> Any:
+    if isinstance(part, Video):
+        return replace(part, frames=part.frames[:0])
+    return part if isinstance(part, str) else None
+
+
+def _counts(entries: Sequence[_Entry]) -> Tensor:
+    return torch.tensor([entry.counts for entry in entries])
+
+
+def _num_labelled(one: Pass) -> Tensor:
+    return (one["inputs"]["labels"] != -100).any(dim=1).sum()
+
+
+def _num_tokens(one: Pass) -> Tensor:
+    inputs = one["inputs"]
+    return inputs["attention_mask"].sum() + inputs["suffix_mask"].sum() + inputs["num_latent_steps"].sum()
+
+
+def _keys(entries: Sequence[_Entry]) -> Tensor:
+    """64-bit integers that are equal where text and media are."""
+    return torch.tensor([entry.side.key for entry in entries])

@@ -1,0 +1,143 @@
+"""Optional terms of the objective, each off by default and each from a paper of its own.
+
+All follow the conventions of `plume_train.objective.losses`: float32, and averaged over processes the value over the
+joined batch. Distillation is a sum over rows, of this process alone.
+
+Letters: B rows of this process, D hidden size, K latent steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plume.model.interface import at_least_float32, normalize
+from plume_train.objective.gather import gather_rows, num_processes, total
+from plume_train.objective.losses import Contrast, info_nce
+
+
+def sigmoid_loss(
+    query: Tensor,
+    target: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    contrast: Contrast,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """Contrast that asks of every pair alone whether it is right (SigLIP, arXiv 2303.15343, equation 1).
+
+    Args:
+        query: unit vectors, `[B, D]`.
+        target: unit vectors; row i is the positive of query i.
+        scale: similarities are multiplied by it; SigLIP learns it from 10.
+        bias: added to the logits; SigLIP learns it from -10, the share of negatives.
+        contrast: which columns count.
+        negative: hard negatives, `[H, D]`.
+    """
+    query, target = at_least_float32(query), at_least_float32(target)
+    logits = scale * query @ gather_rows(target).T + bias  # [B, N]
+    sign = -torch.ones_like(logits).scatter(1, contrast.own[:, None], value=-1.0)
+    per_row = -(F.logsigmoid(sign * logits) * contrast.allowed).sum(dim=1)
+    if negative is not None:
+        assert contrast.allowed_negatives is not None
+        logits = scale * query @ gather_rows(at_least_float32(negative)).T + bias
+        per_row = per_row - (F.logsigmoid(-logits) * contrast.allowed_negatives).sum(dim=1)
+    return contrast.mean(per_row)
+
+
+def matryoshka_loss(
+    query: Tensor,
+    target: Tensor,
+    dims: Sequence[int],
+    temperature: float | Tensor,
+    contrast: Contrast,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE on the first d numbers of the vectors, mean over d in `dims` (arXiv 2205.13147)."""
+    losses = []
+    for dim in dims:
+        short = [None if x is None else normalize(x[:, :dim]) for x in (query, target, negative)]
+        assert short[0] is not None
+        assert short[1] is not None
+        losses.append(info_nce(short[0], short[1], temperature, contrast, short[2]))
+    return torch.stack(losses).mean()
+
+
+def per_step_loss(
+    query_states: Tensor, target_states: Tensor, temperature: float | Tensor, contrast: Contrast
+) -> Tensor:
+    """InfoNCE after every latent step, and a penalty where a step makes it worse (GIRCSE, arXiv 2509.24291).
+
+    After step k the vector is the mean of the first k latent states. Trained with a random K, any K works at inference.
+
+    Args:
+        query_states: latent states h_1 .. h_K, `[B, K, D]`; every row takes all K.
+        target_states: the same of the targets.
+        temperature: logits are divided by it.
+        contrast: which columns count.
+    """
+    counts = torch.arange(1, query_states.shape[1] + 1, device=query_states.device)[:, None]  # [K, 1]
+    query, target = (
+        F.normalize(at_least_float32(states).cumsum(dim=1) / counts, dim=-1) for states in (query_states, target_states)
+    )
+    losses = torch.stack(
+        [info_nce(query[:, k], target[:, k], temperature, contrast) for k in range(query_states.shape[1])]
+    )
+    # The penalty is not a sum over rows, so it needs the losses of all processes.
+    everywhere = total(losses) / num_processes()
+    logs = everywhere.clamp(min=1e-12).log()
+    penalty = F.relu(logs[1:] - logs[:-1]).mean() if len(logs) > 1 else losses.sum() * 0
+    return losses.mean() + penalty
+
+
+def alignment_loss(
+    query: Tensor,
+    target: Tensor,
+    query_anchor: Tensor,
+    target_anchor: Tensor,
+    temperature: float | Tensor,
+    contrast: Contrast,
+) -> Tensor:
+    """InfoNCE between the embedding of one side and the anchor embedding of the other, mean of both directions.
+
+    Only with it may a corpus be stored as anchor embeddings, which need no latent step, and searched with embeddings.
+    """
+    crossed = (
+        info_nce(query, target_anchor, temperature, contrast),
+        info_nce(query_anchor, target, temperature, contrast),
+    )
+    return (crossed[0] + crossed[1]) / 2
+
+
+def uniformity_loss(vectors: Tensor, is_real: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential between the vectors of a side (arXiv 2005.10242, t = 2).
+
+    Args:
+        vectors: unit vectors, `[B, D]`.
+        is_real: rows that count, `[B]`.
+    """
+    everyone, counts = gather_rows(at_least_float32(vectors)), gather_rows(is_real)  # [N, D], [N]
+    distance = 2 - 2 * everyone @ everyone.T
+    pairs = (counts[:, None] & counts[None]).triu(diagonal=1)
+    potential = (torch.exp(-2 * distance) * pairs).sum() / pairs.sum().clamp(min=1)
+    return potential.clamp(min=1e-12).log() * pairs.any()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, counts: Tensor, num_rows: Tensor) -> Tensor:
+    """Smooth L1 between the states at `<gen_emb>` of latent and of written reasoning (CODI, arXiv 2502.21074).
+
+    Mean over layers, rows and dimensions, each layer divided by the standard deviation of the teacher's states.
+
+    Args:
+        student: states of all layers after latent steps, `[layers, B, D]`.
+        teacher: the same after the written rationale; no gradient flows into it.
+        counts: rows that count, `[B]`.
+        num_rows: rows that the mean runs over.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    spread = teacher.std(dim=-1, keepdim=True).clamp(min=1e-6)  # [layers, B, 1], of a row alone: batch-invariant
+    error = F.smooth_l1_loss(student, teacher, reduction="none") / spread
+    return (error.mean(dim=(0, 2)) * counts).sum() / num_rows.clamp(min=1)

@@ -1,0 +1,183 @@
+"""Backward through a batch that does not fit into memory at once (GradCache, arXiv 2101.06983).
+
+The joint terms of the objective need the vectors of all rows, but their gradient reaches the model only through those
+vectors. So:
+
+    1. run every pass without a graph, keep its vectors, and the state of the random generators before it;
+    2. joint loss of all vectors, on all processes; its gradient with respect to the vectors;
+    3. run every pass again, with a graph and the same random numbers; back-propagate
+       <gradient of 2, vectors> + own terms, pass by pass.
+
+One pass of activations is alive at a time. Balance needs no special case: the sum of gates of a pass is one of its
+vectors. A frozen vision tower is run in 1 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from sentence_transformers.base.losses.gradcache import RandContext
+from torch import Tensor
+
+from plume.model.interface import PlumeOutput
+from plume_train.data.collate import Batch, Pass, Role
+from plume_train.objective.objective import Objective, Seen
+
+Observe = Callable[[Role, PlumeOutput, Pass], None]
+
+
+@dataclass(kw_only=True)
+class Step:
+    """Forward and backward of one batch on one process.
+
+    Example: `parts = Step(...).direct(batch)`, or `.cached(batch)`; gradients are then in the parameters.
+    """
+
+    model: Any
+    """The model, wrapped as it is trained."""
+    objective: Objective
+    accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager]
+    """Context of every pass."""
+    scale: float = 1.0
+    """Factor of the gradient: one over the accumulated batches."""
+    vision_is_frozen: bool = False
+    """Whether the vision tower before its merger has no trainable parameter."""
+    observe: Observe | None = None
+    """Sees every output once, without gradients."""
+    check: Callable[[dict[str, Tensor]], None] | None = None
+    """Sees the terms before they are back-propagated; may raise."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """The terms so far, without gradients."""
+
+    def direct(self, batch: Batch) -> dict[str, Tensor]:
+        """All passes, then one backward pass; returns the terms."""
+        parts = self._run_all(batch)
+        self._keep(parts)
+        self._backward(self.objective.weighted(parts) * self.scale)
+        return self.parts
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms alone, without gradients."""
+        with torch.no_grad():
+            return self._run_all(batch)
+
+    def _run_all(self, batch: Batch) -> dict[str, Tensor]:
+        num_rows = self.objective.num_rows(batch)
+        own: dict[str, Tensor] = {}
+        seen: dict[Role, list[Seen]] = {}
+        for role, one in _passes(batch):
+            output = self._run(**one["inputs"])
+            self._observe(role, output, one)
+            seen.setdefault(role, []).append(self.objective.represent(output, one))
+            self._add(own, self.objective.own(self._run, output, one, num_rows.get(role)), role)
+        return own | self.objective.joint(seen, batch)
+
+    def cached(self, batch: Batch) -> dict[str, Tensor]:
+        """All passes twice, each with a backward pass of its own; returns the terms."""
+        passes = _passes(batch)
+        num_rows = self.objective.num_rows(batch)
+        replays, seen, frozen = [], {}, []
+        for role, one in passes:
+            replays.append(RandContext(*one["inputs"].values()))
+            with torch.no_grad():
+                output = self._run(**{**one["inputs"], "labels": None})
+                self._observe(role, output, one)
+                vectors = self.objective.represent(output, one)
+            seen.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})
+            frozen.append(output.vision_states if self.vision_is_frozen else None)
+
+        leaves = [vector.requires_grad_() for vectors in seen.values() for one in vectors for vector in one.values()]
+        joint = self.objective.joint(seen, batch)
+        self._keep(joint)
+        if joint:
+            self.objective.weighted(joint).backward(inputs=leaves)
+
+        vectors = {role: iter(of_role) for role, of_role in seen.items()}
+        with self._many_backwards() as backward:
+            for index, (role, one) in enumerate(passes):
+                with backward.hold(is_last=index == len(passes) - 1), replays[index]:
+                    output = self._run(**one["inputs"], vision_states=frozen[index])
+                    own: dict[str, Tensor] = {}
+                    self._add(own, self.objective.own(self._run, output, one, num_rows.get(role)), role)
+                    self._keep(own)
+                    again = self.objective.represent(output, one)
+                    loss = self.objective.weighted(own)
+                    for name, vector in next(vectors[role]).items():
+                        if vector.grad is not None:
+                            loss = loss + (again[name] * vector.grad).sum()
+                    backward(loss * self.scale)
+        return self.parts
+
+    def _run(self, **inputs) -> PlumeOutput:
+        with self.autocast():
+            return self.model(**inputs)
+
+    def _observe(self, role: Role, output: PlumeOutput, one: Pass) -> None:
+        if self.observe is not None:
+            with torch.no_grad():
+                self.observe(role, output, one)
+
+    def _add(self, parts: dict[str, Tensor], new: dict[str, Tensor], role: Role) -> None:
+        for name, value in new.items():
+            name = f"{name}_{role}"
+            parts[name] = parts[name] + value if name in parts else value
+
+    def _keep(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, torch.zeros_like(value)) + value.detach()
+        if self.check is not None:
+            self.check(self.parts)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+    @contextmanager
+    def _many_backwards(self) -> Iterator[_Backward]:
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            yield _Backward(self.accelerator, self.model)
+            return
+        # One reduction for all passes; without it ZeRO-2 and 3 count every gradient twice or refuse.
+        self.model.set_gradient_accumulation_boundary(True)
+        with self.model.coalesce_grad_reduction():
+            yield _EngineBackward(self.accelerator, self.model)
+        self.model.step()
+
+
+@dataclass
+class _Backward:
+    """One of several backward passes of a step; gradients are averaged over processes in the last."""
+
+    accelerator: Accelerator
+    model: Any
+
+    def __call__(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def hold(self, is_last: bool) -> AbstractContextManager:
+        """Context of a pass, forward and backward."""
+        if is_last or not self.accelerator.sync_gradients:
+            return nullcontext()  # while batches are accumulated, the trainer holds gradients back itself
+        return self.accelerator.no_sync(self.model)
+
+
+class _EngineBackward(_Backward):
+    """The same where DeepSpeed's engine reduces gradients."""
+
+    def __call__(self, loss: Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def hold(self, is_last: bool) -> AbstractContextManager:
+        return nullcontext()
+
+
+def _passes(batch: Batch) -> list[tuple[Role, Pass]]:
+    return [(role, one) for role, passes in batch["passes"].items() for one in passes]

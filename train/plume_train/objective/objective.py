@@ -1,0 +1,202 @@
+"""The objective of a step, split the way that GradCache needs it.
+
+    L = own terms of every pass + joint terms of what all passes have seen
+
+An *own* term is a sum over rows: cross-entropy, distillation. A *joint* term needs the vectors of the whole batch on
+all processes: contrast, balance, uniformity. It is a function of a few small tensors per pass, which `represent` picks
+out, so that the passes themselves can be run twice instead of kept.
+
+Letters: B rows of a pass, D hidden size, K latent steps, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plume.model.interface import PlumeOutput, at_least_float32
+from plume_train.config import PlumeTrainingArguments
+from plume_train.data.collate import SUPERVISED, Batch, Pass, Role
+from plume_train.objective.extra_losses import (
+    alignment_loss,
+    distillation_loss,
+    matryoshka_loss,
+    per_step_loss,
+    sigmoid_loss,
+    uniformity_loss,
+)
+from plume_train.objective.gather import num_processes, total
+from plume_train.objective.losses import Contrast, balance_loss, info_nce, suffix_cross_entropy
+
+Run = Callable[..., PlumeOutput]
+Seen = dict[str, Tensor]
+"""What joint terms see of a pass: embedding, anchor `[B, D]`, gate_total `[E]`, states `[B, K, D]`, scalars."""
+
+#: SigLIP's first scale and bias.
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
+#: The largest factor that similarities may be multiplied by, as in CLIP.
+MAX_SCALE = 100.0
+
+
+class LossScalars(nn.Module):
+    """What the loss learns: factors of similarities, for embedding and anchor, and the bias of the sigmoid loss."""
+
+    def __init__(self, scale: float, bias: float = 0.0):
+        super().__init__()
+        log_scale = torch.tensor(scale).log().item()
+        self.values = nn.Parameter(torch.tensor([log_scale, log_scale, bias]))
+
+    def forward(self) -> Tensor:
+        """Both factors and the bias, `[3]`."""
+        return torch.cat([self.values[:2].exp().clamp(max=MAX_SCALE), self.values[2:]])
+
+
+class Objective:
+    """The terms that the settings ask for, each times its weight."""
+
+    def __init__(self, args: PlumeTrainingArguments, num_experts: int | None):
+        """Set up.
+
+        Args:
+            args: weights and options of all terms.
+            num_experts: E, or None where nothing routes.
+        """
+        self.args = args
+        self.num_experts = num_experts
+        self.weights = args.loss_weights
+
+    def build_scalars(self) -> LossScalars | None:
+        """What the loss learns; None where its numbers are fixed."""
+        if self.args.contrastive_loss == "sigmoid":
+            return LossScalars(SIGMOID_SCALE, SIGMOID_BIAS)
+        return LossScalars(1 / self.args.temperature) if self.args.learn_temperature else None
+
+    def represent(self, output: PlumeOutput, one: Pass) -> Seen:
+        """What joint terms see of a pass."""
+        assert output.embedding is not None
+        assert output.anchor_embedding is not None
+        assert output.states is not None
+        seen = {"embedding": output.embedding, "anchor": output.anchor_embedding}
+        if self.num_experts is not None:
+            counted = one["counts"][:, None, None]
+            seen["gate_total"] = (
+                output.embedding.new_zeros(self.num_experts)
+                if output.gates is None
+                else (at_least_float32(output.gates) * counted).sum(dim=(0, 1))
+            )
+        if self.weights["per_step"]:
+            seen["states"] = output.states[:, 1:]
+        if output.scalars is not None:
+            seen["scalars"] = output.scalars
+        return seen
+
+    def own(self, run: Run, output: PlumeOutput, one: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
+        """Terms that are sums over the rows of a pass.
+
+        Args:
+            run: runs the model once more; distillation needs it.
+            output: of the pass.
+            one: the pass.
+            num_rows: rows with labels on this side of the batch, on all processes; None for hard negatives.
+        """
+        inputs, parts = one["inputs"], {}
+        if "labels" in inputs:
+            assert output.suffix_logits is not None
+            assert num_rows is not None
+            parts["cross_entropy"] = suffix_cross_entropy(output.suffix_logits, inputs["labels"], num_rows)
+        if "teacher" in one:
+            written = run(**{**inputs, **one["teacher"], "keep_layers": True, "vision_states": output.vision_states})
+            assert num_rows is not None
+            assert output.read_out_layers is not None
+            assert written.read_out_layers is not None
+            assert written.suffix_logits is not None
+            parts["distillation"] = distillation_loss(
+                output.read_out_layers, written.read_out_layers, one["counts"], num_rows
+            )
+            parts["teacher_cross_entropy"] = suffix_cross_entropy(
+                written.suffix_logits, one["teacher"]["labels"], num_rows
+            )
+        return {name: value * num_processes() for name, value in parts.items()}
+
+    def num_rows(self, batch: Batch) -> dict[Role, Tensor]:
+        """Rows with labels on each side of the batch, on all processes; a collective call."""
+        return {role: total(batch["num_supervised"][role]) for role in SUPERVISED if role in batch["passes"]}
+
+    def joint(self, seen: dict[Role, list[Seen]], batch: Batch) -> dict[str, Tensor]:
+        """Terms that need all rows of all processes; a collective call.
+
+        Args:
+            seen: what `represent` returned for each pass of each side.
+            batch: gives keys and masks.
+        """
+        parts: dict[str, Tensor] = {}
+        sides: dict[Role, Seen] = {role: _joined(passes) for role, passes in seen.items()}
+        supervised = [sides[role] for role in SUPERVISED if role in sides]
+        if self.num_experts is not None:
+            gates = torch.stack([side["gate_total"] for side in supervised]).sum(dim=0)
+            parts["balance"] = balance_loss(gates, batch["num_gates"])
+        if "target" in sides:
+            parts |= self._contrast(sides, batch)
+        if self.weights["uniformity"]:
+            spread = [uniformity_loss(side["embedding"], batch["is_pair"]) for side in supervised]
+            parts["uniformity"] = torch.stack(spread).mean()
+        return parts
+
+    def weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        """The sum of some terms, each times its weight; both sides of a term share one."""
+        terms = [
+            self.weights[name.removesuffix("_query").removesuffix("_target")] * value for name, value in parts.items()
+        ]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def _contrast(self, sides: dict[Role, Seen], batch: Batch) -> dict[str, Tensor]:
+        query, target, negative = sides["query"], sides["target"], sides.get("negative")
+        columns = {name: batch[name] for name in ("query_keys", "target_keys", "is_negative", "negative_keys")}
+        if not self.args.mask_duplicates:
+            columns |= {"query_keys": None, "target_keys": None}
+        contrast = Contrast.of(batch["is_pair"], **columns)
+        scales = self._scales(sides)
+
+        parts: dict[str, Tensor] = {}
+        for name, kind, scale in (("contrastive", "embedding", scales[0]), ("anchor_contrastive", "anchor", scales[1])):
+            negatives = None if negative is None else negative[kind]
+            if self.args.contrastive_loss == "sigmoid":
+                parts[name] = sigmoid_loss(query[kind], target[kind], scale, scales[2], contrast, negatives)
+            else:
+                parts[name] = info_nce(query[kind], target[kind], 1 / scale, contrast, negatives)
+
+        negatives = None if negative is None else negative["embedding"]
+        if self.weights["matryoshka"]:
+            parts["matryoshka"] = matryoshka_loss(
+                query["embedding"], target["embedding"], self.args.matryoshka_dims, 1 / scales[0], contrast, negatives
+            )
+        if self.weights["alignment"]:
+            parts["alignment"] = alignment_loss(
+                query["embedding"], target["embedding"], query["anchor"], target["anchor"], 1 / scales[0], contrast
+            )
+        if self.weights["per_step"] and batch["most_steps"]:
+            whole = batch["is_pair"] & batch["takes_all_steps"]
+            contrast = Contrast.of(whole, columns["query_keys"], columns["target_keys"])
+            parts["per_step"] = per_step_loss(query["states"], target["states"], self.args.temperature, contrast)
+        return parts
+
+    def _scales(self, sides: dict[Role, Seen]) -> Any:
+        learnt = [side["scalars"] for side in sides.values() if "scalars" in side]
+        if not learnt:
+            return 1 / self.args.temperature, 1 / self.args.temperature, 0.0
+        return torch.stack(learnt).mean(dim=0).unbind()
+
+
+def _joined(passes: list[Seen]) -> Seen:
+    """One side from its passes: rows joined, gates summed, scalars averaged (every pass must use them)."""
+    joined = {name: torch.cat([seen[name] for seen in passes]) for name in ("embedding", "anchor")}
+    if "states" in passes[0]:
+        joined["states"] = torch.cat([seen["states"] for seen in passes])
+    if "gate_total" in passes[0]:
+        joined["gate_total"] = torch.stack([seen["gate_total"] for seen in passes]).sum(dim=0)
+    if "scalars" in passes[0]:
+        joined["scalars"] = torch.stack([seen["scalars"] for seen in passes]).mean(dim=0)
+    return joined

@@ -1,0 +1,77 @@
+"""Where a run stands in its curriculum, and what may move it on: the schedule, or a validation loss that has settled.
+
+A stage ends at its share of the steps. With `advance=settled` it ends before that once the loss on held-out rows has
+not improved for some validations. Data-loader workers prepare batches ahead of time, so a decision takes effect a few
+steps later, at the first batch that nobody has begun; the borders are saved with every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from plume_train.curriculum import Curriculum
+
+PROGRESS_FILE = "progress.json"
+_SAVED = ("borders", "stage", "best", "num_waited")
+
+
+class Progress:
+    """The first step of every stage, and how the validation loss of the current one has done."""
+
+    def __init__(self, curriculum: Curriculum, num_steps: int):
+        self.borders = [curriculum.first_step(stage, num_steps) for stage in range(len(curriculum.stages))]
+        self.lead = 0
+        """Steps that batches may have been prepared ahead."""
+        self.stage = 0
+        self.best = math.inf
+        self.num_waited = 0
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage of a step."""
+        return sum(step >= border for border in self.borders[1:])
+
+    def steps_in_stage(self, step: int) -> int | None:
+        """Steps since the last change of stage; None in the first."""
+        stage = self.stage_at(step)
+        return None if stage == 0 else step - self.borders[stage]
+
+    def note_validation(self, step: int, loss: float, patience: int, tolerance: float) -> bool:
+        """Take a validation loss into account.
+
+        Args:
+            step: steps that were taken.
+            loss: of the held-out rows.
+            patience: validations in a row without improvement after which a stage has settled.
+            tolerance: what counts as an improvement, relative to the best loss.
+
+        Returns:
+            Whether the stage will end earlier than it would have.
+        """
+        if self.stage_at(step) != self.stage:
+            self.stage, self.best = self.stage_at(step), math.inf
+        if math.isinf(self.best) or loss < self.best - tolerance * abs(self.best):
+            self.best, self.num_waited = loss, 0
+            return False
+        self.num_waited += 1
+        following, start = self.stage + 1, step + self.lead
+        if self.num_waited < patience or following >= len(self.borders) or start >= self.borders[following]:
+            return False
+        # Later stages keep their lengths and begin earlier; the last one gets what is left.
+        saved = self.borders[following] - start
+        self.borders[following:] = [border - saved for border in self.borders[following:]]
+        return True
+
+    def save(self, folder: Path, num_latent_steps: int, loss_scalars: list[float]) -> None:
+        """Write into a checkpoint, with its K and, where the weights do not hold it, what the loss has learnt."""
+        state = {name: getattr(self, name) for name in _SAVED}
+        state |= {"num_latent_steps": num_latent_steps, "loss_scalars": loss_scalars}
+        (folder / PROGRESS_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> list[float]:
+        """Go on from a checkpoint; returns what the loss had learnt."""
+        state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        return state["loss_scalars"]

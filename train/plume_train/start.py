@@ -1,0 +1,45 @@
+"""The model that a run starts from, and which of its parts learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from plume.checkpoints.folder import read_config
+from plume.config import PlumeConfig
+from plume.model.model import PlumeModel
+from plume_train.config import PlumeTrainingArguments, SettingsError
+
+
+def load_model(args: PlumeTrainingArguments) -> PlumeModel:
+    """A plume checkpoint as it is, or a stock one with a new adapter.
+
+    Raises:
+        SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
+    """
+    assert isinstance(args.plume_config, dict)
+    if read_config(args.model).get("model_type") != PlumeConfig.model_type:
+        return PlumeModel.from_backbone(args.model, dtype=args.base_dtype, **args.plume_config)
+    model = PlumeModel.from_pretrained(args.model, dtype=args.base_dtype)
+    for name, value in args.plume_config.items():
+        if (saved := getattr(model.config, name, None)) != value:
+            raise SettingsError(
+                f"plume_config.{name}={value!r}, but the checkpoint {args.model} was made with {saved!r}; remove it "
+                "from plume_config, or start from a stock backbone"
+            )
+    return model
+
+
+def freeze(model: PlumeModel, args: PlumeTrainingArguments) -> None:
+    """Leave only what the settings name to be trained."""
+    tower = model.backbone.visual
+    tower.requires_grad_(args.train_vision)
+    tower.merger.requires_grad_(args.train_merger or args.train_vision)
+
+
+def widen_what_learns(model: Any) -> None:
+    """Give the parameters that learn at least float32, whatever the frozen ones have."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
