@@ -187,7 +187,6 @@ def test_a_command_answers_without_loading_what_it_does_not_need(arguments):
 ORDERS = [
     "import plume, transformers",
     "import transformers, plume",
-    "import plume, sentence_transformers",
     "from plume.config import PlumeConfig",
 ]
 

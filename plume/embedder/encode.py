@@ -11,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from plume.embedder.batches import join_batches, plan_batches
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
@@ -198,6 +199,52 @@ def in_windows(
         yield window
 
 
+def plan_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Group inputs by length within a budget of rows and of tokens, padding included.
+
+    Similar lengths share a pass, so that one long page does not stall twenty captions.
+
+    Args:
+        lengths: tokens of each input.
+        max_rows: inputs per batch at most.
+        max_tokens: rows times the longest row of a batch at most; an input beyond it has a batch of its own.
+
+    Returns:
+        Indices of the inputs, each exactly once, the longest batch first, so that memory peaks at once.
+
+    Example:
+        >>> plan_batches([3, 900, 3, 4, 880], max_rows=8, max_tokens=1000)
+        [[1], [4], [3, 0, 2]]
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equals keep their order
+        if not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * longest > max_tokens:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def join_batches(batches: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Batches that follow each other with the same number of rows, joined, so that one call can run them all.
+
+    Returns:
+        Rows per batch, and the indices of such a run; only the last batch of a run may have fewer rows.
+
+    Example:
+        >>> join_batches([[4], [0], [1, 2], [3, 5], [6]])
+        [(1, [4, 0]), (2, [1, 2, 3, 5, 6])]
+    """
+    runs: list[tuple[int, list[int]]] = []
+    for batch in batches:
+        if runs and len(batch) <= runs[-1][0] and len(runs[-1][1]) % runs[-1][0] == 0:
+            runs[-1][1].extend(batch)
+        else:
+            runs.append((len(batch), list(batch)))
+    return runs
+
+
 class Prefetcher:
     """Prepares the next batch in a thread, while the model runs on this one."""
 
@@ -260,3 +307,18 @@ def limits_of(processor: PlumeProcessor, kwargs: Mapping[str, Any]) -> MediaLimi
         )
     size = (image_settings(kwargs) or {}).get("size")
     return replace(processor.limits, pixels=(size["shortest_edge"], size["longest_edge"])) if size else processor.limits
+
+
+def converted(
+    vectors: Any, single: bool, precision: Any, as_tensor: bool, as_numpy: bool
+) -> torch.Tensor | np.ndarray | list[torch.Tensor]:
+    """Vectors in the precision and the form that a call asks for; of a single input without the first axis."""
+    if precision != "float32" and len(vectors):
+        vectors = quantize_embeddings(vectors, precision=precision)
+    if as_tensor:
+        vectors = torch.as_tensor(vectors)
+    elif as_numpy:
+        vectors = vectors.numpy() if isinstance(vectors, torch.Tensor) else vectors
+    else:
+        vectors = list(torch.as_tensor(vectors))
+    return vectors[0] if single else vectors

@@ -19,8 +19,8 @@ from plume.checkpoints.damage import naming_damaged_files
 from plume.checkpoints.folder import check_is_plume
 from plume.config import PlumeConfig
 from plume.embedder.digests import media_keys
-from plume.embedder.encode import EncodeCall, Loaded, Window, image_settings, limits_of
-from plume.embedder.precision import comparable, converted
+from plume.embedder.encode import EncodeCall, Loaded, Window, converted, image_settings, limits_of
+from plume.embedder.precision import comparable
 from plume.embedder.vector_cache import VectorCache
 from plume.engine.engine import Backend, Engine
 from plume.engine.layers.weights import UnsupportedModelError

@@ -1,4 +1,4 @@
-"""Vectors of any precision: as a call of `encode` asks for them, and as similarities are computed of them.
+"""Vectors of any precision, as similarities are computed of them.
 
 Letters: N inputs, D length of a vector.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.util import quantize_embeddings
 
 
 def comparable(vectors: Any, dim: int | None) -> Any:
@@ -42,18 +41,3 @@ def comparable(vectors: Any, dim: int | None) -> Any:
     packed = array.cpu().numpy()
     packed = (packed.astype(np.int16) + 128).astype(np.uint8) if packed.dtype == np.int8 else packed
     return torch.from_numpy(np.unpackbits(packed, axis=-1).astype(np.float32) * 2 - 1)
-
-
-def converted(
-    vectors: Any, single: bool, precision: Any, as_tensor: bool, as_numpy: bool
-) -> torch.Tensor | np.ndarray | list[torch.Tensor]:
-    """Vectors in the precision and the form that a call asks for; of a single input without the first axis."""
-    if precision != "float32" and len(vectors):
-        vectors = quantize_embeddings(vectors, precision=precision)
-    if as_tensor:
-        vectors = torch.as_tensor(vectors)
-    elif as_numpy:
-        vectors = vectors.numpy() if isinstance(vectors, torch.Tensor) else vectors
-    else:
-        vectors = list(torch.as_tensor(vectors))
-    return vectors[0] if single else vectors

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plume.engine import graphs
-from plume.engine.layers.text import JoinedExperts, TextLayers, join_experts
-from plume.engine.layers.weights import JoinedLinear, TextWeights, UnsupportedModelError
+from plume.engine.layers.text import JoinedExperts, JoinedLinear, TextLayers, join_experts
+from plume.engine.layers.weights import TextWeights, UnsupportedModelError
 from plume.model.interface import Adapter
 from plume.model.transition import TransitionAdapter
 

@@ -24,8 +24,8 @@ class RolloutBuffers:
     """The cache of a rollout, and the tensors that go in.
 
     prefix_states `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `BatchLayout`.
-    prefixes: graphs that read into the cache. graphs: what else is captured over it, by name. Both are empty without
-    `max_graphs`: these buffers serve one batch.
+    prefixes: graphs that read into the cache. graphs: what else is captured over it, by name. Only buffers that are
+    reused have both: those that graphs are captured over.
     """
 
     def __init__(self, layers: TextLayers, num_rows: int, num_slots: int, *, max_graphs: int = 0):
@@ -35,8 +35,9 @@ class RolloutBuffers:
         self.prefix_states = weight.new_zeros(num_rows, 2, len(weight))
         self.start = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
         self.num_latent_steps = torch.zeros_like(self.start)
-        self.prefixes: LRUCache[PrefixBuffers] = LRUCache(max_graphs, MAX_INPUT_BYTES, attrgetter("num_bytes"))
-        self.graphs: LRUCache[Any] = LRUCache(max_graphs)
+        if self.is_reused:
+            self.prefixes: LRUCache[PrefixBuffers] = LRUCache(max_graphs, MAX_INPUT_BYTES, attrgetter("num_bytes"))
+            self.graphs: LRUCache[Any] = LRUCache(max_graphs)
 
     def reset(self) -> None:
         """Leave nothing that could lead beyond the cache, or beyond the steps of another K."""

@@ -33,11 +33,10 @@ from torch import Tensor
 from plume.engine import graphs
 from plume.engine.backends import Backend, choose_backend
 from plume.engine.buffers import MAX_INPUT_BYTES, PrefixBuffers, RolloutBuffers, VisionBuffers
+from plume.engine.layers.text import JoinedInt8Linear, JoinedLinear
 from plume.engine.layers.vision import Grid, VisionTower, segment_attention
 from plume.engine.layers.weights import (
     BorrowedWeights,
-    JoinedInt8Linear,
-    JoinedLinear,
     UnsupportedModelError,
     text_weights,
     vision_weights,
@@ -220,7 +219,7 @@ class Engine:
     def embed_prefix(self, layout: BatchLayout, features: Tensor | None) -> Tensor:
         """Input embeddings of the prefixes with their vision features in place, `[B, L, D]`."""
         ids = layout.ids.to(self.device, non_blocking=True)
-        embeds = self.model.embed_tokens(ids)
+        embeds = self.layers.embed_tokens(ids)
         if features is not None:
             columns = layout.media.columns.to(self.device, non_blocking=True)
             embeds.flatten(end_dim=1).index_copy_(0, columns, features.to(embeds.dtype))
@@ -263,7 +262,7 @@ class Engine:
         """
 
         def roll_out() -> Rollout:
-            suffix = self.model.embed_tokens(self._suffix_ids.expand(len(buffers.start), -1))
+            suffix = self.layers.embed_tokens(self._suffix_ids.expand(len(buffers.start), -1))
             is_real = torch.ones(suffix.shape[:2], dtype=torch.bool, device=self.device)
             return rollout(
                 self.layers.decoder(buffers.cache, buffers.prefix_states),

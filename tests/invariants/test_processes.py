@@ -45,21 +45,19 @@ def loss(query, target, gates, keys):
     return contrastive + balance_loss(gates.sum(dim=(0, 1)), torch.tensor(2 * len(gates)))
 
 
-def gradients(rank, folder):
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
+def save_gradients(rank, folder):
+    """Those of this process's rows."""
     parts = [part[rank * NUM_ROWS : (rank + 1) * NUM_ROWS] for part in batch()]
     leaves = [part.clone().requires_grad_() for part in parts[:3]]
     loss(*leaves, parts[3]).backward()
     torch.save([leaf.grad / 2 for leaf in leaves], f"{folder}/{rank}.pt")  # DDP averages over processes
-    dist.destroy_process_group()
 
 
-def test_gradients_on_two_processes_equal_those_of_the_joined_batch(tmp_path):
-    mp.spawn(gradients, args=(str(tmp_path),), nprocs=2)
+def test_gradients_on_two_processes_equal_those_of_the_joined_batch(two_processes):
     query, target, gates, keys = batch()
     leaves = [part.clone().requires_grad_() for part in (query, target, gates)]
     loss(*leaves, keys).backward()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    parts = [torch.load(two_processes / f"{rank}.pt") for rank in range(2)]
     for leaf, *split in zip(leaves, *parts, strict=True):
         assert torch.allclose(leaf.grad, torch.cat(split), atol=1e-10)
 
@@ -164,13 +162,14 @@ def spawned(rank, world, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meet-step")
+    save_gradients(rank, folder)
     for case in CASES:
         step_gradients(rank, world, folder, case)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def steps_of_two(tmp_path_factory, plume_folder) -> Path:
+def two_processes(tmp_path_factory, plume_folder) -> Path:
     """Where two processes, started once, have left their gradients of every case."""
     folder = tmp_path_factory.mktemp("steps")
     (folder / "model").symlink_to(plume_folder)
@@ -182,10 +181,10 @@ def steps_of_two(tmp_path_factory, plume_folder) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_a_step_on_two_processes_equals_one_on_the_joined_batch(steps_of_two, case):
-    step_gradients(0, 1, str(steps_of_two), case)
-    whole, parts = torch.load(steps_of_two / f"{case_name(case)}-1-0.pt")
-    halves = [torch.load(steps_of_two / f"{case_name(case)}-2-{rank}.pt") for rank in range(2)]
+def test_a_step_on_two_processes_equals_one_on_the_joined_batch(two_processes, case):
+    step_gradients(0, 1, str(two_processes), case)
+    whole, parts = torch.load(two_processes / f"{case_name(case)}-1-0.pt")
+    halves = [torch.load(two_processes / f"{case_name(case)}-2-{rank}.pt") for rank in range(2)]
     for name, gradient in whole.items():
         for half, _ in halves:
             assert torch.allclose(gradient, half[name], atol=1e-9), name

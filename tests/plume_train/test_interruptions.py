@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from plume import PlumeModel
+from plume_train.config import PlumeTrainingArguments
 from plume_train.run import train
 from plume_train.saving import RunError
 from plume_train.trainer import PlumeTrainer
@@ -23,6 +24,14 @@ from tests.plume_train.runs import settings
 from tests.processes import run
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, start, hops_folder):
+    """The folder of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(settings(folder, start, hops_folder, **SAVING))
+    return folder / "out"
 
 
 def log_of(folder):
@@ -51,10 +60,9 @@ program.main()
 """
 
 
-def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_path, start, hops_folder):
-    args = settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "whole"), **SAVING)
-    train(args)
+def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_path, start, hops_folder, whole):
     killed = tmp_path / "killed"
+    args = settings(tmp_path, start, hops_folder, output_dir=str(killed), **SAVING)
     flags = {
         "model": start,
         "train_file": hops_folder / "train.jsonl",
@@ -75,11 +83,10 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights_and_log(tmp_p
         aimed = rng.randrange(last_step(killed), 9)
         process = run([sys.executable, "-c", _KILLED, aimed, rng.random() * 0.1, *words])
         assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    process = run([sys.executable, "-m", "plume_train", *words])
-    assert process.returncode == 0, process.stderr[-2000:]
-    whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    assert log_of(tmp_path / "whole") == log_of(killed)
+    train(args)
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(weight, resumed[name]) for name, weight in expected.items())
+    assert log_of(whole) == log_of(killed)
 
 
 def last_step(folder) -> int:
@@ -102,7 +109,7 @@ def full_disk(limit: int = 50_000):
 
 
 @pytest.mark.parametrize("moment", ["save_model", "_save_optimizer_and_scheduler"])
-def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, start, hops_folder, monkeypatch, moment):
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, start, hops_folder, monkeypatch, whole, moment):
     real, calls = getattr(PlumeTrainer, moment), []
 
     def save(self, folder, *args, **kwargs):
@@ -119,8 +126,8 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, start, h
     assert not (out / "unfinished").exists()
     monkeypatch.undo()
     resumed = train(settings(tmp_path, start, hops_folder, **SAVING)).state_dict()
-    whole = train(settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "w"), **SAVING)).state_dict()
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    expected = load_file(whole / "model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in expected.items())
 
 
 def test_a_final_save_that_fails_leaves_the_earlier_model(tmp_path, start, hops_folder):
@@ -137,8 +144,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded
         train(settings(tmp_path, start, hops_folder, output_dir=str(tmp_path / "file" / "out"), model="nowhere"))
 
 
-def test_other_settings_do_not_go_on_from_a_runs_checkpoints(tmp_path, start, hops_folder):
-    train(settings(tmp_path, start, hops_folder, **SAVING))
+def test_another_number_of_processes_does_not_go_on_from_a_runs_checkpoints(
+    tmp_path, start, hops_folder, whole, monkeypatch
+):
+    shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(PlumeTrainingArguments, "world_size", 2)
+    with pytest.raises(RunError, match="world_size was 1, now 2") as error:
+        train(settings(tmp_path, start, hops_folder, **SAVING))
+    assert "Start it with the same ones to go on" in str(error.value)
+    assert (tmp_path / "out" / "checkpoint-10" / "model.safetensors").exists()
+
+
+def test_other_settings_do_not_go_on_from_a_runs_checkpoints(tmp_path, start, hops_folder, whole):
+    shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(RunError, match=r"temperature was 0\.02, now 0\.05"):
         train(settings(tmp_path, start, hops_folder, temperature=0.05, **SAVING))
     with pytest.raises(RunError, match="per_device_train_batch_size was 4, now 2"):
@@ -150,9 +168,6 @@ def test_other_settings_do_not_go_on_from_a_runs_checkpoints(tmp_path, start, ho
 def test_a_loss_that_is_no_number_stops_with_the_rows_and_keeps_everything(
     tmp_path, start, hops_folder, micro_batch_size
 ):
-    class Poisoned(PlumeTrainer):
-        pass
-
     real = PlumeTrainer.training_step
 
     def step(self, model, inputs, num_items=None):

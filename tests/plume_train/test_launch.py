@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -62,34 +63,39 @@ def alone(folder):
     return load_file(folder / "alone" / "model.safetensors")
 
 
-def launch(folder, name, **settings):
-    """Run the command that a user would run; DeepSpeed finds out by itself that there is no GPU."""
-    flags = {"per_device_train_batch_size": 2, "output_dir": folder / name, **settings}
+def launch(folder, name, *runs):
+    """Run the command that a user would run; DeepSpeed finds out by itself that there is no GPU.
+
+    Args:
+        folder: of all runs.
+        name: of the configuration.
+        runs: settings of each run; of several under FSDP2, which one launch takes one after the other.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    flags = {"per_device_train_batch_size": 2, "output_dir": folder / name}
     if name.startswith("zero"):
         flags["ddp_backend"] = "gloo"
     else:
         flags["use_cpu"] = "true"
         environment["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml"]
-    program = [Path(__file__).parent / "fsdp_on_cpu.py"] if name == "fsdp2" else ["-m", "plume_train"]
-    command += ["--num_processes", 2, "--main_process_port", 0, *program, "--config", folder / "run.yaml"]
-    command += [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    return run(command, env=environment)
+    command += ["--num_processes", 2, "--main_process_port", 0]
+    command += [Path(__file__).parent / "fsdp_on_cpu.py"] if name == "fsdp2" else ["-m", "plume_train"]
+    for number, settings in enumerate(runs):
+        words = [word for flag, value in {**flags, **settings}.items() for word in (f"--{flag}", value)]
+        command += [*["then"] * bool(number), "--config", folder / "run.yaml", *words]
+    done = run(command, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 #: What only this way of sharing leaves in a checkpoint.
 TRACES = {"zero1": "global_step2", "zero2": "global_step2", "zero3": "global_step2", "fsdp2": "pytorch_model_fsdp.bin"}
+#: Micro-batches of one row: GradCache, text rows beside rows with pages, rows of other stages.
+CACHED = {"micro_batch_size": 1}
+ADAM = {"optim": "adamw_torch", "bf16": "false", "logging_steps": 1}
 
 
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
-
-
-@pytest.mark.parametrize("name", ["ddp", *LONG, "zero3", "fsdp2"])
-def test_a_launched_run_equals_one_process(folder, alone, name):
-    # Micro-batches of one row: GradCache, text rows beside rows with pages, rows of other stages.
-    done = launch(folder, name, micro_batch_size=1)
-    assert done.returncode == 0, done.stderr[-3000:]
+def check_equals_one_process(folder, alone, name):
     found = load_file(folder / name / "model.safetensors")
     assert found.keys() == alone.keys()
     for key, weight in alone.items():
@@ -102,33 +108,50 @@ def test_a_launched_run_equals_one_process(folder, alone, name):
     assert "expert 3" in (folder / name / "README.md").read_text()  # the card reads weights that are shared out
 
 
-@pytest.mark.parametrize("name", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
-def test_a_launched_run_that_is_resumed_equals_one_that_was_not(folder, name):
-    changes = {"optim": "adamw_torch", "output_dir": folder / f"{name}-resumed", "bf16": "false"}
-    done = launch(folder, name, **changes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole = load_file(folder / f"{name}-resumed" / "model.safetensors")
-    shutil.rmtree(folder / f"{name}-resumed" / "checkpoint-4")
-    (folder / f"{name}-resumed" / "model.safetensors").unlink()
-    done = launch(folder, name, **changes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    resumed = load_file(folder / f"{name}-resumed" / "model.safetensors")
+def check_resumed_equals_whole(folder, name):
+    assert (folder / f"{name}-resumed" / "checkpoint-4").exists()
+    whole, resumed = (load_file(folder / f"{name}-{kind}" / "model.safetensors") for kind in ("whole", "resumed"))
     for key, weight in whole.items():
         assert torch.allclose(weight, resumed[key], atol=1e-6), key
 
 
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
+
+
+@pytest.mark.parametrize("name", ["ddp", *LONG, "zero3"])
+def test_a_launched_run_equals_one_process(folder, alone, name):
+    launch(folder, name, CACHED)
+    check_equals_one_process(folder, alone, name)
+
+
+def test_runs_under_fsdp2_equal_one_process_and_go_on_where_they_stopped(folder, alone):
+    whole, resumed = folder / "fsdp2-whole", folder / "fsdp2-resumed"
+    launch(
+        folder,
+        "fsdp2",
+        CACHED,
+        {"output_dir": whole, **ADAM},
+        {"output_dir": resumed, **ADAM},  # where the first checkpoint of the run before has been copied to
+    )
+    check_equals_one_process(folder, alone, "fsdp2")
+    check_resumed_equals_whole(folder, "fsdp2")
+    steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
+    assert min(steps) == 3
+
+
+@pytest.mark.slow
+def test_a_run_under_zero3_goes_on_where_it_stopped(folder):
+    whole, resumed = folder / "zero3-whole", folder / "zero3-resumed"
+    launch(folder, "zero3", {"output_dir": whole, **ADAM})
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    (resumed / "model.safetensors").unlink()
+    launch(folder, "zero3", {"output_dir": resumed, **ADAM})
+    check_resumed_equals_whole(folder, "zero3")
+
+
+@pytest.mark.slow  # tests/plume_train/test_options.py refuses it without a launch
 def test_gradcache_with_accumulation_is_refused_under_deepspeed(folder):
     changes = {"output_dir": folder / "refused", "micro_batch_size": 1, "gradient_accumulation_steps": 2}
-    done = launch(folder, "zero2", **changes)
-    assert done.returncode != 0
-    assert "raise per_device_train_batch_size" in done.stderr
-
-
-def test_another_number_of_processes_is_refused_on_resume(folder, alone):
-    shutil.copytree(folder / "alone", folder / "ddp_other")
-    flags = {"output_dir": folder / "ddp_other", "per_device_train_batch_size": 4}
-    done = launch(folder, "ddp", **flags)
-    assert done.returncode != 0
-    assert "world_size was 1, now 2" in done.stderr
-    assert "Start it with the same ones to go on" in done.stderr
-    assert (folder / "ddp_other" / "checkpoint-4" / "model.safetensors").exists()
+    with pytest.raises(AssertionError, match="raise per_device_train_batch_size"):
+        launch(folder, "zero2", changes)

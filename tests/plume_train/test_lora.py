@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from plume_train.lora import add_lora, merge
 from plume_train.run import load_model, train
 from plume_train.saving import RunError
 from tests.plume_train.runs import settings
-from tests.processes import run
 
 LORA = {"lora_rank": 4, "learning_rate": 0.05, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 2}
 
@@ -77,8 +75,7 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(tmp_path, start, hops_fo
 
 def test_a_checkpoint_of_a_run_can_be_merged(tmp_path, start, hops_folder):
     model = train(settings(tmp_path, start, hops_folder, max_steps=4, **LORA))
-    done = run([sys.executable, "-m", "plume_train", "merge", tmp_path / "out" / "checkpoint-4", tmp_path / "merged"])
-    assert done.returncode == 0, done.stderr
+    assert merge([str(tmp_path / "out" / "checkpoint-4"), str(tmp_path / "merged")]) == 0
     merged = PlumeModel.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(vectors(merged), vectors(model), atol=1e-6)
     assert merged.config.num_latent_steps == 2

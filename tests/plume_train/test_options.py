@@ -33,7 +33,7 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
 
 
-def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hops_folder):
+def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hops_folder, with_pictures):
     terms = {
         "matryoshka_dims": [8, 16],
         "matryoshka_weight": 0.5,
@@ -217,11 +217,10 @@ def test_check_tells_what_is_in_the_data(tmp_path, start, hops_folder, capsys):
     assert "1  rows repeat a query" in told
     assert "'<bot><ct><eot>Three.</think>" in told
     assert "negative 0: 'key'" in told
-    files = [hops_folder / "train.jsonl", "--model", start, "--load-media"]
-    done = run([sys.executable, "-m", "plume_train", "check", *files])
-    assert done.returncode == 0, done.stderr
-    assert "rows can be used, 0 cannot" in done.stdout
-    assert "query: image + text" in done.stdout
+    assert check([str(hops_folder / "train.jsonl"), "--model", str(start), "--load-media"]) == 0
+    told = capsys.readouterr().out
+    assert "rows can be used, 0 cannot" in told
+    assert "query: image + text" in told
 
 
 @pytest.mark.parametrize(
@@ -236,6 +235,14 @@ def test_check_tells_what_is_in_the_data(tmp_path, start, hops_folder, capsys):
 def test_settings_that_contradict_each_other_are_refused(tmp_path, start, hops_folder, changes, message):
     with pytest.raises(SettingsError, match=message):
         train(settings(tmp_path, start, hops_folder, **changes))
+
+
+def test_gradcache_with_accumulation_is_refused_under_deepspeed(tmp_path, start, hops_folder):
+    args = settings(tmp_path, start, hops_folder, micro_batch_size=1, gradient_accumulation_steps=2)
+    args.check()
+    args.deepspeed_plugin = object()
+    with pytest.raises(SettingsError, match="raise per_device_train_batch_size"):
+        args.check()
 
 
 def test_a_command_says_what_is_wrong_in_one_line(tmp_path):

@@ -314,6 +314,11 @@ class PlumeTrainingArguments(TrainingArguments):
             raise SettingsError(f"base_dtype={self.base_dtype} needs bf16=true, under which what learns stays float32")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
+        if self.deepspeed_plugin is not None and self.micro_batch_size and self.gradient_accumulation_steps > 1:
+            raise SettingsError(
+                "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
+                "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
+            )
 
     def without_effect(self, records: Records) -> list[str]:
         """Settings that change nothing, each with the reason.

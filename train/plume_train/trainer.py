@@ -86,11 +86,6 @@ class PlumeTrainer(Trainer):
                 "an evaluation runs the model on one process, which under ZeRO-3 and FSDP holds a part of its weights "
                 "only; use a validation_file, or evaluate the checkpoints"
             )
-        if self.is_deepspeed_enabled and args.micro_batch_size and args.gradient_accumulation_steps > 1:
-            raise SettingsError(
-                "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
-                "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
-            )
         self.meter = Meter(args.device)
         self.bad_rows: list[str] = []
         self._where: list[str] = []

@@ -17,7 +17,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from plume.engine.layers.weights import JoinedLinear, VisionWeights
+from plume.engine.layers.text import JoinedLinear
+from plume.engine.layers.weights import VisionWeights
 from plume.model.interface import at_least_float32
 
 try:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from plume.embedder.batches import plan_batches
+from plume.embedder.encode import plan_batches
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 32])

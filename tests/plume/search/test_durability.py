@@ -170,36 +170,41 @@ def test_somebody_elses_files_are_a_reason_to_refuse(plume, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+# A process for each step of the creation, which kills itself at it; they share what has been imported.
 _STOPPED_WHILE_MADE = """
 import os, signal, sys
+from pathlib import Path
 from plume import Plume
-from plume.search import index as module, store
-step = int(sys.argv[3])
-calls = []
-def count(name, own):
-    def called(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return own(*args, **kwargs)
-    return called
-module.os.fsync = count("fsync", os.fsync)
-module.Path.replace = count("replace", module.Path.replace)
-store._connect = count("connect", store._connect)
-store._trying = count("trying", store._trying)
+from plume.search import index, store
 plume = Plume(sys.argv[2], device="cpu")
-module.Index.create(sys.argv[1], plume)
+def made_until(step):
+    calls = []
+    def count(name, function):
+        def called(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return called
+    index.os.fsync = count("fsync", os.fsync)
+    index.Path.replace = count("replace", index.Path.replace)
+    store._connect = count("connect", store._connect)
+    store._trying = count("trying", store._trying)
+    index.Index.create(Path(sys.argv[1]) / f"index {step}", plume)
+for step in range(1, 5):
+    if not (child := os.fork()):
+        made_until(step)
+        os._exit(0)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 """
 
 
 @pytest.mark.launching
 def test_an_index_can_be_made_wherever_its_creation_was_killed(plume, plume_folder, notes, tmp_path):
+    done = run_command([sys.executable, "-c", _STOPPED_WHILE_MADE, tmp_path, plume_folder])
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * 4, done.stderr
     for step in range(1, 5):
-        place = tmp_path / f"index {step}"
-        arguments = [str(place), str(plume_folder), str(step)]
-        killed = run_command([sys.executable, "-c", _STOPPED_WHILE_MADE, *arguments])
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert update(Index.create(place, plume), notes, plume).embedded == 5
+        assert update(Index.create(tmp_path / f"index {step}", plume), notes, plume).embedded == 5
 
 
 def test_a_folder_that_has_moved_is_noticed_and_what_to_do_is_offered(plume, plume_folder, notes, tmp_path):
@@ -437,23 +442,26 @@ cli.main()
 
 
 @pytest.mark.launching
-@pytest.mark.parametrize(("signal_sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_is_stopped_says_what_it_leaves(plume_folder, notes, tmp_path, signal_sent, code):
-    for words, message in (
-        (["encode", "--text", "red", "--out", str(tmp_path / "v.npz")], f"nothing was written to {tmp_path / 'v.npz'}"),
-        (
-            ["index", str(notes), "--out", str(tmp_path / "index")],
-            "holds 0 rows, which stay; run the same command again",
-        ),
-    ):
-        with started([sys.executable, "-c", _SLOW, *words, "--model", plume_folder]) as process:
-            assert process.stdout.readline() == "working\n"
-            process.send_signal(signal_sent)
-            errors = process.communicate()[1]
-        assert process.returncode == code
-        assert "Traceback" not in errors
-        assert f"plume: stopped; {message}" in errors or message in errors
-        assert not (tmp_path / "v.npz").exists()
+@pytest.mark.parametrize(
+    ("command", "signal_sent", "code"),
+    [("encode", signal.SIGTERM, 143), ("index", signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_a_command_that_is_stopped_says_what_it_leaves(plume_folder, notes, tmp_path, command, signal_sent, code):
+    vectors = tmp_path / "v.npz"
+    words, message = {
+        "encode": (["--text", "red", "--out", vectors], f"nothing was written to {vectors}"),
+        "index": ([notes, "--out", tmp_path / "index"], "holds 0 rows, which stay; run the same command again"),
+    }[command]
+    with started([sys.executable, "-c", _SLOW, command, *words, "--model", plume_folder]) as process:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal_sent)
+        errors = process.communicate()[1]
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert "plume: stopped; " in errors
+    assert message in errors
+    assert not vectors.exists()
 
 
 def test_names_and_texts_do_not_steer_the_terminal(plume_folder, tmp_path):
