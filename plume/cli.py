@@ -269,14 +269,14 @@ def trace(
     except (ValueError, OSError) as error:
         _stop(_message(error, names))
     use = {modality: share.tolist() for modality, share in expert_use(traces).items()}
-    whole = {"model": model, "expert_use": use, "traces": [one.to_dict() for one in traces]}
+    whole = {"model": model, "expert_use": use, "traces": [steps.to_dict() for steps in traces]}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lines = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
         # The names of files need not be Unicode.
         (out / "trace.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
-        for number, one in enumerate(traces):
-            draw_trace(one, out / f"{number:03}.png")
+        for number, steps in enumerate(traces):
+            draw_trace(steps, out / f"{number:03}.png")
         if len(traces) > 1 and use:
             draw_expert_use(traces, out / "experts.png")
     except ImportError as error:
@@ -334,7 +334,7 @@ def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], li
         except InputError as error:
             refused.append(str(error))
     named = [text if text.strip() else f"--text {text!r}" for text in texts]
-    return [*(name for name, _ in found), *named], [*(one for _, one in found), *texts], refused
+    return [*(name for name, _ in found), *named], [*(raw for _, raw in found), *texts], refused
 
 
 def _message(error: Exception, names: Sequence[str]) -> str:

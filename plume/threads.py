@@ -38,8 +38,8 @@ def slow_on_cpu(model: Any) -> str | None:
     Args:
         model: a `PlumeModel`.
     """
-    text = sum(one.numel() for one in model.backbone.language_model.layers.parameters())
-    vision = sum(one.numel() for one in model.backbone.visual.blocks.parameters())
+    text = sum(weight.numel() for weight in model.backbone.language_model.layers.parameters())
+    vision = sum(weight.numel() for weight in model.backbone.visual.blocks.parameters())
     num_products = 2 * _NUM_TOKENS * (text + 4 * vision)
     if num_products < _FEW_PRODUCTS:
         return None

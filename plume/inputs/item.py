@@ -145,7 +145,7 @@ def is_messages(raw: Any) -> bool:
     """Whether an input is a chat message, or a list of them, which is one input and not a batch."""
     if isinstance(raw, Mapping):
         return "role" in raw and "content" in raw
-    return isinstance(raw, list) and bool(raw) and all(isinstance(one, Mapping) and is_messages(one) for one in raw)
+    return isinstance(raw, list) and bool(raw) and all(isinstance(m, Mapping) and is_messages(m) for m in raw)
 
 
 def list_inputs(inputs: Any) -> tuple[Sequence[Any], bool]:
@@ -158,10 +158,10 @@ def list_inputs(inputs: Any) -> tuple[Sequence[Any], bool]:
         >>> list_inputs("a"), list_inputs(("a", "b"))
         ((['a'], True), (['a', 'b'], False))
     """
-    one = (str, Mapping, Path, Image.Image, Item, Page, Video, *BYTES)
+    single = (str, Mapping, Path, Image.Image, Item, Page, Video, *BYTES)
     # The items of a one-dimensional array are inputs; with more axes it is one, made of pixels.
     is_pixels = isinstance(inputs, (np.ndarray, Tensor)) and inputs.ndim > 1
-    if isinstance(inputs, one) or is_messages(inputs) or is_pixels:
+    if isinstance(inputs, single) or is_messages(inputs) or is_pixels:
         return [inputs], True
     kind = type(inputs).__name__
     if hasattr(inputs, "columns"):
@@ -222,9 +222,9 @@ def _from_dict(raw: Mapping, name: str, limits: MediaLimits) -> Item:
                 "none leave it out",
             )
         if key == "image" and raw[key] is not None:
-            media += [_load_image(one, name, limits) for one in _images_of(raw[key], name)]
+            media += [_load_image(image, name, limits) for image in _images_of(raw[key], name)]
         elif key == "video" and raw[key] is not None:
-            media += [load_video(one, limits.sampling, name, limits.background) for one in _videos_of(raw[key])]
+            media += [load_video(video, limits.sampling, name, limits.background) for video in _videos_of(raw[key])]
     texts = "" if raw.get("text") is None else raw["text"]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -244,7 +244,7 @@ def _from_messages(messages: Sequence[Mapping], name: str, limits: MediaLimits) 
             raise InputError(name, f"the content of a message is {parts!r:.80}; expected a string or a list of parts")
         for part in parts:
             loaded = _from_part(part, name, limits)
-            texts = [one for one in loaded if isinstance(one, str)]
+            texts = [text for text in loaded if isinstance(text, str)]
             if role == "user":
                 content += loaded
             elif len(texts) == len(loaded):
@@ -274,10 +274,10 @@ def _from_part(part: Mapping, name: str, limits: MediaLimits) -> list[Part]:
     if "base64" in part and isinstance(value, str) and not is_data_uri(value):
         value = f"data:;base64,{value}"
     if kind == "image":
-        return [_load_image(one, name, limits) for one in _images_of(value, name)]
+        return [_load_image(image, name, limits) for image in _images_of(value, name)]
     if part.get("fps") is not None or part.get("max_frames") is not None:
         limits = replace(limits, sampling=_sampled(part, limits.sampling, name))
-    return [load_video(one, limits.sampling, name, limits.background) for one in _videos_of(value)]
+    return [load_video(video, limits.sampling, name, limits.background) for video in _videos_of(value)]
 
 
 def _load_path(path: Path, name: str, limits: MediaLimits) -> Part:
@@ -324,8 +324,8 @@ def _load_image(image: Any, name: str, limits: MediaLimits) -> Image.Image:
 
 
 def _images_of(value: Any, name: str) -> Sequence[Any]:
-    one = (str, os.PathLike, Image.Image, np.ndarray, Tensor, Page, *BYTES)
-    if isinstance(value, one) or _is_file(value):
+    single = (str, os.PathLike, Image.Image, np.ndarray, Tensor, Page, *BYTES)
+    if isinstance(value, single) or _is_file(value):
         return [value]
     if not isinstance(value, Sequence):
         raise InputError(name, f'"image" is a {type(value).__name__}; expected an image, a path, or a list')
@@ -336,7 +336,7 @@ def _videos_of(value: Any) -> Sequence[Any]:
     """One video, or several: a list of single frames is one video."""
     if not isinstance(value, (list, tuple)) or not value:
         return [value]
-    return list(value) if all(_is_video(one) for one in value) else [value]
+    return list(value) if all(_is_video(video) for video in value) else [value]
 
 
 def _is_video(value: Any) -> bool:

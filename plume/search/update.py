@@ -128,16 +128,16 @@ def update_store(
     progress = tqdm(contents, desc="Indexing", unit="file", disable=hide_progress)
     work = _load(progress, processor, instruction, current, report)
     for window in in_windows(
-        work, max_items=_ROWS_PER_WINDOW, max_tokens=_TOKENS_PER_WINDOW, num_tokens=lambda one: one.num_tokens
+        work, max_items=_ROWS_PER_WINDOW, max_tokens=_TOKENS_PER_WINDOW, num_tokens=lambda loaded: loaded.num_tokens
     ):
         vectors = plume.encode_document(
-            [one.item for one in window],
+            [loaded.item for loaded in window],
             instruction=instruction,
             num_latent_steps=num_latent_steps,
             batch_size=batch_size,
             show_progress_bar=False,
         )
-        new = [row for one, vector in zip(window, vectors, strict=True) for row in _rows_of(root, one, vector)]
+        new = [row for loaded, vector in zip(window, vectors, strict=True) for row in _rows_of(root, loaded, vector)]
         store.add(new)
         report.embedded += len(window)
         report.reused += len(new) - len(window)

@@ -158,11 +158,11 @@ def expert_use(traces: Sequence[Trace]) -> dict[str, Tensor]:
         (['text'], 1.0)
     """
     counts: dict[str, Tensor] = {}
-    for one in traces:
-        if one.experts is None or one.gates is None or not len(one.experts):
+    for traced in traces:
+        if traced.experts is None or traced.gates is None or not len(traced.experts):
             continue
-        kept = torch.bincount(one.experts.flatten(), minlength=one.gates.shape[1]).float()
-        counts[one.modality] = counts.get(one.modality, torch.zeros_like(kept)) + kept
+        kept = torch.bincount(traced.experts.flatten(), minlength=traced.gates.shape[1]).float()
+        counts[traced.modality] = counts.get(traced.modality, torch.zeros_like(kept)) + kept
     return {modality: counts[modality] / counts[modality].sum() for modality in sorted(counts)}
 
 

@@ -266,13 +266,13 @@ class PlumeTrainingArguments(TrainingArguments):
                 )
 
     def _refuse_not_honoured(self) -> None:
-        for one in fields(TrainingArguments):
-            if one.name not in NOT_HONOURED:
+        for setting in fields(TrainingArguments):
+            if setting.name not in NOT_HONOURED:
                 continue
-            default = one.default if one.default_factory is MISSING else one.default_factory()
-            value = getattr(self, one.name)
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            value = getattr(self, setting.name)
             if value != default and not (default == "no" and value is False):  # how YAML and flags read no
-                raise SettingsError(f"{one.name}={value!r} is not available here: {NOT_HONOURED[one.name]}")
+                raise SettingsError(f"{setting.name}={value!r} is not available here: {NOT_HONOURED[setting.name]}")
         if self.save_strategy == "best":
             raise SettingsError(f"save_strategy='best' is not available here: {_BEST}")
 
@@ -286,7 +286,9 @@ class PlumeTrainingArguments(TrainingArguments):
         """Weight of each loss term by its name."""
         ending = "_weight"
         return {
-            one.name.removesuffix(ending): getattr(self, one.name) for one in fields(self) if one.name.endswith(ending)
+            setting.name.removesuffix(ending): getattr(self, setting.name)
+            for setting in fields(self)
+            if setting.name.endswith(ending)
         }
 
     def check(self) -> None:

@@ -92,15 +92,15 @@ def expected_memory(
         >>> memory.weights, memory.gradients, memory.optimizer, memory.activations
         (64.0, 64.0, 128.0, 4096)
     """
-    learning = [one for one in model.parameters() if one.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     width, inner = text_config.hidden_size, text_config.intermediate_size
     per_layer, itemsize = 8 * width + 4 * inner, compute_dtype.itemsize
     layers = text_config.num_hidden_layers
     per_token = width * layers + per_layer if checkpointing else per_layer * layers
     return Memory(
-        weights=sum(one.nbytes for one in model.parameters()) / shares[0],
-        gradients=sum(one.nbytes for one in learning) / shares[1],
-        optimizer=moments * sum(4 * one.numel() for one in learning) / shares[2],
+        weights=sum(parameter.nbytes for parameter in model.parameters()) / shares[0],
+        gradients=sum(parameter.nbytes for parameter in learning) / shares[1],
+        optimizer=moments * sum(4 * parameter.numel() for parameter in learning) / shares[2],
         activations=num_rows * num_tokens * per_token * itemsize + 2 * num_labels * text_config.vocab_size * 4,
     )
 
@@ -117,12 +117,12 @@ def tell_memory(trainer: PlumeTrainer) -> None:
     curriculum = trainer.curriculum
     draws = next(iter(sampler_of(args, dataset.records.tasks, curriculum, num_steps=1)))[:_NUM_ROWS]
     batch = trainer.collate([dataset[draw] for draw in draws])
-    passes = [one["inputs"] for of in batch["passes"].values() for one in of]
+    passes = [inputs["inputs"] for micro_batches in batch["passes"].values() for inputs in micro_batches]
     num_rows = args.micro_batch_size or args.per_device_train_batch_size
     # The longest row decides, with the most latent steps that any stage takes.
-    suffixes = max(one["suffix_ids"].shape[1] for one in passes)
+    suffixes = max(inputs["suffix_ids"].shape[1] for inputs in passes)
     steps = max(curriculum.num_latent_steps(stage) for stage in curriculum.stages)
-    num_tokens = max(one["input_ids"].shape[1] for one in passes) + suffixes + steps
+    num_tokens = max(inputs["input_ids"].shape[1] for inputs in passes) + suffixes + steps
     world, stage = args.world_size, 0
     if accelerator.distributed_type == DistributedType.FSDP:
         stage = 3

@@ -34,14 +34,14 @@ class Meter:
         self._start = time.perf_counter()
         self._rows = self._tokens = 0
 
-    def see_pass(self, role: Role, output: PlumeOutput, one: Pass) -> None:
+    def see_pass(self, role: Role, output: PlumeOutput, micro_batch: Pass) -> None:
         """Take note of one pass of the model."""
         assert output.embedding is not None
         assert output.states is not None
         if role not in SUPERVISED:
             return
         self._vectors[role].append(output.embedding.detach())
-        counts = one["counts"]
+        counts = micro_batch["counts"]
         if output.gates is not None and counts.any():
             gates = output.gates[counts].float()  # [b, K, E]
             gates = gates[gates.sum(dim=-1) > 0]  # steps that were taken
@@ -118,4 +118,4 @@ def _everywhere(names: list[str]) -> list[str]:
         return names
     lists: list[list[str]] = [[] for _ in range(num_processes())]
     dist.all_gather_object(lists, names)
-    return sorted({name for one in lists for name in one})
+    return sorted({name for micro_batch in lists for name in micro_batch})

@@ -123,7 +123,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
     """All that decides the result of a run."""
-    names = [one.name for one in fields(args) if one.name not in _FREE and not one.name.startswith(_FREE_STARTS)]
+    names = [
+        field.name for field in fields(args) if field.name not in _FREE and not field.name.startswith(_FREE_STARTS)
+    ]
     known = {name: getattr(args, name) for name in names} | {"world_size": args.world_size}
     return json.loads(json.dumps(known, default=str))
 
@@ -157,10 +159,10 @@ def _choose(folder: Path, asked: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and what is wrong with those that come before it."""
     candidates = checkpoints(folder)[::-1] if asked == "auto" else [Path(asked)]
     damaged = []
-    for one in candidates:
-        if (reason := damage(one)) is None:
-            return one, damaged
-        damaged.append(f"{one} {reason}")
+    for checkpoint in candidates:
+        if (reason := damage(checkpoint)) is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint} {reason}")
     return None, damaged
 
 
@@ -297,10 +299,10 @@ def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
 
 def move_into(unfinished: Path, folder: Path) -> None:
     """Move what `whole_or_nothing` yielded into its place, once it is on the disk, replacing what has the same name."""
-    for inner in (unfinished, *(one for one in unfinished.iterdir() if one.is_dir())):
+    for inner in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
         tidy_weight_files(inner)
-    for one in sorted(unfinished.rglob("*")):
-        _to_disk(one)
+    for file in sorted(unfinished.rglob("*")):
+        _to_disk(file)
     for entry in sorted(unfinished.iterdir()):
         place = folder / entry.name
         if entry.is_dir() and place.exists():

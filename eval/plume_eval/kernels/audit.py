@@ -115,13 +115,13 @@ def read(call: Call, waiting: Call, shapes: Shapes, batch_size: int) -> Entry:
         waves=math.ceil(programs / at_a_time / MULTIPROCESSORS),
         loops=tuple(
             (
-                one.cycles,
-                one.cycles_with_waits,
-                1 if is_straight else max(1, iterations // unrolled(one, name, call.constants, warps)),
+                loop.cycles,
+                loop.cycles_with_waits,
+                1 if is_straight else max(1, iterations // unrolled(loop, name, call.constants, warps)),
             )
-            for one in own
+            for loop in own
         ),
-        waiting_loads=sum(one.count("LDG") for one in own),
+        waiting_loads=sum(loop.count("LDG") for loop in own),
         in_flight_bytes=(call.options["num_stages"] - 1) * weight_bytes(name, call.constants) * together,
         share_before=asked / all_bytes if all_bytes else 0.0,
     )
@@ -147,29 +147,27 @@ def chosen(shapes: Shapes, batch_size: int) -> int:
 
 def num_iterations(name: str, constants: dict[str, Any], num_chosen: int) -> int:
     """Iterations of each loop of a kernel, in the program that has most of them."""
-    one = constants
     if name == "_attention_kernel":
-        return one["SPLIT"] // one["BLOCK_L"]
+        return constants["SPLIT"] // constants["BLOCK_L"]
     if name == "_out_kernel":
-        return one["H"]
+        return constants["H"]
     if name == "_combine_kernel":
-        return one["Z"]
+        return constants["Z"]
     if name == "_down_kernel":
-        return one["SEGMENT"] // one["BLOCK_K"]
+        return constants["SEGMENT"] // constants["BLOCK_K"]
     if name == "_second_kernel":
-        return num_chosen * one["SEGMENT"] // one["BLOCK_K"]
-    return one["D"] // one["BLOCK_K"] if "BLOCK_K" in one else 1
+        return num_chosen * constants["SEGMENT"] // constants["BLOCK_K"]
+    return constants["D"] // constants["BLOCK_K"] if "BLOCK_K" in constants else 1
 
 
 def tile_size(name: str, constants: dict[str, Any]) -> tuple[int, int]:
     """Columns and channels of the weights that an iteration takes; none where there is no product with a weight."""
-    one = constants
     if name == "_attention_kernel":
-        return 2 * one["BLOCK_L"], one["C"]
-    if "BLOCK_N" not in one:
+        return 2 * constants["BLOCK_L"], constants["C"]
+    if "BLOCK_N" not in constants:
         return 0, 0
-    at_once = one.get("SEGMENTS", 2 if name in ("_qkv_kernel", "_gate_up_kernel") else 1)
-    return at_once * one["BLOCK_N"], one["BLOCK_K"] if "BLOCK_K" in one else one["C"]
+    at_once = constants.get("SEGMENTS", 2 if name in ("_qkv_kernel", "_gate_up_kernel") else 1)
+    return at_once * constants["BLOCK_N"], constants["BLOCK_K"] if "BLOCK_K" in constants else constants["C"]
 
 
 def weight_bytes(name: str, constants: dict[str, Any]) -> int:
@@ -196,17 +194,17 @@ def table(entries: Sequence[Entry]) -> str:
     ]  # fmt: skip
     lines = [
         [
-            one.kernel, one.batch_size, one.programs, one.warps, one.registers, one.stack_bytes,
-            f"{one.shared_bytes / 1024:.0f}", one.at_a_time, one.waves,
-            " + ".join(f"{least:,}/{cycles:,} x {iterations}" for least, cycles, iterations in one.loops),
-            f"{one.chain_us:.1f}", one.waiting_loads, f"{one.in_flight_bytes / 1024:.0f}",
-            f"{one.share_before:.0%}",
+            entry.kernel, entry.batch_size, entry.programs, entry.warps, entry.registers, entry.stack_bytes,
+            f"{entry.shared_bytes / 1024:.0f}", entry.at_a_time, entry.waves,
+            " + ".join(f"{least:,}/{cycles:,} x {iterations}" for least, cycles, iterations in entry.loops),
+            f"{entry.chain_us:.1f}", entry.waiting_loads, f"{entry.in_flight_bytes / 1024:.0f}",
+            f"{entry.share_before:.0%}",
         ]
-        for one in entries
+        for entry in entries
     ]  # fmt: skip
     return markdown_table(columns, lines)
 
 
 def plain(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """What was read, for JSON."""
-    return [{**asdict(one), "chain_us": one.chain_us} for one in entries]
+    return [{**asdict(entry), "chain_us": entry.chain_us} for entry in entries]

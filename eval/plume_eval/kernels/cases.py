@@ -85,19 +85,18 @@ def arguments(
     def norm(width: int) -> Tensor:
         return 1 + 0.2 * random(width)
 
-    one = shapes
     batch, width, heads, groups, channels = (
         len(lengths),
-        one.hidden_size,
-        one.num_heads,
-        one.num_key_value_heads,
-        one.channels,
+        shapes.hidden_size,
+        shapes.num_heads,
+        shapes.num_key_value_heads,
+        shapes.channels,
     )
     rows, num_slots = batch * num_new, num_slots or max(lengths) + num_new + 1
     num_splits = -(-num_slots // tiles.SPLIT)
     filled = torch.tensor(list(lengths), device=device)
     is_real = torch.ones(batch, num_new, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-    stream = random(one.num_terms, rows, width, exact=True)
+    stream = random(shapes.num_terms, rows, width, exact=True)
     # Behind what is filled there may be anything.
     kv = random(2, batch, groups, num_slots, channels)
     kv_after, outputs = kv, random(num_splits, rows, heads, channels, exact=True)
@@ -112,28 +111,28 @@ def arguments(
         lse = lse.masked_fill(is_empty[..., None], -torch.inf)
     positions = torch.randint(0, 2000, (rows,), generator=generator, device=device)
     frequencies = 1e6 ** (-torch.arange(0, channels, 2, device=device) / channels)
-    x, num_all = random(rows, width, exact=True), one.num_experts + one.has_shared
-    state, routed = random(batch, width), random(batch, one.num_experts, exact=True).abs()
-    kept = routed.topk(one.top_k, dim=1)
+    x, num_all = random(rows, width, exact=True), shapes.num_experts + shapes.has_shared
+    state, routed = random(batch, width), random(batch, shapes.num_experts, exact=True).abs()
+    kept = routed.topk(shapes.top_k, dim=1)
     weights = torch.zeros_like(routed).scatter(1, kept.indices, kept.values)
-    weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1) if one.has_shared else weights
+    weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1) if shapes.has_shared else weights
     eps, total = 1e-6, (heads + 2 * groups) * channels
-    router = weight(one.num_experts, 2 * width)
+    router = weight(shapes.num_experts, 2 * width)
     return {
         "qkv": (
             stream, norm(width), eps, weight(total, width), random(total), positions, frequencies, is_real, filled, kv,
         ),
         "attention": (random(rows, heads, channels), kv_after, is_real, filled),
         "out": (outputs, lse, weight(width, heads * channels), stream),
-        "gate_up": (x, norm(width), eps, weight(2 * one.inner_size, width)),
-        "down": (random(rows, one.inner_size), weight(width, one.inner_size), x),
+        "gate_up": (x, norm(width), eps, weight(2 * shapes.inner_size, width)),
+        "down": (random(rows, shapes.inner_size), weight(width, shapes.inner_size), x),
         "experts_first": (
             stream[:, :batch].contiguous(), norm(width), eps, state, random(batch, width), norm(width), random(width),
-            1e-5, random(width), router, random(one.num_experts), weight(num_all * one.expert_size, width),
-            random(num_all * one.expert_size), one.top_k, one.has_shared,
+            1e-5, random(width), router, random(shapes.num_experts), weight(num_all * shapes.expert_size, width),
+            random(num_all * shapes.expert_size), shapes.top_k, shapes.has_shared,
         ),
         "experts_second": (
-            state, random(num_all, batch, one.expert_size), weights, weight(num_all * width, one.expert_size),
+            state, random(num_all, batch, shapes.expert_size), weights, weight(num_all * width, shapes.expert_size),
             random(num_all * width),
         ),
         "final_norm": (stream, norm(width), eps),
@@ -142,4 +141,4 @@ def arguments(
 
 def as_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same numbers in float64, for a reference."""
-    return tuple(one.double() if isinstance(one, Tensor) and one.is_floating_point() else one for one in args)
+    return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)

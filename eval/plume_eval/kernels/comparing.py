@@ -17,7 +17,7 @@ CLEAR_MARGIN = 0.02
 
 def clone(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments of their own memory."""
-    return tuple(one.clone() if isinstance(one, Tensor) else one for one in args)
+    return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
 
 
 def outcome(name: str, result: Any, args: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -42,15 +42,15 @@ def errors(name: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> dic
     found, exact = dict(found), dict(exact)
     if name == "attention":
         is_empty = (exact["lse"] == -torch.inf)[..., None]
-        found["outputs"], exact["outputs"] = (one["outputs"].masked_fill(is_empty, 0) for one in (found, exact))
+        found["outputs"], exact["outputs"] = (results["outputs"].masked_fill(is_empty, 0) for results in (found, exact))
     if name == "experts_first":
         weights = exact["weights"][:, -exact["gates"].shape[1] :]  # of routed experts
         dropped = exact["gates"].masked_fill(weights > 0, -1).amax(dim=1)
         is_clear = weights.masked_fill(weights == 0, 2).amin(dim=1) - dropped >= CLEAR_MARGIN  # [B]
         is_used = (exact["weights"].T > 0) & is_clear  # [X, B]
-        for one in (found, exact):
-            one["weights"] = one["weights"].where(is_clear[:, None], 0)
-            one["inner"] = one["inner"].where(is_used[..., None], 0)
+        for results in (found, exact):
+            results["weights"] = results["weights"].where(is_clear[:, None], 0)
+            results["inner"] = results["inner"].where(is_used[..., None], 0)
     return {part: error(found[part], exact[part]) for part in exact}
 
 

@@ -44,10 +44,10 @@ def gate(shapes: Shapes, *, dtype: torch.dtype, device: str) -> list[Check]:
         GateError: some are wrong; the message names them.
     """
     found = check_all(shapes, GATED, dtype=dtype, device=device)
-    if red := [one for one in found if not one.is_green]:
+    if red := [check for check in found if not check.is_green]:
         lines = [
-            f"{one.name} ({one.part}), {one.num_rows} x {one.num_new}: {one.error:.1e} > {one.allowed:.1e}"
-            for one in red
+            f"{check.name} ({check.part}), {check.num_rows} x {check.num_new}: {check.error:.1e} > {check.allowed:.1e}"
+            for check in red
         ]
         raise GateError("nothing is timed, since kernels are wrong:\n" + "\n".join(lines))
     return found
@@ -173,7 +173,7 @@ def run(
         begin = time.perf_counter()  # compiling for the gate takes as long as it takes
         measured = measure_device(torch.device(device), dtype)
         result: dict[str, Any] = {
-            "gate": [vars(one) for one in checks],
+            "gate": [vars(check) for check in checks],
             "bytes_per_s": measured.bytes_per_s,
             "operations_per_s": measured.operations_per_s,
             "kernels": [],
@@ -205,24 +205,24 @@ def run(
 
 def tables(result: dict[str, Any]) -> str:
     """What was measured, as Markdown."""
-    worst = max(result["gate"], key=lambda one: one["error"] / one["allowed"])
+    worst = max(result["gate"], key=lambda check: check["error"] / check["allowed"])
     kernels = [
         [
-            one["kernel"], one["batch_size"], one["implementation"], f"{one['median_us']:.1f}",
-            f"{one['p20_us']:.1f} to {one['p80_us']:.1f}", f"{one['bytes'] / 1e6:.2f}", f"{one['floor_us']:.1f}",
-            f"{one['share_of_bandwidth']:.0%}{'' if one['is_cold'] else ', warm'}",
+            row["kernel"], row["batch_size"], row["implementation"], f"{row['median_us']:.1f}",
+            f"{row['p20_us']:.1f} to {row['p80_us']:.1f}", f"{row['bytes'] / 1e6:.2f}", f"{row['floor_us']:.1f}",
+            f"{row['share_of_bandwidth']:.0%}{'' if row['is_cold'] else ', warm'}",
         ]
-        for one in result["kernels"]
+        for row in result["kernels"]
     ]  # fmt: skip
     steps = [
         [
-            one["batch_size"],
-            one["implementation"],
-            f"{one['step_us'] / 1000:.3f}",
-            f"{one['floor_us'] / 1000:.3f}",
-            f"{one['step_us'] / one['floor_us']:.2f}",
+            row["batch_size"],
+            row["implementation"],
+            f"{row['step_us'] / 1000:.3f}",
+            f"{row['floor_us'] / 1000:.3f}",
+            f"{row['step_us'] / row['floor_us']:.2f}",
         ]
-        for one in result["steps"]
+        for row in result["steps"]
     ]
     left = [[name, f"{taken:.0f}"] for name, taken in result["shares_us"].items()]
     return "\n\n".join(
@@ -260,12 +260,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    sizes = sorted({one["batch_size"] for one in result["steps"]})
-    for implementation in dict.fromkeys(one["implementation"] for one in result["steps"]):
+    sizes = sorted({row["batch_size"] for row in result["steps"]})
+    for implementation in dict.fromkeys(row["implementation"] for row in result["steps"]):
         own = {
-            one["batch_size"]: one["step_us"] / 1000
-            for one in result["steps"]
-            if one["implementation"] == implementation
+            row["batch_size"]: row["step_us"] / 1000
+            for row in result["steps"]
+            if row["implementation"] == implementation
         }
         left.plot(
             [str(size) for size in sizes if size in own],
@@ -273,16 +273,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
             "o-",
             label=implementation,
         )
-    floors = {one["batch_size"]: one["floor_us"] / 1000 for one in result["steps"]}
+    floors = {row["batch_size"]: row["floor_us"] / 1000 for row in result["steps"]}
     left.plot([str(size) for size in sizes], [floors[size] for size in sizes], "k--", label="floor")
     left.set(xlabel="batch size", ylabel="ms", title="One latent step", yscale="log")
     left.legend()
-    least = min(one["batch_size"] for one in result["kernels"])
-    smallest = [one for one in result["kernels"] if one["batch_size"] == least]
-    names = list(dict.fromkeys(one["kernel"] for one in smallest))
-    implementations = list(dict.fromkeys(one["implementation"] for one in smallest))
+    least = min(row["batch_size"] for row in result["kernels"])
+    smallest = [row for row in result["kernels"] if row["batch_size"] == least]
+    names = list(dict.fromkeys(row["kernel"] for row in smallest))
+    implementations = list(dict.fromkeys(row["implementation"] for row in smallest))
     for place, implementation in enumerate(implementations):
-        own = {one["kernel"]: one["share_of_bandwidth"] for one in smallest if one["implementation"] == implementation}
+        own = {row["kernel"]: row["share_of_bandwidth"] for row in smallest if row["implementation"] == implementation}
         offset = (place - (len(implementations) - 1) / 2) * 0.8 / len(implementations)
         right.barh(
             [row + offset for row in range(len(names))],

@@ -34,15 +34,14 @@ AGREEMENT = 1e-3
 
 def products(shapes: Shapes) -> dict[str, tuple[int, int]]:
     """Columns and channels, N and K, of the product in each kernel that has a tile."""
-    one = shapes
-    heads, width = one.num_heads * one.channels, one.hidden_size
+    heads, width = shapes.num_heads * shapes.channels, shapes.hidden_size
     return {
-        "qkv": (heads + 2 * one.num_key_value_heads * one.channels, width),
+        "qkv": (heads + 2 * shapes.num_key_value_heads * shapes.channels, width),
         "out": (width, heads),
-        "gate_up": (one.inner_size, width),
-        "down": (width, one.inner_size),
-        "experts_first": (one.expert_size, width),
-        "experts_second": (width, one.expert_size),
+        "gate_up": (shapes.inner_size, width),
+        "down": (width, shapes.inner_size),
+        "experts_first": (shapes.expert_size, width),
+        "experts_second": (width, shapes.expert_size),
     }
 
 
@@ -54,7 +53,8 @@ def candidates(name: str, columns: int, num_rows: int) -> list[Tile]:
         sizes = [(16, 64, 2, 5), (32, 64, 4, 4), (32, 128, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4)]
     block_m = min(32, tiles.bucket(num_rows))
     found = [tiles.default(name, columns, num_rows), *(Tile(block_m, *size) for size in sizes)]
-    return list(dict.fromkeys(replace(one, is_split=name == "down" and num_rows <= tiles.MOST_SPLIT) for one in found))
+    is_split = name == "down" and num_rows <= tiles.MOST_SPLIT
+    return list(dict.fromkeys(replace(tile, is_split=is_split) for tile in found))
 
 
 def tune(

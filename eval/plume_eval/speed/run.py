@@ -88,19 +88,19 @@ def _run(
     device = measure_device(model.device, model.dtype)
     bench = _Bench(config, model, implementations, device)
     cosines = bench.gate()
-    groups = [(size, one) for one in config.inputs for size in config.batch_sizes if any(bench.cases(size, one))]
+    groups = [(size, name) for name in config.inputs for size in config.batch_sizes if any(bench.cases(size, name))]
     total = sum(len(list(bench.cases(*group))) for group in groups)
     with tqdm(total=total, desc="Latency", unit="case", disable=not show_progress) as bar:
-        for size, one in groups:
-            cases = list(bench.cases(size, one))
-            bar.set_postfix_str(f"{one}, batch size {size}")
+        for size, name in groups:
+            cases = list(bench.cases(size, name))
+            bar.set_postfix_str(f"{name}, batch size {size}")
             if bench.time_is_up():
-                bench.left_out.append(f"{one} at batch size {size}: time is up")
+                bench.left_out.append(f"{name} at batch size {size}: time is up")
             else:
                 try:
-                    bench.measure(size, one, cases)
+                    bench.measure(size, name, cases)
                 except RuntimeError as error:  # out of memory, most likely; what was measured before is kept
-                    bench.left_out.append(f"{one} at batch size {size}: {_brief(error)}")
+                    bench.left_out.append(f"{name} at batch size {size}: {_brief(error)}")
                     bench.failed = True
                     for case in cases:
                         bench.timings.pop(case, None)
@@ -146,9 +146,9 @@ class _Bench:
         """Lowest cosine of each implementation to transformers' layers."""
         baseline = build("transformers", self.model, self.config)
         lowest: dict[str, float] = {}
-        for name, one in list(self.implementations.items()):
+        for name, implementation in list(self.implementations.items()):
             try:
-                lowest[name] = float(torch.tensor([1.0, *self._agreement(name, one, baseline)]).min())
+                lowest[name] = float(torch.tensor([1.0, *self._agreement(name, implementation, baseline)]).min())
             except Exception as error:
                 if name not in FOREIGN:
                     raise
@@ -164,7 +164,7 @@ class _Bench:
                 )
         return lowest
 
-    def _agreement(self, name: str, one: Implementation, baseline: Implementation) -> Iterator[float]:
+    def _agreement(self, name: str, implementation: Implementation, baseline: Implementation) -> Iterator[float]:
         """Cosines to transformers' layers, of every input that it is measured for, at its smallest batch."""
         assert self.model.processor is not None
         for kind, size in self.config.inputs.items():
@@ -174,36 +174,38 @@ class _Bench:
             items = make_items(self.model.processor, size, min(counts))
             for steps in (0, self.config.main_steps):
                 expected = baseline.embed(baseline.prepare(items), steps)
-                yield from cosine_similarity(one.embed(one.prepare(items), steps), expected).tolist()
+                vectors = implementation.embed(implementation.prepare(items), steps)
+                yield from cosine_similarity(vectors, expected).tolist()
             # In half precision the most likely token of random weights is a matter of rounding.
             if name != "int8" and self.config.dtype == "float32":
                 expected = baseline.write(baseline.prepare(items), 3, stops=False)[0]
-                yield from cosine_similarity(one.write(one.prepare(items), 3, stops=False)[0], expected).tolist()
+                vectors = implementation.write(implementation.prepare(items), 3, stops=False)[0]
+                yield from cosine_similarity(vectors, expected).tolist()
 
     def cases(self, batch_size: int, name: str) -> Iterator[Case]:
         """What is timed of one input at one batch size."""
         config = self.config
         steps = {0, config.main_steps} | (set(config.num_latent_steps) if batch_size == 1 else {1})
-        for one in self.implementations:
-            if not config.allows(one, name, batch_size):
+        for label in self.implementations:
+            if not config.allows(label, name, batch_size):
                 continue
-            if self._preparer(one, name, batch_size) == one:
-                yield Case(one, name, batch_size, "preparing")
+            if self._preparer(label, name, batch_size) == label:
+                yield Case(label, name, batch_size, "preparing")
             if config.inputs[name].pixels is not None:
-                yield Case(one, name, batch_size, "vision")
+                yield Case(label, name, batch_size, "vision")
             for count in sorted(steps):
-                yield Case(one, name, batch_size, "latent", count)
+                yield Case(label, name, batch_size, "latent", count)
             wanted = config.written_inputs is None or name in config.written_inputs
-            if batch_size in config.written_batch_sizes and wanted and one != "int8":
-                yield Case(one, name, batch_size, "explicit", config.num_written_tokens)
+            if batch_size in config.written_batch_sizes and wanted and label != "int8":
+                yield Case(label, name, batch_size, "explicit", config.num_written_tokens)
 
     def _preparer(self, implementation: str, name: str, batch_size: int) -> str:
         """The first implementation that prepares inputs as this one does; they share what it prepares."""
-        measured = [one for one in self.implementations if self.config.allows(one, name, batch_size)]
+        measured = [label for label in self.implementations if self.config.allows(label, name, batch_size)]
         return next(
-            one
-            for one in measured
-            if type(self.implementations[one]).prepare is type(self.implementations[implementation]).prepare
+            label
+            for label in measured
+            if type(self.implementations[label]).prepare is type(self.implementations[implementation]).prepare
         )
 
     def measure(self, batch_size: int, name: str, cases: Sequence[Case]) -> None:

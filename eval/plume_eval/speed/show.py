@@ -144,25 +144,25 @@ def draw(result: dict[str, Any], config: LatencyConfig, path: Path) -> None:
 
 def _draw_stages(axes: Any, result: dict[str, Any], config: LatencyConfig, name: str, size: int) -> None:
     bars: list[tuple[str, list[float]]] = []
-    here = [one for one in result["stages"] if (one["input"], one["batch_size"]) == (name, size)]
-    for one in here:
-        before = [one["preparing_ms"], one["vision_ms"], one["prefill_ms"]]
-        bars.append((f"{one['implementation']}, single pass", [*before, 0, 0]))
+    here = [stage for stage in result["stages"] if (stage["input"], stage["batch_size"]) == (name, size)]
+    for stage in here:
+        before = [stage["preparing_ms"], stage["vision_ms"], stage["prefill_ms"]]
+        bars.append((f"{stage['implementation']}, single pass", [*before, 0, 0]))
         bars.append(
             (
-                f"{one['implementation']}, K = {config.main_steps}",
-                [*before, config.main_steps * one["step_ms"], one["suffix_ms"]],
+                f"{stage['implementation']}, K = {config.main_steps}",
+                [*before, config.main_steps * stage["step_ms"], stage["suffix_ms"]],
             )
         )
         for row in result["cases"]:
             if (row["input"], row["batch_size"], row["implementation"], row["mode"]) == (
                 name,
                 size,
-                one["implementation"],
+                stage["implementation"],
                 "explicit",
             ):
-                rest = row["median_ms"] - one["vision_ms"] - one["prefill_ms"]
-                bars.append((f"{one['implementation']}, {row['num_written']} tokens", [*before, rest, 0]))
+                rest = row["median_ms"] - stage["vision_ms"] - stage["prefill_ms"]
+                bars.append((f"{stage['implementation']}, {row['num_written']} tokens", [*before, rest, 0]))
     for place, (_, parts) in enumerate(bars):
         left = 0.0
         for part, colour in zip(parts, _COLOURS, strict=True):

@@ -158,15 +158,20 @@ class PairCollator:
             passes[role] = [self._pass(role, micro_batch, most_steps) for micro_batch in micro_batches]
         supervised: dict[Role, list[Pass]] = {role: passes[role] for role in SUPERVISED if role in passes}
         counted = [
-            (one["inputs"]["num_latent_steps"] * one["counts"]).sum() for of in supervised.values() for one in of
+            (micro_batch["inputs"]["num_latent_steps"] * micro_batch["counts"]).sum()
+            for micro_batches in supervised.values()
+            for micro_batch in micro_batches
         ]
         return Batch(
             passes=passes,
             num_supervised={
-                role: torch.stack([_num_labelled(one) for one in of]).sum() for role, of in supervised.items()
+                role: torch.stack([_num_labelled(micro_batch) for micro_batch in micro_batches]).sum()
+                for role, micro_batches in supervised.items()
             },
             num_gates=torch.stack(counted).sum(),
-            num_tokens=torch.stack([_num_tokens(one) for of in passes.values() for one in of]).sum(),
+            num_tokens=torch.stack(
+                [_num_tokens(micro_batch) for micro_batches in passes.values() for micro_batch in micro_batches]
+            ).sum(),
             is_pair=_counts(entries["query"]),
             takes_all_steps=torch.tensor([draw.num_steps == most_steps for draw in draws]),
             most_steps=most_steps,
@@ -311,12 +316,12 @@ def _counts(entries: Sequence[_Entry]) -> Tensor:
     return torch.tensor([entry.counts for entry in entries])
 
 
-def _num_labelled(one: Pass) -> Tensor:
-    return (one["inputs"]["labels"] != -100).any(dim=1).sum()
+def _num_labelled(micro_batch: Pass) -> Tensor:
+    return (micro_batch["inputs"]["labels"] != -100).any(dim=1).sum()
 
 
-def _num_tokens(one: Pass) -> Tensor:
-    inputs = one["inputs"]
+def _num_tokens(micro_batch: Pass) -> Tensor:
+    inputs = micro_batch["inputs"]
     return inputs["attention_mask"].sum() + inputs["suffix_mask"].sum() + inputs["num_latent_steps"].sum()
 
 

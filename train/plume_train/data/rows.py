@@ -272,7 +272,7 @@ def _from_columns(row: Mapping) -> dict[str, Any]:
     count = max((len(value) for value in negatives.values() if isinstance(value, (list, tuple))), default=1)
     spread = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in negatives.items()}
     rows = [{name: value[i] for name, value in spread.items() if i < len(value)} for i in range(count)]
-    return {**row, **sides, "negatives": [one for one in rows if one]}
+    return {**row, **sides, "negatives": [row for row in rows if row]}
 
 
 def _unwrap(side: Any) -> Any:
@@ -288,10 +288,10 @@ def _listed(value: Any) -> list[Any]:
 def _clips(value: Any, where: str) -> list[tuple[str, ...]]:
     """Videos of a side: a file, a list of files, a list of frames, or a list of lists of frames."""
     listed = _listed(value)
-    if listed and all(isinstance(one, (list, tuple)) for one in listed):
-        clips = [tuple(one) for one in listed]
-    elif all(isinstance(one, str) and Path(one).suffix.lower() in VIDEO_SUFFIXES for one in listed):
-        clips = [(one,) for one in listed]
+    if listed and all(isinstance(clip, (list, tuple)) for clip in listed):
+        clips = [tuple(clip) for clip in listed]
+    elif all(isinstance(clip, str) and Path(clip).suffix.lower() in VIDEO_SUFFIXES for clip in listed):
+        clips = [(clip,) for clip in listed]
     else:
         clips = [tuple(listed)]
     for clip in clips:

@@ -71,11 +71,11 @@ class Step:
         num_rows = self.objective.num_rows(batch)
         own: dict[str, Tensor] = {}
         seen: dict[Role, list[Seen]] = {}
-        for role, one in _passes(batch):
-            output = self._run(**one["inputs"])
-            self._observe(role, output, one)
-            seen.setdefault(role, []).append(self.objective.represent(output, one))
-            self._add(own, self.objective.own(self._run, output, one, num_rows.get(role)), role)
+        for role, micro_batch in _passes(batch):
+            output = self._run(**micro_batch["inputs"])
+            self._observe(role, output, micro_batch)
+            seen.setdefault(role, []).append(self.objective.represent(output, micro_batch))
+            self._add(own, self.objective.own(self._run, output, micro_batch, num_rows.get(role)), role)
         return own | self.objective.joint(seen, batch)
 
     def cached(self, batch: Batch) -> dict[str, Tensor]:
@@ -83,16 +83,16 @@ class Step:
         passes = _passes(batch)
         num_rows = self.objective.num_rows(batch)
         replays, seen, frozen = [], {}, []
-        for role, one in passes:
-            replays.append(RandContext(*one["inputs"].values()))
+        for role, micro_batch in passes:
+            replays.append(RandContext(*micro_batch["inputs"].values()))
             with torch.no_grad():
-                output = self._run(**{**one["inputs"], "labels": None})
-                self._observe(role, output, one)
-                vectors = self.objective.represent(output, one)
+                output = self._run(**{**micro_batch["inputs"], "labels": None})
+                self._observe(role, output, micro_batch)
+                vectors = self.objective.represent(output, micro_batch)
             seen.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})
             frozen.append(output.vision_states if self.vision_is_frozen else None)
 
-        leaves = [vector.requires_grad_() for vectors in seen.values() for one in vectors for vector in one.values()]
+        leaves = [vector.requires_grad_() for of_role in seen.values() for one in of_role for vector in one.values()]
         joint = self.objective.joint(seen, batch)
         self._keep(joint)
         if joint:
@@ -100,13 +100,13 @@ class Step:
 
         vectors = {role: iter(of_role) for role, of_role in seen.items()}
         with self._many_backwards() as backward:
-            for index, (role, one) in enumerate(passes):
+            for index, (role, micro_batch) in enumerate(passes):
                 with backward.hold(is_last=index == len(passes) - 1), replays[index]:
-                    output = self._run(**one["inputs"], vision_states=frozen[index])
+                    output = self._run(**micro_batch["inputs"], vision_states=frozen[index])
                     own: dict[str, Tensor] = {}
-                    self._add(own, self.objective.own(self._run, output, one, num_rows.get(role)), role)
+                    self._add(own, self.objective.own(self._run, output, micro_batch, num_rows.get(role)), role)
                     self._keep(own)
-                    again = self.objective.represent(output, one)
+                    again = self.objective.represent(output, micro_batch)
                     loss = self.objective.weighted(own)
                     for name, vector in next(vectors[role]).items():
                         if vector.grad is not None:
@@ -118,10 +118,10 @@ class Step:
         with self.autocast():
             return self.model(**inputs)
 
-    def _observe(self, role: Role, output: PlumeOutput, one: Pass) -> None:
+    def _observe(self, role: Role, output: PlumeOutput, micro_batch: Pass) -> None:
         if self.observe is not None:
             with torch.no_grad():
-                self.observe(role, output, one)
+                self.observe(role, output, micro_batch)
 
     def _add(self, parts: dict[str, Tensor], new: dict[str, Tensor], role: Role) -> None:
         for name, value in new.items():
@@ -180,4 +180,4 @@ class _EngineBackward(_Backward):
 
 
 def _passes(batch: Batch) -> list[tuple[Role, Pass]]:
-    return [(role, one) for role, passes in batch["passes"].items() for one in passes]
+    return [(role, micro_batch) for role, passes in batch["passes"].items() for micro_batch in passes]

@@ -74,14 +74,14 @@ class Objective:
             return LossScalars(SIGMOID_SCALE, SIGMOID_BIAS)
         return LossScalars(1 / self.args.temperature) if self.args.learn_temperature else None
 
-    def represent(self, output: PlumeOutput, one: Pass) -> Seen:
+    def represent(self, output: PlumeOutput, micro_batch: Pass) -> Seen:
         """What joint terms see of a pass."""
         assert output.embedding is not None
         assert output.anchor_embedding is not None
         assert output.states is not None
         seen = {"embedding": output.embedding, "anchor": output.anchor_embedding}
         if self.num_experts is not None:
-            counted = one["counts"][:, None, None]
+            counted = micro_batch["counts"][:, None, None]
             seen["gate_total"] = (
                 output.embedding.new_zeros(self.num_experts)
                 if output.gates is None
@@ -93,31 +93,33 @@ class Objective:
             seen["scalars"] = output.scalars
         return seen
 
-    def own(self, run: Run, output: PlumeOutput, one: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
+    def own(self, run: Run, output: PlumeOutput, micro_batch: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
         """Terms that are sums over the rows of a pass.
 
         Args:
             run: runs the model once more; distillation needs it.
             output: of the pass.
-            one: the pass.
+            micro_batch: of the pass.
             num_rows: rows with labels on this side of the batch, on all processes; None for hard negatives.
         """
-        inputs, parts = one["inputs"], {}
+        inputs, parts = micro_batch["inputs"], {}
         if "labels" in inputs:
             assert output.suffix_logits is not None
             assert num_rows is not None
             parts["cross_entropy"] = suffix_cross_entropy(output.suffix_logits, inputs["labels"], num_rows)
-        if "teacher" in one:
-            written = run(**{**inputs, **one["teacher"], "keep_layers": True, "vision_states": output.vision_states})
+        if "teacher" in micro_batch:
+            written = run(
+                **{**inputs, **micro_batch["teacher"], "keep_layers": True, "vision_states": output.vision_states}
+            )
             assert num_rows is not None
             assert output.read_out_layers is not None
             assert written.read_out_layers is not None
             assert written.suffix_logits is not None
             parts["distillation"] = distillation_loss(
-                output.read_out_layers, written.read_out_layers, one["counts"], num_rows
+                output.read_out_layers, written.read_out_layers, micro_batch["counts"], num_rows
             )
             parts["teacher_cross_entropy"] = suffix_cross_entropy(
-                written.suffix_logits, one["teacher"]["labels"], num_rows
+                written.suffix_logits, micro_batch["teacher"]["labels"], num_rows
             )
         return {name: value * num_processes() for name, value in parts.items()}
 
