@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import reference
 from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.tuning import products, tune
 from plume_kernels import tiles
@@ -30,7 +30,7 @@ def main() -> None:
     with torch.inference_mode():
         table = tune(
             [BY_NAME[name] for name in options.shapes],
-            {name: getattr(definitions, name) for name in products(BY_NAME[options.shapes[0]])},
+            {name: getattr(reference, name) for name in products(BY_NAME[options.shapes[0]])},
             time_limit_s=options.time_limit,
             report=lambda line: print(line, flush=True),  # noqa: T201
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ from plume_eval.hops.make import make_page_task
 if not torch.cuda.is_available():
     # Else deepspeed, which others import where it is installed, prints that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_configure():
+    """A shell's background ignores Ctrl-C, and what the tests start would inherit that; some of it must hear it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

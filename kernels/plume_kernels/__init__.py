@@ -8,8 +8,9 @@ Five launches per layer and three per transition adapter:
     gate_up    RMSNorm, gate and up projections, SwiGLU
     down       down projection in fixed segments, residual
 
-    routing    final RMSNorm, LayerNorm, router, top T
-    experts    first layers; then second layers, gates and residual
+    experts_first    final RMSNorm, LayerNorm, router, top T; in a second launch the first layers
+    experts_second   second layers, gates and residual
+    final_norm       final RMSNorm, where no latent step follows
 
 What each computes is defined by the function of the same name in `plume/engine/fused/reference.py`, against which it is
 tested; the launch plan and its figures are in `kernels/README.md`. Importing the package imports no Triton; its modules

@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Loaded:
     """An input that is checked and loaded.
 
-    length: tokens, about. index: its place in the list that was passed, and place in the run of batches that it is
-    embedded in. prefetcher: prepares its batch, if there is one.
+    length: tokens, about. index: position in the list that was passed. place: position in the run of batches that it
+    is embedded in. prefetcher: prepares its batch, if there is one.
     """
 
     item: Item
@@ -49,11 +49,15 @@ Window = list[Loaded]
 
 @dataclass(kw_only=True)
 class EncodeCall:
-    """One call, from raw inputs to vectors; `run` tells the story.
+    """One call, from raw inputs to vectors; read `run` first.
 
+    inputs: what the user passed. instruction: for inputs that bring none of their own. limits: of media.
+    batch_size, max_tokens_per_batch: rows, and tokens with padding, of a pass at most.
+    skips_errors: whether inputs that cannot be embedded are skipped; `skipped` then holds their errors.
+    loads_ahead: whether the next window is loaded in a thread. num_workers: processes that share the work.
     device: where vectors are wanted.
-    run_batches: embeds loaded inputs in order of their places, so many at a time, `[n, D]`.
-    prepare: makes a batch ready for the model; None where it is not worth a thread.
+    run_batches: embeds loaded inputs in order of their places, a given number at a time, `[n, D]`.
+    prepare: makes a batch ready for the model in a thread; None where worker processes do it.
     recall, remember: of the vector cache; None without one.
     """
 
@@ -96,14 +100,13 @@ class EncodeCall:
         return self.in_order(empty)
 
     def windows(self) -> Iterator[Window]:
-        """Inputs, checked, loaded and counted, in portions of a few batches; a bad one is raised or skipped."""
+        """Inputs, checked, loaded and counted, a few batches at a time; a bad one is raised or skipped."""
         share = _BATCHES_PER_WINDOW * max(self.num_workers, 1)
-        loaded = map(self.load, range(len(self.inputs)))
         return in_windows(
-            (one for one in loaded if one is not None),
+            filter(None, map(self.load, range(len(self.inputs)))),
             max_items=share * self.batch_size,
             max_tokens=share * self.max_tokens_per_batch,
-            num_tokens=lambda one: one.length,
+            num_tokens=lambda loaded: loaded.length,
         )
 
     def load(self, index: int) -> Loaded | None:
@@ -117,13 +120,14 @@ class EncodeCall:
             item = Item.parse(self.inputs[index], name, self.limits).instructed(self.instruction)
             return Loaded(item, self.processor.num_tokens(item, name), index)
         except InputError as error:
+            error.locate(index)
             if not self.skips_errors:
-                raise error.at(index) from error
-            self.skipped.append(error.at(index))
+                raise
+            self.skipped.append(error)
             return None
 
     def take_cached(self, window: Window) -> Window:
-        """Take the vectors that are in the cache; the inputs that are left."""
+        """Take the vectors that the cache has; returns the other inputs."""
         if self.recall is None:
             return window
         known, unknown = self.recall(window)
@@ -132,17 +136,17 @@ class EncodeCall:
         return unknown
 
     def embed(self, window: Window, threads: ThreadPoolExecutor) -> Iterator[int]:
-        """Embed a window in batches of similar length; how many inputs are done after each run of batches."""
-        lengths = [one.length for one in window]
-        for num_rows, run in join_batches(plan_batches(lengths, self.batch_size, self.max_tokens_per_batch)):
-            rows = [replace(window[row], place=place) for place, row in enumerate(run)]
+        """Embed a window in batches of similar length; yields the number of inputs of each run of batches."""
+        lengths = [loaded.length for loaded in window]
+        for num_rows, numbers in join_batches(plan_batches(lengths, self.batch_size, self.max_tokens_per_batch)):
+            rows = [replace(window[number], place=place) for place, number in enumerate(numbers)]
             vectors = self.run_batches(self._with_prefetcher(rows, num_rows, threads), num_rows)
-            indices = [one.index for one in rows]
+            indices = [row.index for row in rows]
             if self.remember is not None:
                 self.remember(indices, vectors)
             self._vectors.append(vectors.to(self.device))
             self._indices += indices
-            yield len(run)
+            yield len(rows)
 
     def in_order(self, empty: Tensor) -> Tensor:
         """Vectors in the order of the inputs, `[N, D]`."""
@@ -161,12 +165,12 @@ class EncodeCall:
 
         Tokenising text holds Python's lock, so that a thread would only be in the way.
         """
-        if self.prepare is None or not any(one.item.images or one.item.videos for one in rows):
+        if self.prepare is None or not any(row.item.images or row.item.videos for row in rows):
             return rows
-        items = [one.item for one in rows]
+        items = [row.item for row in rows]
         batches = [items[start : start + num_rows] for start in range(0, len(items), num_rows)]
         prefetcher = Prefetcher(threads, self.prepare, batches)
-        return [replace(one, prefetcher=prefetcher) for one in rows]
+        return [replace(row, prefetcher=prefetcher) for row in rows]
 
 
 class SkippedInputsWarning(UserWarning):
@@ -180,7 +184,7 @@ class SkippedInputsWarning(UserWarning):
 def in_windows(
     values: Iterable[T], *, max_items: int, max_tokens: int, num_tokens: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Values in portions of at most so many values or tokens; one that is larger has a portion of its own.
+    """Split values into windows of at most `max_items` and `max_tokens`; a larger value has a window of its own.
 
     Example:
         >>> list(in_windows([3, 4, 9, 1], max_items=2, max_tokens=8, num_tokens=int))

@@ -43,10 +43,10 @@ class Plume(SentenceTransformer):
 
     Example:
         >>> from PIL import Image
-        >>> plume = Plume(getfixture("plume_folder"), device="cpu")
-        >>> plume.encode(["a red kite", {"text": "what is this?", "image": Image.new("RGB", (56, 56))}]).shape
+        >>> model = Plume(getfixture("plume_folder"), device="cpu")
+        >>> model.encode(["a red kite", {"text": "what is this?", "image": Image.new("RGB", (56, 56))}]).shape
         (2, 64)
-        >>> plume.encode("a red kite", num_latent_steps=0).shape
+        >>> model.encode("a red kite", num_latent_steps=0).shape
         (64,)
     """
 

@@ -24,8 +24,8 @@ class RolloutBuffers:
     """The cache of a rollout, and the tensors that go in.
 
     prefix_states `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `BatchLayout`.
-    prefixes: graphs that read into the cache. graphs: what else is captured over it, by name. Only buffers that are
-    reused have both: those that graphs are captured over.
+    prefixes: graphs that read into the cache. graphs: of the rollout, by number of steps. Only
+    buffers that are reused have both: those that graphs are captured over.
     """
 
     def __init__(self, layers: TextLayers, num_rows: int, num_slots: int, *, max_graphs: int = 0):

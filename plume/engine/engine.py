@@ -5,15 +5,15 @@
   * without asking the device anything on the way: lengths and columns are known to the host (`plume.engine.layout`);
   * with rows packed without gaps in a cache of fixed size, and layers in less than half of the operations
     (`plume.engine.layers.text`, `plume.engine.layers.vision`);
-  * and on a GPU as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch;
-  * of fused kernels, if they are requested (`plume.engine.fused.decoder`).
+  * on a GPU, as CUDA graphs: the whole rollout, all K passes and the suffix, is one launch;
+  * with fused kernels, if they are requested (`plume.engine.fused.decoder`).
 
 A graph has fixed shapes. Rows are filled up to a power of two; prefixes to one of four lengths per octave, caches
 likewise from 512 slots on. Lengths within that are data, so that a rollout has few graphs. Vision towers are captured
 for the sizes of images that come again. Work runs twice before it is captured, so that the first call of a shape is
 slow; call the engine on a few batches like those to come. All graphs of an engine share one pool of memory for
-intermediate results, since no two run at once. What is too large for launches to count, or for the memory that graphs
-may hold, is launched directly at its own shape, and so is everything without a GPU.
+intermediate results, since no two run at once. Batches so large that launches do not count, or that the memory for
+graphs does not hold, run without a graph at their own shape, and so does everything without a GPU.
 
 Letters: B batch, L prefix length, D hidden size, K latent steps, S suffix length, m hidden states that are read,
 M visual tokens.
@@ -154,7 +154,7 @@ class Engine:
         """Embed a batch.
 
         Args:
-            batch: tensors from the processor; on the CPU they spare the device a question.
+            batch: tensors from the processor; on the CPU, since others are copied there and the GPU waits.
             num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
             media_keys: of the images and of the videos of each row, for the caches, as
                 `plume.embedder.digests.media_keys` makes them; without them nothing is cached.

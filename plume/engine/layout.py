@@ -1,10 +1,11 @@
-"""What the host knows of a batch before the device starts: lengths, positions, columns; nothing is asked later.
+"""Lengths, positions and columns of a batch, computed on the CPU, so that the GPU is never waited for on their account.
 
-This is where left padding ends (`plume.inputs.processor` says why it is there). The engine's rows begin in the first
-column and are padded on the right: its cache has no gaps, its causal mask alone hides padding, and an input takes the
-same columns whatever its neighbours are.
+Left padding becomes right padding here (`plume.inputs.processor` says why it is on the left). The engine's rows begin
+in the first column: its cache has no gaps, its causal mask alone hides padding, and an input takes the same columns
+whatever its neighbours are.
 
-Letters: B batch, L prefix length, S suffix length, M visual tokens.
+Letters: B batch, L prefix length (K = 0: with the suffix), S suffix length, M visual tokens, m hidden states that are
+read: 2, and 3 with K = 0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from plume.engine.layers.vision import Grid
 from plume.model.interface import (
     Media,
     check_prefix_end,
-    last_column,
+    column_of,
     read_out_column,
     resolve_steps,
     resolve_suffix,
@@ -38,10 +39,10 @@ MediaKeys = Sequence[tuple[Sequence[str], Sequence[str]]]
 class BatchLayout:
     """A batch, on the CPU, its rows without gaps and padded on the right.
 
-    ids `[B, L]`; the suffix stands behind each prefix where no latent step comes between.
+    ids `[B, L]`: prefixes; with K = 0 each is followed by the suffix.
     lengths `[B]`: tokens of each row.
     positions `[3, B, L]`: rotary positions.
-    columns `[B, m]`: hidden states that are wanted: anchor, `<bot>`, and without latent steps `<gen_emb>`.
+    columns `[B, m]`: the hidden states that are read: at the anchor, at `<bot>`, and with K = 0 at `<gen_emb>`.
     start `[B]`: rotary position of latent step 0.
     num_latent_steps `[B]`: K of each row; max_latent_steps: the largest.
     media: of all rows, and what the caches ask of them.
@@ -68,8 +69,8 @@ class MediaLayout:
     patches: of all images, then all videos, and grid: their sizes; None without media.
     columns `[M]`: where their visual tokens go, in the flattened ids.
     keys: of the images, then of the videos; empty where no cache asks for them.
-    num_shared `[B]`: tokens of each row up to its last visual one. prefix_keys: what these tokens hold; None for rows
-    without media, empty where no cache asks.
+    num_shared `[B]`: tokens of each row up to its last visual one, which it shares with other texts about the same
+    media. prefix_keys: what these tokens hold; None for rows without media, empty where no cache asks.
     """
 
     patches: Tensor | None
@@ -103,8 +104,8 @@ def lay_out(
         model: gives configuration and positions.
         batch: what the processor makes; padded on either side.
         num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
-        suffix_ids: `[S]`, where no latent step comes before; None: the configuration's. Of others than the
-            configuration's the last hidden state is wanted.
+        suffix_ids: `[S]`, with K = 0 only; the hidden state of its last token is read. None: the configuration's,
+            whose `<gen_emb>` is read.
         media_keys: of the images and of the videos of each row; see `plume.embedder.digests`.
 
     Raises:
@@ -137,7 +138,7 @@ def lay_out(
 def _without_padding(model: PlumeModel, batch: Mapping[str, Tensor]) -> _Rows:
     config, ids = model.config, batch["input_ids"]
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
-    anchor = last_column(ids, mask, config.anchor_token_id, ANCHOR)
+    anchor = column_of(ids, mask, config.anchor_token_id, ANCHOR)
     positions = prefix_positions(model.backbone.config, ids, mask, Media.of(batch), rule=config.vision_positions)
     order, lengths = torch.argsort(~mask, dim=1, stable=True), mask.sum(dim=1)  # real tokens first
     ids = ids.gather(1, order)
@@ -148,17 +149,17 @@ def _without_padding(model: PlumeModel, batch: Mapping[str, Tensor]) -> _Rows:
 
 
 def _with_suffix(model: PlumeModel, rows: _Rows, start: Tensor, suffix_ids: Tensor | None) -> _Rows:
-    """The suffix behind each prefix; of the configuration's `<gen_emb>` is wanted too, of others the last token."""
+    """Each prefix followed by the suffix; also reads its `<gen_emb>`, or the last token of a suffix that was given."""
     config, num_rows = model.config, len(rows.ids)
     given = None if suffix_ids is None else suffix_ids.expand(num_rows, -1)
     suffix, is_suffix = resolve_suffix(config, num_rows, rows.ids.device, given, None)
     length = suffix.shape[1]
     read_out = read_out_column(config, suffix, is_suffix) if suffix_ids is None else length - 1
-    behind = rows.lengths[:, None] + torch.arange(length)  # [B, S]
+    new_columns = rows.lengths[:, None] + torch.arange(length)  # [B, S]
     positions = suffix_positions(start, torch.zeros_like(start), length)
     return _Rows(
-        ids=F.pad(rows.ids, (0, length)).scatter(1, behind, suffix),
-        positions=F.pad(rows.positions, (0, length)).scatter(2, behind.expand(3, -1, -1), positions),
+        ids=F.pad(rows.ids, (0, length)).scatter(1, new_columns, suffix),
+        positions=F.pad(rows.positions, (0, length)).scatter(2, new_columns.expand(3, -1, -1), positions),
         lengths=rows.lengths + length,
         columns=torch.cat([rows.columns, (rows.lengths + read_out)[:, None]], dim=1),
     )
@@ -179,7 +180,7 @@ def _media(
         if patches is not None and grid is not None
     ]
     num_shared = torch.where(is_image | is_video, torch.arange(ids.shape[1]) + 1, 0).amax(dim=1)
-    num_shared = torch.where(num_shared <= anchor, num_shared, 0)  # what is read must stand behind
+    num_shared = torch.where(num_shared <= anchor, num_shared, 0)  # what is read must come after
     if media_keys is not None:
         _check_keys(media_keys, len(ids), sum(len(grid) for _, grid, _ in kinds))
     patches = [patches for patches, _, _ in kinds]

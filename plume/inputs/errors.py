@@ -22,9 +22,10 @@ class InputError(ValueError):
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}" if self.reason else self.source
 
-    def at(self, index: int) -> InputError:
-        """The same error of an input at this place in a list."""
-        return type(self)(self.source, self.reason, index)
+    def locate(self, index: int) -> None:
+        """Say where in a list the input is."""
+        self.index = index
+        self.args = self.source, self.reason, index
 
 
 def located(name: str, file: object) -> str:

@@ -4,7 +4,7 @@ Prefixes of a batch differ in length. They are padded here, on the *left*, as ev
 them then end in the same column, where `PlumeModel` reads the state at `<bot>` and latent steps follow in every row at
 once; its attention mask hides the padding. `plume.engine.layout` takes the padding out again, since the engine's rows
 begin in the first column. Suffixes differ in length only in training, begin in the same column, and are padded on the
-right by the collator. Nothing else pads.
+right by the collator.
 
 Letters: B batch, L prefix length, padded.
 """
@@ -37,7 +37,7 @@ from plume.inputs.patches import PatchFormat, pack_images, pack_videos
 from plume.inputs.video import Sampling, Video, load_video
 from plume.tokens import IMAGE, VIDEO
 
-# A tokenizer keeps its padding between calls, so that two threads must not use it at once.
+# A tokenizer keeps its settings between calls, so that two threads must not use it at once.
 _TOKENIZING = threading.Lock()
 _RESERVED = re.compile("(" + "|".join(map(re.escape, tokens.RESERVED)) + ")")
 

@@ -1,12 +1,22 @@
-"""The backbone: the only file that knows transformers' Qwen-VL classes.
+"""The backbone: a model of transformers' Qwen-VL families, whose parts no other file calls but the engine.
 
 A backbone gives two things: embeddings of a prefix with its vision features in place, and a text model that reads a
 growing sequence through a key/value cache. Vision enters in the prefix alone, so the latent steps and the suffix need
 the text model only. Positions are always given to it, never inferred (`plume.model.positions`).
 
-A family is added here, in `plume.config.SUPPORTED`, and where it differs in `plume.model.positions.prefix_positions`.
-Qwen3-VL will bring features for several layers of the prefix (deepstack), which travel in a field of `Segment` that
-latent steps and suffix leave empty.
+To add a family:
+
+  1. `plume.config.SUPPORTED` names it.
+  2. Here: `vision_features` knows what its tower returns, and whether the merger can run again.
+  3. `plume.model.positions` spaces its videos; `plume.model.vocabulary` names the rows that new tokens begin as.
+  4. `plume.inputs.images` (`_FACTOR`: pixels per visual token), `plume.inputs.processor` (its image processor) and
+     `plume.inputs.patches` cut its media.
+  5. `plume.engine.layers.weights` says where its weights are, or raises `UnsupportedModelError`; `PlumeModel` then
+     runs without the engine.
+  6. `plume.random_models` makes a small one, which `tests/plume/model/test_backbones.py` compares with transformers.
+
+Features for several layers of the prefix (Qwen3-VL's deepstack) have no way in yet: they need a field of `Segment`
+that latent steps and suffix leave empty, and one in the engine's `embed_prefix` and `read_prefix`.
 
 Letters: B batch, L prefix length, n new positions, D hidden size, V vocabulary.
 """

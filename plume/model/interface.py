@@ -90,7 +90,7 @@ def read_inputs(
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
     steps, max_steps = resolve_steps(config, num_latent_steps, ids, max_latent_steps)
-    anchor_column = last_column(ids, mask, config.anchor_token_id, ANCHOR)
+    anchor_column = column_of(ids, mask, config.anchor_token_id, ANCHOR)
     check_prefix_end(config, ids[:, -1])
     suffix_ids, suffix_mask = resolve_suffix(config, len(ids), ids.device, suffix_ids, suffix_mask)
     return ModelInputs(ids, mask, Media.of(batch), suffix_ids, suffix_mask, steps, max_steps, anchor_column)
@@ -133,7 +133,7 @@ def resolve_steps(
     return steps, int(highest)
 
 
-def last_column(ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:
+def column_of(ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:
     """Column of the last `token_id` in each row, `[B]`.
 
     Raises:
@@ -148,8 +148,8 @@ def last_column(ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> T
 
 
 def read_out_column(config: PlumeConfig, suffix_ids: Tensor, suffix_mask: Tensor) -> Tensor:
-    """Column of `<gen_emb>` in each suffix, `[B]`; raises as `last_column`."""
-    return last_column(suffix_ids, suffix_mask, config.read_out_token_id, READ_OUT)
+    """Column of `<gen_emb>` in each suffix, `[B]`; raises as `column_of`."""
+    return column_of(suffix_ids, suffix_mask, config.read_out_token_id, READ_OUT)
 
 
 @dataclass

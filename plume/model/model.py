@@ -66,7 +66,9 @@ class PlumeModel(PlumePreTrainedModel):
         self._no_split_modules = layer_names(backbone)
         self.transition = build_adapter(config)
         self.processor: PlumeProcessor | None = None
-        self.loss_scalars: nn.Module | None = None  # a trainer's; run in `forward`, where every wrapper expects it
+        self.loss_scalars: nn.Module | None = (
+            None  # set by the trainer; called in `forward`, so that wrappers see its parameters
+        )
         self.post_init()
 
     def forward(
@@ -103,8 +105,8 @@ class PlumeModel(PlumePreTrainedModel):
             labels: suffix tokens to predict, -100 elsewhere, `[B, S]`.
             num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
             return_dict: accepted because sentence-transformers passes it; the output is the same.
-            max_latent_steps: run at least so many steps, without effect on rows that take fewer. Processes that
-                share out the weights must run the same number of passes.
+            max_latent_steps: run at least this many steps, without effect on rows that take fewer. Under ZeRO-3 and
+                FSDP all processes must run the same number of passes.
             vision_states: what an earlier pass over the same media returned; the vision tower is not run again.
             keep_layers: return the hidden states of all layers at `<gen_emb>`.
             touch_all: involve, with weight zero, also the parts that this batch does not need (vision tower, adapter,

@@ -36,7 +36,7 @@ def initialise_rows(
             (a small tokenizer), a new row is the mean of the old rows.
     """
     vocabulary = tokenizer.get_vocab()
-    sources = _SOURCES.get(model_type, _SOURCES["qwen2_vl"])
+    sources = _SOURCES[model_type]
     # Sorted, since a tokenizer lists its tokens in no fixed order, and sums depend on theirs.
     old_rows = sorted(index for token, index in vocabulary.items() if token not in added)
     for token in added:

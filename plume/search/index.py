@@ -115,11 +115,11 @@ class Index:
         >>> (folder / "notes").mkdir()
         >>> _ = (folder / "notes" / "kite.txt").write_text("a red kite")
         >>> from plume import Plume
-        >>> plume = Plume(getfixture("plume_folder"), device="cpu")
-        >>> index = Index.create(folder / "index", plume)
-        >>> index.update(folder / "notes", plume, show_progress=False).embedded
+        >>> model = Plume(getfixture("plume_folder"), device="cpu")
+        >>> index = Index.create(folder / "index", model)
+        >>> index.update(folder / "notes", model, show_progress=False).embedded
         1
-        >>> index.search("red kite", plume)[0].excerpt
+        >>> index.search("red kite", model)[0].excerpt
         'a red kite'
     """
 

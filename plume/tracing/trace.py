@@ -145,7 +145,8 @@ def _parsed(model: PlumeModel, raw: Any, index: int) -> Item:
     try:
         return model.processor.parse(raw, f"input {index}")
     except InputError as error:
-        raise error.at(index) from error
+        error.locate(index)
+        raise
 
 
 def expert_use(traces: Sequence[Trace]) -> dict[str, Tensor]:

@@ -92,9 +92,9 @@ def batch_of(model, rows, args, draws, chosen=range(6)):
     return batch
 
 
-def gradients(model, rows, args, draws, way="direct", seed=0):
+def gradients(model, rows, args, draws, way="direct", seed=0, kind=Objective):
     """Terms and gradients of the batch; the learnt scalars are among them."""
-    objective = Objective(args, model.config.num_experts)
+    objective = kind(args, model.config.num_experts)
     scalars = objective.build_scalars()
     model.loss_scalars = scalars and scalars.double()
     model.zero_grad()
@@ -129,6 +129,37 @@ def test_gradcache_over_micro_batches_of_any_size_equals_none_for_every_term(
     cached_parts, cached = gradients(trainee, rows, cut, DRAWS[stage], "cached")
     assert largest_difference(parts, cached_parts) < 1e-9
     assert largest_difference(whole, cached) < 1e-9
+
+
+class ObjectiveWithTwoMoreTerms(Objective):
+    """Written as train/README.md says; the row term also counts on hard negatives."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weights = self.weights | {"energy": 0.3, "spread": 0.2}
+
+    def represent(self, output, micro_batch):
+        return super().represent(output, micro_batch) | {"last_state": output.states[:, -1]}
+
+    def row_terms(self, run, output, micro_batch, num_rows):
+        return super().row_terms(run, output, micro_batch, num_rows) | {"energy": output.states.square().sum()}
+
+    def batch_terms(self, representations, batch):
+        states = [one["last_state"] for side in representations.values() for one in side]
+        return super().batch_terms(representations, batch) | {"spread": torch.cat(states).std()}
+
+
+def test_terms_that_are_added_count_on_every_side_and_under_gradcache(trainee, rows, tmp_path):
+    kind = ObjectiveWithTwoMoreTerms
+    args = arguments(tmp_path, num_negatives=2)
+    parts, whole = gradients(trainee, rows, args, DRAWS["mixed stages"], kind=kind)
+    assert {"energy_query", "energy_target", "energy_negative", "spread"} <= parts.keys()
+    cut = arguments(tmp_path, num_negatives=2, micro_batch_size=2)
+    cached_parts, cached = gradients(trainee, rows, cut, DRAWS["mixed stages"], "cached", kind=kind)
+    assert largest_difference(parts, cached_parts) < 1e-9
+    assert largest_difference(whole, cached) < 1e-9
+    plain = gradients(trainee, rows, args, DRAWS["mixed stages"])[1]
+    assert largest_difference(whole, plain) > 1e-3
 
 
 @pytest.mark.parametrize("term", ["cross_entropy", "contrastive", "anchor_contrastive", "balance", "sigmoid"])
@@ -187,7 +218,7 @@ def test_a_batch_of_latent_loops_equals_a_loop_over_rows(trainee, rows, tmp_path
         batch = batch_of(trainee, rows, args, draws, [row])
         for role, (one,) in batch["passes"].items():
             output = trainee(**{**one["inputs"], "max_latent_steps": None})
-            entropies[role] += objective.own(trainee, output, one, batch["num_supervised"][role]).values()
+            entropies[role] += objective.row_terms(trainee, output, one, batch["num_supervised"][role]).values()
             vectors[role].append(output.embedding)
     for role, values in entropies.items():
         assert torch.allclose(torch.stack(values).mean(), parts[f"cross_entropy_{role}"], atol=1e-9)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import plume_kernels
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import reference
 from plume_eval.kernels.cases import as_double
 from plume_eval.kernels.comparing import clone, errors, outcome
 
@@ -38,7 +38,7 @@ def compare(name: str, args: tuple, *, tolerance: float = 1e-5, kept_rows: Tenso
         kept_rows: rows that are compared, of queries and of attention; None: all.
     """
     exact, own = as_double(clone(args)), clone(args)
-    expected = outcome(name, getattr(definitions, name)(*exact), exact)
+    expected = outcome(name, getattr(reference, name)(*exact), exact)
     found = outcome(name, kernel(name)(*own), own)
     if kept_rows is not None:
         for part, along in (("queries", 0), ("outputs", 1), ("lse", 1)):

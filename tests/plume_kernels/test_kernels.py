@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import reference
 from plume_eval.kernels.cases import Shapes, arguments
 from plume_eval.kernels.comparing import outcome
 from plume_kernels import MODULES, tiles
@@ -135,7 +135,7 @@ def test_near_ties_route_as_their_gates_say():
     args[9][2] = args[9][1]
     args[10] = torch.tensor([3.0, 1.0, 1.0 + 1e-6, 0.0])
     gates, weights, _ = kernel("experts_first")(*args)
-    exact = definitions.experts_first(*args)[0]
+    exact = reference.experts_first(*args)[0]
     assert torch.allclose(gates, exact, rtol=1e-5)
     kept = weights[:, 1:] > 0
     assert torch.equal(kept.sum(dim=1), torch.full((5,), 2))
@@ -161,7 +161,7 @@ def test_a_state_that_is_given_is_read_where_it_stands(context):
     args[4] = read[:, -1] if context == "prefix_last" else None
     before = read.clone()
     found = tensors(kernel("experts_first")(*args))
-    expected = definitions.experts_first(*(one.double() if isinstance(one, torch.Tensor) else one for one in args))
+    expected = reference.experts_first(*(one.double() if isinstance(one, torch.Tensor) else one for one in args))
     assert torch.equal(read, before)
     assert torch.allclose(found[0].double(), expected[0], rtol=1e-5)
 

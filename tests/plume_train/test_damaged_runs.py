@@ -17,7 +17,7 @@ from plume_train.__main__ import main
 from plume_train.run import train
 from plume_train.saving import CHECKSUMS_FILE, RunError, damage
 from tests.plume_train.runs import settings
-from tests.processes import started
+from tests.processes import HANGS_AFTER_S, started
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": None}
 FILES = [
@@ -172,7 +172,7 @@ def test_a_command_that_is_stopped_says_where_it_would_go_on(tmp_path, start, ho
         while process.poll() is None and not list(args.output_folder.glob("checkpoint-*")):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        errors = process.communicate()[1]
+        errors = process.communicate(timeout=HANGS_AFTER_S)[1]
     assert process.returncode == 1
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]

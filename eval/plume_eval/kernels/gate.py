@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plume.engine.fused import ops
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import ops, reference
 from plume_eval.kernels.cases import Shapes, arguments, as_double
 from plume_eval.kernels.comparing import clone, errors, outcome
 from plume_kernels import MODULES
@@ -53,8 +52,8 @@ def check_all(
         cases = arguments(shapes, lengths, num_new=num_new, dtype=dtype, device=device, seed=num_rows)
         for name in MODULES:
             own, rounded, exact = clone(cases[name]), clone(cases[name]), as_double(clone(cases[name]))
-            expected = outcome(name, getattr(definitions, name)(*exact), exact)
-            usual = errors(name, outcome(name, getattr(definitions, name)(*rounded), rounded), expected)
+            expected = outcome(name, getattr(reference, name)(*exact), exact)
+            usual = errors(name, outcome(name, getattr(reference, name)(*rounded), rounded), expected)
             for part, error in errors(name, outcome(name, getattr(ops, name)(*own), own), expected).items():
                 allowed = 1e-5 if dtype == torch.float32 else max(2 * usual[part], 1e-5)
                 found.append(Check(name, part, num_rows, num_new, error, allowed))

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from plume.engine.fused import ops
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import ops, reference
 from plume.model.model import PlumeModel
 from plume_eval.kernels.cases import Shapes, arguments
 from plume_eval.kernels.gate import Check, check_all
@@ -85,9 +84,9 @@ def time_kernels(
                 implementations["kernel"] = (False, getattr(ops, name))
                 if ops.unsupported_reason(torch.device(device), dependent_launch=True) is None:
                     implementations["dependent"] = (True, getattr(ops, name))
-            implementations["plain"] = (False, getattr(definitions, name))
+            implementations["plain"] = (False, getattr(reference, name))
             if compiles:
-                implementations["compiled"] = (False, torch.compile(getattr(definitions, name), dynamic=False))
+                implementations["compiled"] = (False, torch.compile(getattr(reference, name), dynamic=False))
             for implementation, (is_dependent, work) in implementations.items():
                 with ops.dependent_launch(is_dependent):
                     times = sorted(clock([partial(work, *args) for args in sets]))
@@ -112,7 +111,7 @@ def time_kernels(
 def _num_used(name: str, args: tuple[Any, ...]) -> int | None:
     """Experts that some row has chosen."""
     if name == "experts_first":
-        return int((definitions.experts_first(*args)[1] > 0).any(dim=0).sum())
+        return int((reference.experts_first(*args)[1] > 0).any(dim=0).sum())
     return int((args[2] > 0).any(dim=0).sum()) if name == "experts_second" else None
 
 

@@ -26,6 +26,7 @@ from plume.inputs.item import Item
 from plume.model.backbone import vision_features
 from plume.model.interface import Decoder, Media, Segment, normalize, read_out_column
 from plume.model.model import PlumeModel
+from plume.model.positions import latent_positions
 from plume.model.rollout import rollout
 from plume_eval.baselines import embed_batch
 from plume_eval.speed.config import ImplementationName, LatencyConfig
@@ -227,8 +228,8 @@ class Compiled(Implementation):
         is_real = is_writing[:, None]
         embedding, count = None, torch.zeros_like(token)
         for written in range(num_tokens + 1):
-            position = (start + written).expand(3, 1, -1).mT
-            hidden = decoder.feed(Segment(model.embed_tokens(token[:, None]), is_real, position))[:, 0]
+            segment = Segment(model.embed_tokens(token[:, None]), is_real, latent_positions(start, written))
+            hidden = decoder.feed(segment)[:, 0]
             embedding = hidden if embedding is None else torch.where(is_writing[:, None], hidden, embedding)
             if written:
                 is_writing = is_writing & ~((token == model.config.read_out_token_id) & stops)

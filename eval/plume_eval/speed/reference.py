@@ -14,6 +14,7 @@ from torch import Tensor
 from plume.model.backbone import CachedDecoder
 from plume.model.interface import Segment, normalize, read_out_column
 from plume.model.model import PlumeModel
+from plume.model.positions import suffix_positions
 from plume.model.transition import MixtureOfExperts
 
 
@@ -31,8 +32,8 @@ class OneByOne:
     def read(self, embeds: Tensor, *, head: bool = True) -> Tensor:
         """Read what follows, `[1, n, D]`; its states."""
         count = embeds.shape[1]
-        positions = self.position + torch.arange(count, device=embeds.device)
-        segment = Segment(embeds, torch.ones_like(embeds[..., 0]).bool(), positions.expand(3, 1, -1))
+        positions = suffix_positions(self.position, torch.zeros_like(self.position), count)
+        segment = Segment(embeds, torch.ones_like(embeds[..., 0]).bool(), positions)
         self.position = self.position + count
         self.hidden = self._read(segment, head)
         return self.hidden

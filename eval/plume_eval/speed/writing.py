@@ -14,6 +14,7 @@ from plume.engine.buffers import RolloutBuffers
 from plume.engine.engine import Engine
 from plume.engine.layout import lay_out
 from plume.model.interface import Segment, normalize
+from plume.model.positions import latent_positions
 
 #: How many tokens are written between two looks at whether all rows are done.
 _LOOK_EVERY = 16
@@ -46,7 +47,7 @@ class WritingBuffers:
         model = self.engine.model
         token = model.logits(self.hidden).argmax(dim=-1)
         embeds = model.embed_tokens(token[:, None])
-        segment = Segment(embeds, self.is_writing[:, None], self.position.expand(3, 1, -1).mT)
+        segment = Segment(embeds, self.is_writing[:, None], latent_positions(self.position, 0))
         hidden = self.engine.layers.read_next(segment, self.rollout.cache)[:, 0]
         self.hidden.copy_(torch.where(self.is_writing[:, None], hidden, self.hidden))
         is_read_out = (token == model.config.read_out_token_id) & self.stops

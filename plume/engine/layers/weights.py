@@ -1,8 +1,7 @@
 """The weights that the engine runs on: the model's own tensors, never copies.
 
-text_weights, vision_weights     where transformers keeps them
-JoinedLinear, JoinedInt8Linear   several linear layers over one input as one product
-BorrowedWeights                  whether they are still what they were
+text_weights, vision_weights   where transformers keeps them
+BorrowedWeights                whether they are still what they were
 """
 
 from __future__ import annotations

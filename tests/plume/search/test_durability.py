@@ -26,8 +26,8 @@ from plume.search import index as index_module
 from plume.search import update as update_module
 from plume.search.folder import Found, Other, walk
 from plume.search.index import Index, IndexStorageError
+from tests.processes import HANGS_AFTER_S, started
 from tests.processes import run as run_command
-from tests.processes import started
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_readers_go_on_while_another_process_updates(plume, plume_folder, notes,
                 hits = reader.search("kite number 2", plume, top_k=9)
                 assert len(hits) == len({hit.path for hit in hits}) == 5
                 searches += 1
-        out, errors = writer.communicate()
+        out, errors = writer.communicate(timeout=HANGS_AFTER_S)
         assert out.strip().endswith("done"), errors
     assert index.search("kite number 2 of turn 7", plume, top_k=1)[0].excerpt == "kite number 2 of turn 7"
 
@@ -456,7 +456,7 @@ def test_a_command_that_is_stopped_says_what_it_leaves(plume_folder, notes, tmp_
     with started([sys.executable, "-c", _SLOW, command, *words, "--model", plume_folder]) as process:
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal_sent)
-        errors = process.communicate()[1]
+        errors = process.communicate(timeout=HANGS_AFTER_S)[1]
     assert process.returncode == code
     assert "Traceback" not in errors
     assert "plume: stopped; " in errors
@@ -502,7 +502,7 @@ def test_two_who_make_one_index_at_once_share_it(plume, tmp_path, monkeypatch):
         check(path)
         if not hasattr(seen, "before"):
             seen.before = True
-            both.wait()
+            both.wait(timeout=HANGS_AFTER_S)
 
     monkeypatch.setattr(index_module, "_check_free", meet)
     monkeypatch.setattr(index_module, "_begin", lambda path, identity: (made.append(path), begin(path, identity)))

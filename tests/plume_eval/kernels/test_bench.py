@@ -14,8 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from plume import PlumeModel
-from plume.engine.fused import ops
-from plume.engine.fused import reference as definitions
+from plume.engine.fused import ops, reference
 from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume_eval.kernels import cases, gate, step, timing, tuning
 from plume_eval.kernels import run as bench
@@ -66,7 +65,7 @@ def test_a_kernel_that_rounds_its_probabilities_is_right_in_bfloat16_and_one_tha
             heads = queries.float().unflatten(1, (2, 6))  # [1, G, h, C]
             keys, values = kv[:, 0, :, :301].float()
             logits = torch.einsum("bghc,glc->bghl", heads, keys) / 128**0.5
-            outputs, lse = definitions.attention(queries, kv, mask, lengths)
+            outputs, lse = reference.attention(queries, kv, mask, lengths)
             for split, slots in enumerate(slice(start, start + tiles.SPLIT) for start in range(0, 301, tiles.SPLIT)):
                 raised = (logits[..., slots] - logits[..., slots].amax(-1, keepdim=True)).exp()
                 summed = torch.einsum("bghl,glc->bghc", raised.bfloat16().float(), values[:, slots])

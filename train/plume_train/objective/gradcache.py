@@ -1,12 +1,12 @@
 """Backward through a batch that does not fit into memory at once (GradCache, arXiv 2101.06983).
 
-The joint terms of the objective need the vectors of all rows, but their gradient reaches the model only through those
+The batch terms of the objective need the vectors of all rows, but their gradient reaches the model only through those
 vectors. So:
 
     1. run every pass without a graph, keep its vectors, and the state of the random generators before it;
-    2. joint loss of all vectors, on all processes; its gradient with respect to the vectors;
+    2. batch terms of all vectors, on all processes; its gradient with respect to the vectors;
     3. run every pass again, with a graph and the same random numbers; back-propagate
-       <gradient of 2, vectors> + own terms, pass by pass.
+       <gradient of 2, vectors> + row terms, pass by pass.
 
 One pass of activations is alive at a time. Balance needs no special case: the sum of gates of a pass is one of its
 vectors. A frozen vision tower is run in 1 alone.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from plume.model.interface import PlumeOutput
 from plume_train.data.collate import Batch, Pass, Role
-from plume_train.objective.objective import Objective, Seen
+from plume_train.objective.objective import Objective, Representations
 
 Observe = Callable[[Role, PlumeOutput, Pass], None]
 
@@ -69,46 +69,49 @@ class Step:
 
     def _run_all(self, batch: Batch) -> dict[str, Tensor]:
         num_rows = self.objective.num_rows(batch)
-        own: dict[str, Tensor] = {}
-        seen: dict[Role, list[Seen]] = {}
+        parts: dict[str, Tensor] = {}
+        representations: dict[Role, list[Representations]] = {}
         for role, micro_batch in _passes(batch):
             output = self._run(**micro_batch["inputs"])
             self._observe(role, output, micro_batch)
-            seen.setdefault(role, []).append(self.objective.represent(output, micro_batch))
-            self._add(own, self.objective.own(self._run, output, micro_batch, num_rows.get(role)), role)
-        return own | self.objective.joint(seen, batch)
+            representations.setdefault(role, []).append(self.objective.represent(output, micro_batch))
+            self._add(parts, self.objective.row_terms(self._run, output, micro_batch, num_rows.get(role)), role)
+        return parts | self.objective.batch_terms(representations, batch)
 
     def cached(self, batch: Batch) -> dict[str, Tensor]:
         """All passes twice, each with a backward pass of its own; returns the terms."""
         passes = _passes(batch)
         num_rows = self.objective.num_rows(batch)
-        replays, seen, frozen = [], {}, []
+        replays, representations, frozen = [], {}, []
         for role, micro_batch in passes:
             replays.append(RandContext(*micro_batch["inputs"].values()))
             with torch.no_grad():
                 output = self._run(**{**micro_batch["inputs"], "labels": None})
                 self._observe(role, output, micro_batch)
                 vectors = self.objective.represent(output, micro_batch)
-            seen.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})
+            representations.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})
             frozen.append(output.vision_states if self.vision_is_frozen else None)
 
-        leaves = [vector.requires_grad_() for of_role in seen.values() for one in of_role for vector in one.values()]
-        joint = self.objective.joint(seen, batch)
-        self._keep(joint)
-        if joint:
-            self.objective.weighted(joint).backward(inputs=leaves)
+        leaves = [
+            vector.requires_grad_() for side in representations.values() for one in side for vector in one.values()
+        ]
+        batch_terms = self.objective.batch_terms(representations, batch)
+        self._keep(batch_terms)
+        if batch_terms:
+            self.objective.weighted(batch_terms).backward(inputs=leaves)
 
-        vectors = {role: iter(of_role) for role, of_role in seen.items()}
+        cached = {role: iter(side) for role, side in representations.items()}
         with self._many_backwards() as backward:
             for index, (role, micro_batch) in enumerate(passes):
                 with backward.hold(is_last=index == len(passes) - 1), replays[index]:
                     output = self._run(**micro_batch["inputs"], vision_states=frozen[index])
-                    own: dict[str, Tensor] = {}
-                    self._add(own, self.objective.own(self._run, output, micro_batch, num_rows.get(role)), role)
-                    self._keep(own)
+                    row_terms: dict[str, Tensor] = {}
+                    new = self.objective.row_terms(self._run, output, micro_batch, num_rows.get(role))
+                    self._add(row_terms, new, role)
+                    self._keep(row_terms)
                     again = self.objective.represent(output, micro_batch)
-                    loss = self.objective.weighted(own)
-                    for name, vector in next(vectors[role]).items():
+                    loss = self.objective.weighted(row_terms)
+                    for name, vector in next(cached[role]).items():
                         if vector.grad is not None:
                             loss = loss + (again[name] * vector.grad).sum()
                     backward(loss * self.scale)

@@ -1,18 +1,19 @@
 """The objective of a step, split the way that GradCache needs it.
 
-    L = own terms of every pass + joint terms of what all passes have seen
+    L = row terms of every pass + batch terms of all passes
 
-An *own* term is a sum over rows: cross-entropy, distillation. A *joint* term needs the vectors of the whole batch on
-all processes: contrast, balance, uniformity. It is a function of a few small tensors per pass, which `represent` picks
-out, so that the passes themselves can be run twice instead of kept.
+A *row term* is a sum over rows: cross-entropy, distillation. A *batch term* needs the vectors of the whole batch on all
+processes: contrast, balance, uniformity. It is a function of a few small tensors per pass, which `represent` picks out,
+so that the passes themselves can be run twice instead of kept.
 
 Letters: B rows of a pass, D hidden size, K latent steps, E experts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ from plume_train.objective.gather import num_processes, total
 from plume_train.objective.losses import Contrast, balance_loss, info_nce, suffix_cross_entropy
 
 Run = Callable[..., PlumeOutput]
-Seen = dict[str, Tensor]
-"""What joint terms see of a pass: embedding, anchor `[B, D]`, gate_total `[E]`, states `[B, K, D]`, scalars."""
+Representations = dict[str, Tensor]
+"""What batch terms need of a pass: embedding, anchor `[B, D]`, gate_total `[E]`, states `[B, K, D]`, scalars."""
+
+_OF_A_SIDE = re.compile(f"_({'|'.join(get_args(Role))})$")
 
 #: SigLIP's first scale and bias.
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
@@ -74,26 +77,26 @@ class Objective:
             return LossScalars(SIGMOID_SCALE, SIGMOID_BIAS)
         return LossScalars(1 / self.args.temperature) if self.args.learn_temperature else None
 
-    def represent(self, output: PlumeOutput, micro_batch: Pass) -> Seen:
-        """What joint terms see of a pass."""
+    def represent(self, output: PlumeOutput, micro_batch: Pass) -> Representations:
+        """What batch terms need of a pass."""
         assert output.embedding is not None
         assert output.anchor_embedding is not None
         assert output.states is not None
-        seen = {"embedding": output.embedding, "anchor": output.anchor_embedding}
+        representations = {"embedding": output.embedding, "anchor": output.anchor_embedding}
         if self.num_experts is not None:
             counted = micro_batch["counts"][:, None, None]
-            seen["gate_total"] = (
+            representations["gate_total"] = (
                 output.embedding.new_zeros(self.num_experts)
                 if output.gates is None
                 else (at_least_float32(output.gates) * counted).sum(dim=(0, 1))
             )
         if self.weights["per_step"]:
-            seen["states"] = output.states[:, 1:]
+            representations["states"] = output.states[:, 1:]
         if output.scalars is not None:
-            seen["scalars"] = output.scalars
-        return seen
+            representations["scalars"] = output.scalars
+        return representations
 
-    def own(self, run: Run, output: PlumeOutput, micro_batch: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
+    def row_terms(self, run: Run, output: PlumeOutput, micro_batch: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
         """Terms that are sums over the rows of a pass.
 
         Args:
@@ -127,15 +130,15 @@ class Objective:
         """Rows with labels on each side of the batch, on all processes; a collective call."""
         return {role: total(batch["num_supervised"][role]) for role in SUPERVISED if role in batch["passes"]}
 
-    def joint(self, seen: dict[Role, list[Seen]], batch: Batch) -> dict[str, Tensor]:
+    def batch_terms(self, representations: dict[Role, list[Representations]], batch: Batch) -> dict[str, Tensor]:
         """Terms that need all rows of all processes; a collective call.
 
         Args:
-            seen: what `represent` returned for each pass of each side.
+            representations: what `represent` returned for each pass of each side.
             batch: gives keys and masks.
         """
         parts: dict[str, Tensor] = {}
-        sides: dict[Role, Seen] = {role: _joined(passes) for role, passes in seen.items()}
+        sides: dict[Role, Representations] = {role: _joined(passes) for role, passes in representations.items()}
         supervised = [sides[role] for role in SUPERVISED if role in sides]
         if self.num_experts is not None:
             gates = torch.stack([side["gate_total"] for side in supervised]).sum(dim=0)
@@ -148,13 +151,11 @@ class Objective:
         return parts
 
     def weighted(self, parts: dict[str, Tensor]) -> Tensor:
-        """The sum of some terms, each times its weight; both sides of a term share one."""
-        terms = [
-            self.weights[name.removesuffix("_query").removesuffix("_target")] * value for name, value in parts.items()
-        ]
+        """The sum of some terms, each times its weight; all sides of a term share one."""
+        terms = [self.weights[_OF_A_SIDE.sub("", name)] * value for name, value in parts.items()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def _contrast(self, sides: dict[Role, Seen], batch: Batch) -> dict[str, Tensor]:
+    def _contrast(self, sides: dict[Role, Representations], batch: Batch) -> dict[str, Tensor]:
         query, target, negative = sides["query"], sides["target"], sides.get("negative")
         columns = {name: batch[name] for name in ("query_keys", "target_keys", "is_negative", "negative_keys")}
         if not self.args.mask_duplicates:
@@ -185,20 +186,22 @@ class Objective:
             parts["per_step"] = per_step_loss(query["states"], target["states"], self.args.temperature, contrast)
         return parts
 
-    def _scales(self, sides: dict[Role, Seen]) -> Any:
+    def _scales(self, sides: dict[Role, Representations]) -> Any:
         learnt = [side["scalars"] for side in sides.values() if "scalars" in side]
         if not learnt:
             return 1 / self.args.temperature, 1 / self.args.temperature, 0.0
         return torch.stack(learnt).mean(dim=0).unbind()
 
 
-def _joined(passes: list[Seen]) -> Seen:
+def _joined(passes: list[Representations]) -> Representations:
     """One side from its passes: rows joined, gates summed, scalars averaged (every pass must use them)."""
-    joined = {name: torch.cat([seen[name] for seen in passes]) for name in ("embedding", "anchor")}
-    if "states" in passes[0]:
-        joined["states"] = torch.cat([seen["states"] for seen in passes])
-    if "gate_total" in passes[0]:
-        joined["gate_total"] = torch.stack([seen["gate_total"] for seen in passes]).sum(dim=0)
-    if "scalars" in passes[0]:
-        joined["scalars"] = torch.stack([seen["scalars"] for seen in passes]).mean(dim=0)
-    return joined
+    joins = {"gate_total": _sum, "scalars": _mean}
+    return {name: joins.get(name, torch.cat)([one[name] for one in passes]) for name in passes[0]}
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(dim=0)
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).mean(dim=0)
