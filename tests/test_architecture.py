@@ -185,7 +185,6 @@ def test_a_command_answers_without_loading_what_it_does_not_need(arguments):
 
 
 ORDERS = [
-    "import plume, transformers",
     "import transformers, plume",
     "from plume.config import PlumeConfig",
 ]

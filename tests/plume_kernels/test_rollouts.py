@@ -34,7 +34,7 @@ def batch(model: PlumeModel) -> dict:
     return dict(model.processor.encode([Item.parse("red kite"), Item.parse("blue"), Item.parse("kite " * 30)]))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, torch.tensor([2, 0, 3])], ids=["0", "1", "2", "mixed"])
+@pytest.mark.parametrize("steps", [0, 2, torch.tensor([1, 0, 3])], ids=["0", "2", "mixed"])
 def test_the_kernels_give_what_the_model_gives(model, steps):
     with torch.no_grad():
         expected = model(**batch(model), num_latent_steps=steps)
@@ -106,11 +106,11 @@ def test_a_whole_rollout_gives_the_bits_of_a_row_alone(model):
     # Tiles of one height: numpy's products depend on how many rows they have, a GPU's do not.
     one = tiles.Tile()
     engine = Engine(model, backend="triton")
-    kept, before = torch.randn(2, 2, 8, 2, 300, engine.layers.weights.channels), torch.randn(8, 2, 64)
-    lengths = torch.tensor([270, 7, 64, 1, 200, 90, 2, 30])
+    kept, before = torch.randn(2, 2, 5, 2, 300, engine.layers.weights.channels), torch.randn(5, 2, 64)
+    lengths = torch.tensor([270, 7, 64, 1, 200])
     found = []
     with tiles.forced(qkv=one, out=one, gate_up=one, down=one):
-        for rows in (list(range(8)), [0], [5, 0]):
+        for rows in (list(range(5)), [0], [3, 0]):
             buffers = engine.rollout_buffers(len(rows), 299)
             buffers.cache.kv.copy_(kept[:, :, rows])
             buffers.prefix_states.copy_(before[rows])

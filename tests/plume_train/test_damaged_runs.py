@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from PIL import Image
 from plume_train.__main__ import main
 from plume_train.run import train
 from plume_train.saving import CHECKSUMS_FILE, RunError, damage
+from plume_train.trainer import PlumeTrainer
 from tests.plume_train.runs import settings
-from tests.processes import HANGS_AFTER_S, started
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": None}
 FILES = [
@@ -160,24 +159,38 @@ def test_other_data_of_the_same_length_are_noticed(tmp_path, start, hops_folder,
 def words(args, *more) -> list[str]:
     flags = {"model": args.model, "train_file": args.train_file[0], "plume_config": json.dumps(args.plume_config)}
     flags |= {"output_dir": args.output_dir, "use_cpu": "true", "num_segments": 2, "logging_steps": 1}
-    listed = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    return [sys.executable, "-m", "plume_train", *listed, *map(str, more)]
+    listed = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    return [str(word) for word in (*listed, *more)]
 
 
-@pytest.mark.launching
-def test_a_command_that_is_stopped_says_where_it_would_go_on(tmp_path, start, hops_folder):
-    args = settings(tmp_path, start, hops_folder)
-    saving = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 100_000, "--per_device_train_batch_size", 4]
-    with started(words(args, *saving)) as process:
-        while process.poll() is None and not list(args.output_folder.glob("checkpoint-*")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=HANGS_AFTER_S)[1]
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    last = errors.strip().splitlines()[-1]
-    assert last.startswith("plume-train: stopped; the last checkpoint is ")
-    assert last.endswith("start the same command again to go on from it")
+def test_a_command_that_is_stopped_says_where_it_would_go_on(tmp_path, start, hops_folder, monkeypatch):
+    args, step = settings(tmp_path, start, hops_folder), PlumeTrainer.training_step
+
+    def step_until_stopped(*args_of_step, **kwargs):
+        if list(args.output_folder.glob("checkpoint-*")):
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("went on")
+        return step(*args_of_step, **kwargs)
+
+    monkeypatch.setattr(PlumeTrainer, "training_step", step_until_stopped)
+    saving = ["--save_strategy", "steps", "--save_steps", 2, "--max_steps", 6, "--per_device_train_batch_size", 4]
+    message = stopped(monkeypatch, words(args, *saving))
+    assert message.startswith("plume-train: stopped; the last checkpoint is ")
+    assert "checkpoint-2" in message
+    assert message.endswith("start the same command again to go on from it")
+    assert len(message.splitlines()) == 1
+
+
+def stopped(monkeypatch, command) -> str:
+    """What a command that ends with an error says at its end; it runs in this process."""
+    monkeypatch.setattr(sys, "argv", ["plume-train", *command])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return str(stopped.value)
 
 
 BAD_CALLS = {
@@ -188,6 +201,7 @@ BAD_CALLS = {
     "no JSON": (["--plume_config", "{"], "plume_config is '{', which is not JSON"),
     "a field that the model has not": (["--plume_config", '{"experts": 3}'], "PlumeConfig has no field 'experts'"),
     "a value that it cannot have": (["--plume_config", '{"top_k": 9}'], "top_k must lie in 1..num_experts"),
+    "no data": (["--train_file", "gone.jsonl"], "gone.jsonl"),
     "no model": (["--model", "/no/such/model"], "no folder at '/no/such/model'"),
     "no configuration": (["--config", "gone.yaml"], "gone.yaml"),
 }
@@ -207,12 +221,10 @@ def test_commands_end_their_errors_in_a_line(tmp_path, start, hops_folder, monke
             monkeypatch.setattr("plume_train.run.tell_memory", lambda trainer: None)
         more = ["--train_file", broken / "train.jsonl", "--max_steps", 1, "--dataloader_num_workers", workers]
         message = "cannot be read as an image"
-    monkeypatch.setattr(sys, "argv", list(map(str, words(args, *more)))[2:])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert str(stopped.value).startswith("plume-train: ")
-    assert message in str(stopped.value)
-    assert "Traceback" not in str(stopped.value)
+    said = stopped(monkeypatch, words(args, *more))
+    assert said.startswith("plume-train: ")
+    assert message in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("content", ["{}", "[]"])

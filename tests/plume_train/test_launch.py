@@ -64,7 +64,7 @@ def alone(folder):
 
 
 def launch(folder, name, *runs):
-    """Run the command that a user would run; DeepSpeed finds out by itself that there is no GPU.
+    """Run the command that a user would run, but for what CPU processes need instead.
 
     Args:
         folder: of all runs.
@@ -80,7 +80,10 @@ def launch(folder, name, *runs):
         environment["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml"]
     command += ["--num_processes", 2, "--main_process_port", 0]
-    command += [Path(__file__).parent / "fsdp_on_cpu.py"] if name == "fsdp2" else ["-m", "plume_train"]
+    if name == "ddp":
+        command += ["-m", "plume_train"]
+    else:
+        command += [Path(__file__).parent / ("fsdp_on_cpu.py" if name == "fsdp2" else "deepspeed_on_cpu.py")]
     for number, settings in enumerate(runs):
         words = [word for flag, value in {**flags, **settings}.items() for word in (f"--{flag}", value)]
         command += [*["then"] * bool(number), "--config", folder / "run.yaml", *words]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +25,6 @@ from plume_train.progress import Progress
 from plume_train.run import train
 from tests.mixed import write_clip
 from tests.plume_train.runs import settings
-from tests.processes import run
 
 
 def log_of(folder):
@@ -243,14 +241,6 @@ def test_gradcache_with_accumulation_is_refused_under_deepspeed(tmp_path, start,
     args.deepspeed_plugin = object()
     with pytest.raises(SettingsError, match="raise per_device_train_batch_size"):
         args.check()
-
-
-def test_a_command_says_what_is_wrong_in_one_line(tmp_path):
-    flags = ["--model", "m", "--train_file", "gone.jsonl", "--output_dir", tmp_path, "--use_cpu", "true"]
-    done = run([sys.executable, "-m", "plume_train", *flags])
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("plume-train: ")
-    assert "gone.jsonl" in done.stderr.splitlines()[-1]
 
 
 def test_rows_that_became_bad_after_the_scan_or_are_too_long_can_be_skipped(tmp_path, start, hops_folder, monkeypatch):

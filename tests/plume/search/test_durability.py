@@ -425,43 +425,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(plume_fold
     assert [one.name for one in tmp_path.iterdir()] == [old.name]
 
 
-_SLOW = """
-import sys, time
-from plume import cli
-from plume.embedder import plume as embedder
-encode = embedder.Plume.encode
-def slow(self, *args, **kwargs):
-    result = encode(self, *args, **kwargs)
-    print("working", flush=True)
-    time.sleep(3600)
-    return result
-embedder.Plume.encode = slow
-sys.argv = ["plume", *sys.argv[1:]]
-cli.main()
-"""
-
-
-@pytest.mark.launching
 @pytest.mark.parametrize(
     ("command", "signal_sent", "code"),
     [("encode", signal.SIGTERM, 143), ("index", signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGINT"],
 )
-def test_a_command_that_is_stopped_says_what_it_leaves(plume_folder, notes, tmp_path, command, signal_sent, code):
-    vectors = tmp_path / "v.npz"
+def test_a_command_that_is_stopped_says_what_it_leaves(
+    plume_folder, notes, tmp_path, monkeypatch, command, signal_sent, code
+):
+    encode, vectors = Plume.encode, tmp_path / "v.npz"
+
+    def encode_until_stopped(*args, **kwargs):
+        encode(*args, **kwargs)
+        signal.raise_signal(signal_sent)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(Plume, "encode", encode_until_stopped)
     words, message = {
         "encode": (["--text", "red", "--out", vectors], f"nothing was written to {vectors}"),
         "index": ([notes, "--out", tmp_path / "index"], "holds 0 rows, which stay; run the same command again"),
     }[command]
-    with started([sys.executable, "-c", _SLOW, command, *words, "--model", plume_folder]) as process:
-        assert process.stdout.readline() == "working\n"
-        process.send_signal(signal_sent)
-        errors = process.communicate(timeout=HANGS_AFTER_S)[1]
-    assert process.returncode == code
-    assert "Traceback" not in errors
-    assert "plume: stopped; " in errors
-    assert message in errors
+    before = signal.getsignal(signal_sent)
+    exit_code, printed = run(command, *words, "--model", plume_folder)
+    assert exit_code == code
+    assert "Traceback" not in printed
+    assert "plume: stopped; " in printed
+    assert message in printed
     assert not vectors.exists()
+    assert signal.getsignal(signal_sent) == before
 
 
 def test_names_and_texts_do_not_steer_the_terminal(plume_folder, tmp_path):
