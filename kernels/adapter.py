@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from plume.terminal import Parser
 from plume_eval.kernels.adapter import adapter_shares
 from plume_eval.report import markdown_table, write_report
 from plume_eval.speed.cases import make_model
@@ -21,7 +22,7 @@ SIZES = {"text": InputSize(tokens=60), "image": InputSize(tokens=140, pixels=(30
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=("tiny", "mid", "2b"), default="mid", help="of a model of random weights")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--out", type=Path, default=Path("eval/results"))

@@ -9,13 +9,14 @@ import argparse
 
 import triton
 
+from plume.terminal import Parser
 from plume_eval.kernels.audit import audit, table
 from plume_eval.kernels.cases import BY_NAME
 
 
 def main() -> None:
     """Compile, read and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=sorted(BY_NAME), default="2b", help="of a model")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()

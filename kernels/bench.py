@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from plume.engine.fused import ops
+from plume.terminal import Parser
 from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.run import GateError, gate, run, tables, write
 from plume_eval.speed.cases import make_model
@@ -21,7 +22,7 @@ from plume_eval.speed.config import LatencyConfig
 
 def main() -> None:
     """Check, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=("tiny", "2b", "7b"), default="2b", help="of a model of random weights")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--compiled", action="store_true", help="also torch.compile, which takes a minute or two")

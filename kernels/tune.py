@@ -12,6 +12,7 @@ import sys
 import torch
 
 from plume.engine.fused import reference
+from plume.terminal import Parser
 from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.tuning import products, tune
 from plume_kernels import tiles
@@ -19,7 +20,7 @@ from plume_kernels import tiles
 
 def main() -> None:
     """Tune and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", choices=sorted(BY_NAME), nargs="+", default=["2b"], help="of the models to tune for"
     )

@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from plume.terminal import is_printable, printable
+from plume.checkpoints.place import check_place, stay_offline_without_network
+from plume.terminal import counted, is_printable, is_watched, plain_warnings, quiet_libraries, run_app, say
+from plume.version import __version__
 
 if TYPE_CHECKING:
     from plume import InputError
 
-app = typer.Typer(no_args_is_help=True, help="Multimodal embeddings by latent reasoning.")
+app = typer.Typer(no_args_is_help=True)
 
-Files = Annotated[list[Path] | None, typer.Argument(help="Text, image, video and PDF files; a PDF gives its pages.")]
+Files = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Text, image, video and PDF files; a PDF gives its pages. `-` reads names, one per line."),
+]
 Model = Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")]
 Text = Annotated[list[str] | None, typer.Option(help="A text to take as well; may be repeated.")]
 Steps = Annotated[int | None, typer.Option(help="K; 0 is a single pass; the checkpoint's own if not given.")]
@@ -33,6 +38,21 @@ BatchSize = Annotated[int, typer.Option(help="Inputs per pass.", min=1)]
 _DEMO = "runs/demo/latent"
 # What a number of a vector takes in a file, by its kind.
 _NUMBER_BYTES = {".npz": 4, ".npy": 4, ".jsonl": 24}
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        say(f"plume {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _plume(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Multimodal embeddings by latent reasoning."""
 
 
 @app.command()
@@ -57,12 +77,17 @@ def encode(
     """
     if out.suffix not in _NUMBER_BYTES:
         _stop(f"--out {out}: expected a name that ends with .npz, .npy or .jsonl")
-    names, inputs, refused = _collect(files or [], text or [])
-    if refused and on_error == "raise":
-        _stop(refused[0])
-    if not inputs:
-        _stop("\n".join(refused) or "nothing to encode; name files, or give --text")
+    paths, refused = _named(files or [])
+    if refused and (on_error == "raise" or not (paths or text)):
+        _stop("\n".join(refused))
+    if not (paths or text):
+        _stop("nothing to encode; name files, or give --text")
+    _check_model(model)
     _check_writable(out)
+    names, inputs, unreadable = _collect(paths, text or [])
+    refused += unreadable
+    if refused and (on_error == "raise" or not inputs):
+        _stop("\n".join(refused))
 
     import numpy as np
 
@@ -81,22 +106,26 @@ def encode(
                 instruction=instruction,
                 prompt_name=prompt_name,
                 batch_size=batch_size,
+                show_progress_bar=is_watched() and len(inputs) > batch_size,
                 on_error=on_error,
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _stop(_message(error, names))
     bad = {error.index for error in skipped}
     good = [row for row in range(len(names)) if row not in bad]
+    refused += [_message(error, names) for error in skipped]
+    if not good:
+        _stop("\n".join([*refused, f"nothing was written to {out}"]))
     if num_broken := int(np.isnan(vectors[good]).any(axis=1).sum()):
         _stop(f"{model} gave NaN for {num_broken} inputs; its weights are broken")
     try:
         _write(out, [names[row] for row in good], vectors[good])
     except OSError as error:
         _stop(f"{out} cannot be written ({error.strerror}), and is as it was; free space or choose another --out")
-    _say(f"{len(good)} vectors of {vectors.shape[1]} numbers in {out}")
-    for line in refused + [_message(error, names) for error in skipped]:
-        _say(f"skipped: {line}", err=True)
-    if refused or skipped:
+    say(f"{counted(len(good), 'vector')} of {vectors.shape[1]} numbers in {out}")
+    for line in refused:
+        say(f"skipped: {line}", err=True)
+    if refused:
         raise typer.Exit(1)
 
 
@@ -118,8 +147,10 @@ def index(
     Run it again after files were added, changed or deleted, or after it was interrupted: what has been embedded is not
     embedded again. Files that cannot be read are listed and left out.
     """
-    if not forget and not folder.is_dir():
-        _stop(f"{folder} is no folder; expected one with files to index")
+    if not forget:
+        if not folder.is_dir():
+            _stop(f"{folder} is no folder; expected one with files to index")
+        _check_model(model)
 
     from plume import Plume
     from plume.search.index import Index
@@ -129,12 +160,12 @@ def index(
 
     def left() -> str:
         rows = 0 if target is None else len(target)
-        return f"{out} holds {rows} rows, which stay; run the same command again to go on"
+        return f"{out} holds {counted(rows, 'row')}, which stay; run the same command again to go on"
 
     try:
         with _running(left):
             if forget:
-                _say(f"{Index.open(out).remove(folder)} rows removed from {out}")
+                say(f"{counted(Index.open(out).remove(folder), 'row')} removed from {out}")
                 return
             use_physical_cores()
             plume = Plume(model, truncate_dim=truncate_dim)
@@ -146,22 +177,22 @@ def index(
                 instruction=instruction,
                 query_instruction=query_instruction,
             )
-            report = target.update(folder, plume, batch_size=batch_size)
+            report = target.update(folder, plume, batch_size=batch_size, show_progress=is_watched())
     except (ValueError, OSError) as error:
         _stop(str(error))
     for skipped in report.skipped:
-        _say(f"skipped: {skipped.name}: {skipped.reason}", err=True)
+        say(f"skipped: {skipped.name}: {skipped.reason}", err=True)
     if report.others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.others.most_common())
-        _say(f"passed over, of other kinds: {kinds}", err=True)
+        say(f"passed over, of other kinds: {kinds}", err=True)
     for place, count in report.gone.items():
-        _say(
-            f"gone: {place}, to which {count} rows lead; if it has moved, index it where it is now, and forget the "
-            f"old place: plume index {shlex.quote(place)} --forget --out {shlex.quote(str(out))}",
+        say(
+            f"gone: {place}, to which {counted(count, 'row')} lead; if it has moved, index it where it is now, and "
+            f"forget the old place: plume index {shlex.quote(place)} --forget --out {shlex.quote(str(out))}",
             err=True,
         )
-    _say(
-        f"{len(target)} rows in {out}: {report.embedded} embedded, {report.reused} reused, "
+    say(
+        f"{counted(len(target), 'row')} in {out}: {report.embedded} embedded, {report.reused} reused, "
         f"{report.removed} removed; {report.unchanged} files unchanged, {len(report.skipped)} skipped"
     )
 
@@ -182,6 +213,10 @@ def search(
     query = {key: value for key, value in (("image", image), ("video", video), ("text", text)) if value}
     if not query:
         _stop("nothing to search for; give words, --image or --video")
+    if text and not image and not video:
+        _check_words(text)
+    if model is not None:
+        _check_model(model)
 
     from plume import Plume
     from plume.search.index import Index
@@ -208,7 +243,7 @@ def search(
             html.write_text(gallery(hits, title), encoding="utf-8", errors="replace")
         except OSError as error:
             _stop(f"--html {html} cannot be written ({error.strerror}); choose another place")
-        _say(f"{len(hits)} results in {html}", err=as_json)
+        say(f"{counted(len(hits), 'result')} in {html}", err=as_json)
     if hits and not as_json and html is None:
         typer.echo("  #   score  kind   file")
     for rank, hit in enumerate(hits, start=1):
@@ -219,15 +254,15 @@ def search(
             place += "" if hit.is_there else "  (gone)"
             excerpt = " ".join(hit.excerpt.split())[:60]
             line = f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else "")
-            _say(line)
+            say(line)
     if lost := [hit for hit in hits if not hit.is_there]:
-        _say(
+        say(
             f"{len(lost)} of the results are not there any more, for example {lost[0].path}; index their folder "
             "again, or forget it with `plume index FOLDER --forget`",
             err=True,
         )
     if not hits:
-        _say("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
+        say("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
 
 
 @app.command()
@@ -243,11 +278,15 @@ def trace(
 
     With several inputs, experts.png shows which experts served which modality.
     """
-    names, inputs, refused = _collect(files or [], text or [])
+    paths, refused = _named(files or [])
     if refused:
         _stop("\n".join(refused))
-    if not inputs:
+    if not (paths or text):
         _stop("nothing to trace; name files, or give --text")
+    _check_model(model)
+    names, inputs, refused = _collect(paths, text or [])
+    if refused:
+        _stop("\n".join(refused))
 
     import torch
 
@@ -283,7 +322,7 @@ def trace(
         _stop(f"{out / 'trace.json'} is written, pictures are not: {error}")
     except OSError as error:
         _stop(f"{out} cannot be written ({error.strerror}); choose another --out")
-    _say(f"{len(traces)} traces in {out}")
+    say(f"{counted(len(traces), 'trace')} in {out}")
 
 
 @app.command()
@@ -294,6 +333,7 @@ def convert(
     """Turn a published PLUME checkpoint into a folder that opens everywhere."""
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         _stop(f"{destination} is not empty; name a new folder")
+    _check_model(source)
 
     from safetensors import SafetensorError
 
@@ -315,10 +355,44 @@ def convert(
     except (ValueError, OSError, SafetensorError) as error:
         _stop(str(error))
     config = model.config
-    _say(
+    say(
         f"{destination}: K = {config.num_latent_steps}, {config.num_experts} experts, "
         f"positions {config.latent_positions}, {sum(p.numel() for p in model.parameters()):,} parameters"
     )
+
+
+def _named(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Files that plume reads, as far as their names tell, and a line for each of the others."""
+    from plume.inputs.file_kinds import why_not_read
+
+    paths = [path for file in files for path in (_from_stdin() if str(file) == "-" else [file])]
+    reasons = {path: why_not_read(path) for path in paths}
+    return [path for path in paths if reasons[path] is None], [f"{path}: {why}" for path, why in reasons.items() if why]
+
+
+def _from_stdin() -> list[Path]:
+    return [Path(os.fsdecode(line)) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+
+
+def _check_model(name_or_path: str) -> None:
+    """Stop before anything is imported if there can be no such checkpoint."""
+    try:
+        check_place(name_or_path)
+    except ValueError as error:
+        _stop(str(error))
+    stay_offline_without_network(name_or_path)
+
+
+def _check_words(text: str) -> None:
+    """Ask back where words to search for are the name of a file."""
+    from plume.inputs.file_kinds import SUFFIXES, Kind, kind_of
+
+    path = Path(text)
+    if path.suffix.lower() not in SUFFIXES or text != text.strip() or (" " in text and not path.is_file()):
+        return
+    flag = {Kind.IMAGE: "--image", Kind.VIDEO: "--video"}.get(kind_of(path) or Kind.TEXT)
+    by = f"search by it with {flag} {shlex.quote(text)}" if flag else "search by words from it"
+    _stop(f"{text!r} is the name of a file, not words; {by}, or add a space to search for the name")
 
 
 def _collect(files: Sequence[Path], texts: Sequence[str]) -> tuple[list[str], list[Any], list[str]]:
@@ -344,10 +418,6 @@ def _message(error: Exception, names: Sequence[str]) -> str:
     if isinstance(error, InputError) and error.index is not None:
         return f"{names[error.index]}: {error.reason}"
     return str(error)
-
-
-def _say(line: str, err: bool = False) -> None:
-    typer.echo(printable(line), err=err)
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -406,20 +476,19 @@ def _running(state: Callable[[], str], skipped: list[InputError] | None = None) 
         caught = signal.Signals(number)
         raise KeyboardInterrupt
 
-    def show(message: Any, *args: Any, **kwargs: Any) -> None:
-        if skipped is not None and hasattr(message, "errors"):  # a SkippedInputsWarning
-            skipped.extend(message.errors)
-        else:
-            _say(f"warning: {' '.join(str(message).splitlines()).removeprefix('plume: ')}", err=True)
+    def take(warning: Any) -> bool:
+        if skipped is None or not hasattr(warning, "errors"):
+            return False
+        skipped.extend(warning.errors)  # a SkippedInputsWarning
+        return True
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = show
+        with plain_warnings("plume", take):
+            quiet_libraries()
             yield
     except KeyboardInterrupt:
-        _say(f"plume: stopped; {state()}", err=True)
+        say(f"plume: stopped; {state()}", err=True)
         sys.exit(128 + caught)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -427,10 +496,10 @@ def _running(state: Callable[[], str], skipped: list[InputError] | None = None) 
 
 def _stop(message: str) -> NoReturn:
     for number, line in enumerate(message.splitlines() or [""]):
-        _say(line if number else f"plume: {line}", err=True)
+        say(line if number else f"plume: {line}", err=True)
     sys.exit(1)
 
 
 def main() -> None:
     """Parse, call, exit."""
-    app()
+    run_app(app)

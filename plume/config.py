@@ -5,14 +5,13 @@ Defaults are those of the PLUME paper (arXiv 2604.02073) and the strings of its 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from PIL import ImageColor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from plume.terminal import did_you_mean
 from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT, token_id
 
 #: The `model_type` of backbones that plume has been written for.
@@ -29,17 +28,6 @@ EMBEDDING_PROMPT = (
     "First output the thinking process in <think> </think> tags and then summarize the entire input in a "
     "word or sentence. Finally, use the <gen_emb> tag to represent the entire input."
 )
-
-
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What to do about a name that is not known: the nearest one that is, else something else.
-
-    Example:
-        >>> did_you_mean("lerning_rate", ["learning_rate", "seed"], "see --help")
-        "did you mean 'learning_rate'?"
-    """
-    nearest = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else otherwise
 
 
 class PlumeConfig(PreTrainedConfig):

@@ -38,6 +38,7 @@ ORDER = [
     {"search"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from plume import PlumeModel
 from plume.random_models import SHAPES_2B, random_model, save_tiny_backbone
+from plume.terminal import Parser
 from plume_eval.report import header, markdown_header, markdown_table
 from plume_train.config import PlumeTrainingArguments
 from plume_train.data.records import Records
@@ -42,7 +43,7 @@ def synthetic(count: int) -> list[Record]:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a plume checkpoint")
     parser.add_argument("--data", type=Path, help="rows; synthetic ones if not given")
     parser.add_argument("--shapes", choices=("tiny", "2b"), default="tiny", help="of random weights, without --model")

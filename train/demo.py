@@ -6,7 +6,6 @@ compares them on held-out pages. `make demo` runs it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from plume import PlumeModel
 from plume.random_models import save_tiny_backbone
+from plume.terminal import Parser
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task
@@ -84,9 +84,11 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
             "stage_shares": [(1 - last) / (num_hops - 1)] * (num_hops - 1) + [last],
         }
     config = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
+    evaluate_every = 50 if name in ("single_pass", "no_curriculum") else 0 if name == "read" else 25
     return arguments_from(
         CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"),
         **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": config},
+        evaluate_every=evaluate_every,
     )
 
 
@@ -221,7 +223,7 @@ def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
 
 def main() -> None:
     """Parse, run, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and training")
     parser.add_argument("--ablations", action="store_true", help="also train three ablations")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 from pathlib import Path
 
+from plume.terminal import Parser
 from plume_eval.report import markdown_header, markdown_table
 
 #: What differs between runs; the rest of the header must be equal.
@@ -59,7 +59,7 @@ def task_table(reports: list[dict]) -> str:
 
 def main() -> None:
     """Parse, join, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of train/demo.py; pictures are the first one's")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     options = parser.parse_args()

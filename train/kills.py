@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from plume.terminal import Parser
 from plume_eval.report import header, markdown_header
 from plume_train.config import arguments_from
 
@@ -74,7 +75,7 @@ def log_of(out: Path) -> list[dict]:
 
 def main() -> None:
     """Run twice, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/train/demo.yaml"))
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--save-steps", type=int, default=25)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from plume.checkpoints.damage import naming_damaged_files
+from plume.checkpoints.place import check_place
 from plume.checkpoints.published import is_published
 from plume.config import SUPPORTED, PlumeConfig
 from plume.version import __version__
@@ -16,33 +16,12 @@ from plume.version import __version__
 #: Run-time knobs of `PlumeModel.forward` that sentence-transformers may pass through `encode`.
 RUN_TIME_KEYWORDS = ("num_latent_steps",)
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Instructions for common tasks, by `prompt_name`. The model reads them before the input's text.
 PRESETS = {
     "retrieve": "Find content that matches the given input:",
     "classify": "Represent the given input for classification:",
     "question": "Represent the given input with the following question:",
 }
-
-
-def check_place(name_or_path: str | os.PathLike) -> None:
-    """Refuse a path that leads nowhere, or to a folder that is no checkpoint; names on the Hub are not looked up.
-
-    Raises:
-        ValueError: says what is there and what was expected.
-    """
-    expected = "expected a folder that save_pretrained wrote, or a Hub name such as you/kite"
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise ValueError(f"a checkpoint is {name_or_path!r}; {expected}")
-    text = os.fspath(name_or_path)
-    if os.path.isdir(text):
-        if not os.path.isfile(os.path.join(text, "config.json")):
-            empty = "is an empty folder" if not os.listdir(text) else "holds no config.json"
-            raise ValueError(f"{text} {empty}; {expected}")
-    elif os.path.exists(text):
-        raise ValueError(f"{text} is a file; {expected}")
-    elif isinstance(name_or_path, os.PathLike) or not _HUB_NAME.fullmatch(text):
-        raise ValueError(f"no folder at {text!r}; {expected}")
 
 
 def read_config(name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
@@ -56,7 +35,7 @@ def read_config(name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]
         with naming_damaged_files(name_or_path):
             return PlumeConfig.get_config_dict(name_or_path, **hub_kwargs)[0]
     except OSError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
             f"no folder at {str(name_or_path)!r}, and no such model on the Hub, or it cannot be reached ({reason})"
         ) from None

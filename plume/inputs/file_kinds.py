@@ -1,11 +1,9 @@
-"""Which files plume reads, told by their names."""
+"""Which files plume reads, told by their names; nothing is imported or opened for it but animations."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-
-from plume.inputs.video import is_animated
 
 
 class Kind(StrEnum):
@@ -36,6 +34,8 @@ def kind_of(path: Path) -> Kind | None:
     """
     suffix = path.suffix.lower()
     if suffix in (".gif", ".webp") and path.is_file():
+        from plume.inputs.video import is_animated
+
         try:
             return Kind.VIDEO if is_animated(path) else Kind.IMAGE
         except Exception:  # decoders of broken files raise anything; loading it says what is wrong
@@ -48,4 +48,20 @@ def kind_of(path: Path) -> Kind | None:
     ):
         if suffix in suffixes:
             return kind
+    return None
+
+
+def why_not_read(path: Path) -> str | None:
+    """Why a path is no file that plume reads, as far as its name tells; None where it is one.
+
+    Example:
+        >>> why_not_read(Path("/"))
+        'it is a folder; name the files in it, or index it with `plume index`'
+    """
+    if path.is_dir():
+        return "it is a folder; name the files in it, or index it with `plume index`"
+    if not path.is_file():
+        return "there is no such file"
+    if kind_of(path) is None:
+        return f"it is of an unknown kind; expected one of {', '.join(sorted(SUFFIXES))}"
     return None

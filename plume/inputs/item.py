@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from plume.inputs.errors import InputError, located
-from plume.inputs.file_kinds import SUFFIXES, VIDEO_SUFFIXES, Kind, kind_of
+from plume.inputs.file_kinds import VIDEO_SUFFIXES, Kind, kind_of, why_not_read
 from plume.inputs.images import BACKGROUND, BYTES, MAX_PIXELS, is_data_uri, load_image
 from plume.inputs.pages import Page, pages
 from plume.inputs.video import Sampling, Video, load_video
@@ -371,13 +371,11 @@ def inputs_in_file(path: Path) -> list[tuple[str, Any]]:
         >>> [name.rpartition("/")[2] for name, _ in inputs_in_file(path)]
         ['two pages.pdf#page=1', 'two pages.pdf#page=2']
     """
-    if not path.is_file():
-        raise InputError(str(path), "there is no such file")
+    if (reason := why_not_read(path)) is not None:
+        raise InputError(str(path), reason)
     kind = kind_of(path)
     if kind is Kind.PDF:
         return [(f"{path}#page={page.page}", page) for page in pages(path, str(path))]
     if kind is Kind.TEXT:
         return [(str(path), read_text(path, str(path)))]
-    if kind is None:
-        raise InputError(str(path), f"it is of an unknown kind; expected one of {', '.join(sorted(SUFFIXES))}")
     return [(str(path), path)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from plume.random_models import SHORT_STRINGS
 from plume_train.config import arguments_from
 
@@ -23,3 +25,9 @@ def settings(tmp_path, start, hops_folder, **changes):
         "disable_tqdm": True,
     }
     return arguments_from(tmp_path / "run.yaml", **{**given, **changes})
+
+
+def stopped_before_its_end(folder):
+    """Let a finished run count as one that was stopped while it saved its model."""
+    file = folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": False}))

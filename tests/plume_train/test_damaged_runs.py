@@ -16,7 +16,7 @@ from plume_train.__main__ import main
 from plume_train.run import train
 from plume_train.saving import CHECKSUMS_FILE, RunError, damage
 from plume_train.trainer import PlumeTrainer
-from tests.plume_train.runs import settings
+from tests.plume_train.runs import settings, stopped_before_its_end
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": None}
 FILES = [
@@ -42,7 +42,7 @@ def whole(tmp_path_factory, start, hops_folder):
 @pytest.fixture
 def run(whole, tmp_path, start, hops_folder):
     """A copy of the run, and its settings."""
-    shutil.copytree(whole[0] / "out", tmp_path / "out")
+    stopped_before_its_end(shutil.copytree(whole[0] / "out", tmp_path / "out"))
     return settings(tmp_path, start, hops_folder, **SAVING)
 
 

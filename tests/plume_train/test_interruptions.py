@@ -134,7 +134,7 @@ def test_a_final_save_that_fails_leaves_the_earlier_model(tmp_path, start, hops_
     train(settings(tmp_path, start, hops_folder, max_steps=1))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with full_disk(), pytest.raises(RunError, match="there is no earlier checkpoint"):
-        train(settings(tmp_path, start, hops_folder, max_steps=2))
+        train(settings(tmp_path, start, hops_folder, max_steps=2, overwrite=True))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 

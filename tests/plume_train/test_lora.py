@@ -50,7 +50,7 @@ def test_the_merged_folder_is_the_trained_model(tmp_path, start, hops_folder, ti
 
 def test_what_must_learn_learns_and_nothing_else(tmp_path, start, hops_folder):
     before = train(settings(tmp_path, start, hops_folder, max_steps=1, learning_rate=0.0)).state_dict()
-    args = settings(tmp_path, start, hops_folder, max_steps=3, train_merger=False, **LORA)
+    args = settings(tmp_path, start, hops_folder, max_steps=3, train_merger=False, overwrite=True, **LORA)
     after = train(args).state_dict()
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert any("q_proj" in name for name in changed)

@@ -76,7 +76,7 @@ def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hop
 def test_bfloat16_autocast_keeps_float32_weights_and_about_the_same_loss(tmp_path, start, hops_folder):
     exact = train(settings(tmp_path, start, hops_folder, max_steps=3))
     losses = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
-    rough = train(settings(tmp_path, start, hops_folder, max_steps=3, bf16=True))
+    rough = train(settings(tmp_path, start, hops_folder, max_steps=3, bf16=True, overwrite=True))
     assert {weight.dtype for weight in rough.state_dict().values()} == {torch.float32}
     assert [line["loss"] for line in log_of(tmp_path) if "loss" in line] == pytest.approx(losses, rel=0.1)
     assert exact.dtype == torch.float32
@@ -140,8 +140,9 @@ def test_the_learning_rate_rises_again_and_the_optimiser_is_reset_at_a_change_of
     train(settings(tmp_path, start, hops_folder, **changes))
     rates = [line["learning_rate"] for line in log_of(tmp_path) if "loss" in line]
     assert rates == pytest.approx([1e-3] * 4 + [5e-4, 1e-3, 1e-3] + [5e-4, 1e-3, 1e-3])
-    other = train(settings(tmp_path, start, hops_folder, lr_scheduler_type="constant", rewarmup_steps=2)).state_dict()
+    changes["overwrite"] = True
     again = train(settings(tmp_path, start, hops_folder, **changes)).state_dict()
+    other = train(settings(tmp_path, start, hops_folder, **{**changes, "optimizer_reset": "none"})).state_dict()
     assert any(not torch.equal(weight, again[name]) for name, weight in other.items())
 
 
@@ -286,7 +287,10 @@ def test_an_epoch_is_a_pass_over_every_task(tmp_path, start, hops_folder):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"train_file": str(tmp_path / "rows.jsonl"), "max_steps": -1, "num_train_epochs": 2}
     train(settings(tmp_path, start, hops_folder, **changes))
-    assert max(line["step"] for line in log_of(tmp_path)) == 10  # 5 tasks of 2 rows, batches of 4, twice
+    log = log_of(tmp_path)
+    assert max(line["step"] for line in log) == 10  # 5 tasks of 2 rows, batches of 4, twice
+    assert [line["epoch"] for line in log if "loss" in line] == [step / 5 for step in range(1, 11)]
+    changes["overwrite"] = True
     with pytest.raises(SettingsError, match="task_weights names 'b', which is no task of the data"):
         train(settings(tmp_path, start, hops_folder, **changes, task_weights={"b": 2}))
 

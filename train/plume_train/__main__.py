@@ -1,25 +1,51 @@
-"""`plume-train --config FILE [--FIELD VALUE ...]`, `plume-train check DATA`, `plume-train merge CHECKPOINT FOLDER`."""
+"""`plume-train --config FILE [--SETTING VALUE ...]`, `plume-train check DATA`, `plume-train merge CHECKPOINT DST`."""
 
 import signal
 import sys
 
+from plume.terminal import did_you_mean, plain_warnings, printable, quiet_libraries, say
+
+_COMMANDS = ("check", "merge")
+
 
 def main() -> None:
     """Parse, work, exit."""
-    from plume.terminal import printable
-    from plume_train.config import parse_arguments
+    words = sys.argv[1:]
+    command = words[0] if words and not words[0].startswith("-") else ""
+    if command and command not in _COMMANDS:
+        sys.exit(printable(f"plume-train: no command {command!r}; {did_you_mean(command, _COMMANDS, 'see --help')}"))
+    if not command and (not words or {"-h", "--help"} & set(words)):
+        from plume_train.help import settings_help
+
+        say(settings_help(), keep="\n")
+        sys.exit(0 if words else 2)
+    if words == ["--version"]:
+        from plume.version import __version__
+
+        say(f"plume-train {__version__}")
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with plain_warnings("plume-train"):
+        quiet_libraries()
+        _run(command, words[bool(command) :])
+
+
+def _run(command: str, words: list[str]) -> None:
+    from plume_train.config import parse_arguments, settings_parser
     from plume_train.data.check import check
     from plume_train.lora import merge
     from plume_train.run import train
     from plume_train.saving import RunError, reason, state_of
 
-    commands = {"check": check, "merge": merge}
     folder = None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if (command := commands.get(sys.argv[1] if len(sys.argv) > 1 else "")) is not None:
-            sys.exit(command(sys.argv[2:]))
-        args = parse_arguments(sys.argv[1:])
+        if command:
+            sys.exit({"check": check, "merge": merge}[command](words))
+        if "--help-all" in words:
+            settings_parser().print_help()
+            sys.exit()
+        args = parse_arguments(words)
         folder = args.output_folder
         train(args)
     except (ValueError, OSError, RunError, ImportError) as error:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from plume.model.model import PlumeModel
-from plume_train.config import SettingsError
+from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.progress import Progress
 
 Evaluate = Callable[[PlumeModel, int, int], dict[str, float]]
@@ -74,17 +75,64 @@ def _step_of(line: str) -> int | None:
         return None
 
 
-#: What a person wants to follow; the log file and the trackers get everything.
-_TOLD = ("loss", "contrastive", "recall_in_batch", "grad_norm", "learning_rate", "num_latent_steps", "pairs_per_second")
+class Console(TrainerCallback):
+    """A progress bar in a terminal, and a line of every log; the log file and the trackers get everything."""
 
+    def __init__(self, args: PlumeTrainingArguments):
+        self.args = args
+        self.bar: tqdm | None = None
 
-class ShortProgress(ProgressCallback):
-    """A progress bar, and of every log the numbers that fit into a line."""
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.args.shows_bars:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            logs = {name: logs[name] for name in _TOLD if name in logs}
-        super().on_log(args, state, control, logs=logs, **kwargs)
+        if line := log_line(logs or {}, list(self.args.loss_weights)):
+            self.args.tell(f"step {state.global_step}/{state.max_steps}  {line}")
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def log_line(logs: Mapping[str, Any], terms: Sequence[str]) -> str:
+    """What a person wants to follow of a log: the loss and the terms that it is made of, recall, the pace.
+
+    Args:
+        logs: numbers by name.
+        terms: of the loss, without the side that they are of.
+
+    Example:
+        >>> logs = {"loss": 2.5, "contrastive": 1.25, "recall_in_batch": 0.5, "num_latent_steps": 4, "epoch": 0.1}
+        >>> log_line(logs, ["contrastive"])
+        'loss 2.5 (contrastive 1.25)  recall in batch 0.5  K = 4'
+    """
+    if "train_runtime" in logs:
+        return f"trained in {logs['train_runtime'] / 60:.1f} minutes, mean loss {logs['train_loss']:.4g}"
+    prefix = "validation_" if "validation_loss" in logs else ""
+    if f"{prefix}loss" not in logs:  # of an evaluation
+        return "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "step"))
+    names = {name.removeprefix(prefix): name for name in logs if name.startswith(prefix)}
+    shown = [
+        f"{name.replace('_', ' ')} {logs[full]:.4g}"
+        for name, full in names.items()
+        if name.removesuffix("_query").removesuffix("_target") in terms
+    ]
+    parts = [f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.4g} ({', '.join(shown)})"]
+    for name, form in (
+        ("recall_in_batch", "recall in batch {:.3g}"),
+        ("grad_norm", "gradient {:.3g}"),
+        ("learning_rate", "learning rate {:.2g}"),
+        ("num_latent_steps", "K = {}"),
+        ("pairs_per_second", "{:.3g} pairs/s"),
+    ):
+        if name in logs:
+            parts.append(form.format(logs[name]))
+    return "  ".join(parts)
 
 
 class EvaluationHook(TrainerCallback):

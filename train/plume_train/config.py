@@ -5,16 +5,22 @@ One name per knob: a field here is a key of the YAML file, a command-line flag a
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from plume.config import did_you_mean
+from plume.checkpoints.place import check_place
+from plume.terminal import Parser, did_you_mean, is_watched, printable
 from plume_train.curriculum import PRESETS, Curriculum, Stage
 
 if TYPE_CHECKING:
@@ -226,6 +232,9 @@ class PlumeTrainingArguments(TrainingArguments):
     evaluate_every: int = 0
     """Steps between evaluations; 0 never."""
 
+    overwrite: bool = False
+    """Whether what another run, or a finished one, left in `output_dir` is replaced."""
+
     def __post_init__(self):
         self._refuse_not_honoured()
         try:
@@ -237,7 +246,9 @@ class PlumeTrainingArguments(TrainingArguments):
             try:
                 setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
             except json.JSONDecodeError as error:
-                raise SettingsError(f"{name} is {value!r:.80}, which is not JSON ({error})") from None
+                raise SettingsError(
+                    f'{name} is {value!r:.80}, which is not JSON ({error}); expected an object such as {{"name": 1}}'
+                ) from None
             if not isinstance(getattr(self, name), dict):
                 raise SettingsError(f'{name} is {value!r:.80}; expected an object such as {{"name": 1}}')
         for name in ("train_file", "validation_file"):
@@ -282,6 +293,16 @@ class PlumeTrainingArguments(TrainingArguments):
         return Path(self.output_dir or "trainer_output")
 
     @property
+    def shows_bars(self) -> bool:
+        """Whether progress bars are drawn: by one process, in a terminal."""
+        return self.should_save and not self.disable_tqdm and is_watched()
+
+    def tell(self, text: str) -> None:
+        """Say something of the run, once for all processes, unless `disable_tqdm` silences it."""
+        if self.should_save and not self.disable_tqdm:
+            tqdm.write(printable(text), file=sys.stderr)
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term by its name."""
         ending = "_weight"
@@ -300,6 +321,12 @@ class PlumeTrainingArguments(TrainingArguments):
         for name in ("model", "train_file"):
             if not getattr(self, name):
                 raise SettingsError(f"{name} is not set; give it in the YAML file or as --{name}")
+        check_place(self.model)
+        if Path(self.model).resolve() == self.output_folder.resolve():
+            raise SettingsError(f"output_dir and model are both {self.model}; choose another output_dir")
+        self._check_reports()
+        if self.evaluation and not self.evaluate_every:
+            raise SettingsError(f"evaluation={self.evaluation!r} would never be called; set evaluate_every")
         if self.advance == "settled" and not self.validation_file:
             raise SettingsError(
                 "advance=settled needs a validation_file, whose loss decides; set one or advance=schedule"
@@ -321,6 +348,18 @@ class PlumeTrainingArguments(TrainingArguments):
                 "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
                 "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
             )
+
+    def _check_reports(self) -> None:
+        """Trackers are otherwise asked for once the model is loaded."""
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name in ("none", "all"):
+                continue
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                remedy = did_you_mean(name, INTEGRATION_TO_CALLBACK, f"known are {known}")
+                raise SettingsError(f"report_to is {name!r}; {remedy}")
+            if name not in get_available_reporting_integrations():
+                raise SettingsError(f"report_to is {name!r}, which needs the package {name}; install it, or drop it")
 
     def without_effect(self, records: Records) -> list[str]:
         """Settings that change nothing, each with the reason.
@@ -348,7 +387,19 @@ class PlumeTrainingArguments(TrainingArguments):
             ("lora_dropout", self.lora_dropout and not self.lora_rank, "lora_rank is 0"),
         ]
         told = [f"{name}: without effect, since {why}" for name, applies, why in reasons if applies]
-        return told + self._without_contrast(records)
+        told += [f"stage_ratios: {lost}" for lost in curriculum.collapsed(self.max_steps)] if self.max_steps > 0 else []
+        return told + self._repeating(records) + self._without_contrast(records)
+
+    def _repeating(self, records: Records) -> list[str]:
+        """Tasks whose batches show rows more than once, which are no negatives of themselves."""
+        size = self.per_device_train_batch_size * self.world_size
+        weights: Any = self.task_weights or {}
+        small = {task: count for task, count in Counter(records.tasks).items() if count < size and weights.get(task, 1)}
+        return [
+            f"per_device_train_batch_size: a batch has {size} places, and the task {task!r} {count} rows, which are "
+            f"shown more than once in it; lower it to {max(count // self.world_size, 1)} or fewer"
+            for task, count in sorted(small.items())
+        ]
 
     def _without_contrast(self, records: Records) -> list[str]:
         """Batches that cannot hold a negative, so that nothing in them is told apart."""
@@ -396,6 +447,8 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_total_limit": 2,
     "resume_from_checkpoint": "auto",
+    "logging_steps": 10,
+    "logging_first_step": True,
     "ddp_find_unused_parameters": False,  # every pass touches every part
 }
 
@@ -408,19 +461,33 @@ def parse_arguments(argv: Sequence[str], **overrides: Any) -> PlumeTrainingArgum
         overrides: settings that win over both.
 
     Raises:
-        SettingsError: an unknown key in the YAML file, named with the nearest known one.
+        SettingsError: an unknown key or flag, named with the nearest known one, or a value that a setting cannot have.
     """
-    parser = HfArgumentParser(PlumeTrainingArguments)  # type: ignore[arg-type]
-    parser.prog = "plume-train"
-    parser.add_argument("--config", help="YAML file with any of the settings below", default=None)
-    early = _early_config(argv)
-    settings = {**_DEFAULTS, **({} if early is None else read_yaml(early)), **overrides}
+    return arguments_of(vars(settings_parser().parse_args(argv)), **overrides)
+
+
+def arguments_of(flags: Mapping[str, Any], **overrides: Any) -> PlumeTrainingArguments:
+    """Settings from parsed flags, one of which may be `config`, a YAML file; see `parse_arguments`."""
+    settings = {**_DEFAULTS, **(read_yaml(flags["config"]) if "config" in flags else {}), **flags, **overrides}
+    settings.pop("config", None)
+    return PlumeTrainingArguments(**settings)
+
+
+class SettingsParser(HfArgumentParser, Parser):
+    """A flag for every setting; what is wrong with them is a `SettingsError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message.removeprefix("argument "))
+
+
+def settings_parser(program: str = "plume-train") -> SettingsParser:
+    """Parses flags into the settings that were given, and no others."""
+    parser = SettingsParser(PlumeTrainingArguments, prog=program)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file with any of the settings below")
     for action in parser._actions:
-        if action.dest in settings:
-            action.required = False
-    parser.set_defaults(**settings)
-    (arguments, _) = parser.parse_args_into_dataclasses(list(argv))
-    return arguments
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    return parser
 
 
 def arguments_from(config: str | Path, **overrides: Any) -> PlumeTrainingArguments:
@@ -436,6 +503,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read ({error.strerror}); expected a YAML file of settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -448,12 +517,3 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             remedy = did_you_mean(key, known, "`plume-train --help` lists the settings")
             raise SettingsError(f"{file}: unknown key {key!r}; {remedy}")
     return settings
-
-
-def _early_config(argv: Sequence[str]) -> str | None:
-    for place, word in enumerate(argv):
-        if word == "--config" and place + 1 < len(argv):
-            return argv[place + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None

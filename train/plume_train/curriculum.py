@@ -85,6 +85,27 @@ class Curriculum:
         """The step at which a stage begins: the first whose share of the run is that of the stages before."""
         return math.ceil(sum(earlier.share for earlier in self.stages[:stage]) * num_steps - 1e-6)
 
+    def collapsed(self, num_steps: int) -> list[str]:
+        """What is lost of the stages: those that nothing tells from the one before, and those without a step.
+
+        Args:
+            num_steps: optimiser steps of the whole training.
+        """
+        lost = []
+        for index, stage in enumerate(self.stages):
+            end = num_steps if index + 1 == len(self.stages) else self.first_step(index + 1, num_steps)
+            if end == self.first_step(index, num_steps):
+                lost.append(f"stage {index} (ratio {stage.ratio:g}) gets no step of {num_steps}; train longer")
+            elif index and self._trains(stage) == self._trains(self.stages[index - 1]):
+                lost.append(
+                    f"stage {index} (ratio {stage.ratio:g}) is the same as stage {index - 1}, K = "
+                    f"{self.num_latent_steps(stage)}; raise num_segments, or name fewer stages"
+                )
+        return lost
+
+    def _trains(self, stage: Stage) -> tuple[int, int, bool]:
+        return self.num_latent_steps(stage), self.num_replaced_segments(stage), stage.drop_answer
+
     def draw_stage(self, current: int, rng: random.Random) -> int:
         """Index of the stage of one row while the run is at stage `current`."""
         return rng.randrange(current) if current and rng.random() < self.mix_earlier else current

@@ -6,7 +6,6 @@ A checkpoint of such a run holds what is trained and nothing else; the end of th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from plume.model.model import PlumeModel
+from plume.terminal import Parser
 from plume.tokens import SPECIAL_TOKENS
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.progress import PROGRESS_FILE
@@ -83,7 +83,7 @@ def merge(argv: Sequence[str]) -> int:
     """
     from peft import PeftModel
 
-    parser = argparse.ArgumentParser(prog="plume-train merge", description=merge.__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = Parser(prog="plume-train merge", description=merge.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("checkpoint", type=Path, help="for example runs/mine/checkpoint-500")
     parser.add_argument("folder", type=Path, help="where the merged model goes")
     known = parser.parse_args(list(argv))

@@ -15,7 +15,6 @@ Letters: D hidden size, I size of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import DistributedType
-from tqdm.auto import tqdm
 
 from plume_train.trainer import sampler_of
 
@@ -144,8 +142,7 @@ def tell_memory(trainer: PlumeTrainer) -> None:
     else:
         free, has = psutil.virtual_memory().available, "this machine has free"
     text = f"expected memory: {memory}; {has} {free / _GIB:.2f} GiB"
-    if not args.disable_tqdm:
-        tqdm.write(text, file=sys.stderr)
+    args.tell(text)
     if memory.total > free:
         warnings.warn(
             f"plume: {text}. The run will probably not fit; lower micro_batch_size, set gradient_checkpointing, "

@@ -31,8 +31,8 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return log
 
 
-def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw a run; nothing is drawn where nothing was logged.
+def draw_run(log: Sequence[dict[str, Any]], out: Path) -> bool:
+    """Draw a run; False where nothing was logged, and nothing is drawn.
 
     Args:
         log: from `read_log`.
@@ -45,7 +45,7 @@ def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:
 
     panels = [(title, names) for title, starts in _PANELS if (names := _names(log, starts))]
     if not panels:
-        return
+        return False
     figure = Figure(figsize=(11, 2.6 * -(-len(panels) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
     borders = _borders(log)
@@ -66,6 +66,7 @@ def draw_run(log: Sequence[dict[str, Any]], out: Path) -> None:
     for axis in list(axes)[len(panels) :]:
         axis.set_visible(False)
     figure.savefig(out, dpi=150)
+    return True
 
 
 def _names(log: Sequence[dict[str, Any]], starts: tuple[str, ...]) -> list[str]:

@@ -19,7 +19,15 @@ from plume_train.data.rows import RecordFormat
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
 from plume_train.memory import tell_memory
 from plume_train.pictures import draw_run, read_log
-from plume_train.saving import checkpoint_to_resume, move_into, remember_run, whole_or_nothing
+from plume_train.saving import (
+    LOG_FILE,
+    check_output,
+    checkpoint_to_resume,
+    move_into,
+    note_finished,
+    remember_run,
+    whole_or_nothing,
+)
 from plume_train.start import freeze, load_model, widen_what_learns
 from plume_train.trainer import PlumeTrainer, sampler_of
 
@@ -42,6 +50,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
             "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
         )
     args.check()
+    check_output(args)
     set_seed(args.seed)
     records = load_records(args, args.train_file)
     curriculum = args.build_curriculum()
@@ -57,7 +66,12 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     data = {"num_rows": len(records), "data_digest": records.digest}
     if held_out is not None:
         data["validation_digest"] = held_out.digest
-    remember_run(args, data)
+    if remember_run(args, data):
+        args.tell(
+            f"{args.output_folder} holds the model of this run, which is finished; set overwrite=true to train it "
+            "again, or choose another output_dir"
+        )
+        return PlumeModel.from_pretrained(args.output_folder).eval()
     checkpoint = checkpoint_to_resume(args)
     if records.bad_rows:
         _list_bad_rows(args, records.bad_rows)
@@ -84,6 +98,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     tell_memory(trainer)
     if checkpoint is not None:
         trainer.go_on_from(checkpoint)
+        args.tell(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return finish(trainer)
 
@@ -106,10 +121,19 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         _list_bad_rows(args, trainer.bad_rows)
         skipped = len(set(trainer.bad_rows))
         warnings.warn(f"plume: {skipped} rows were skipped while training; see bad_rows.txt", stacklevel=2)
-    if args.should_save and find_spec("matplotlib"):
-        draw_run(read_log(args.output_folder / "log.jsonl"), args.output_folder / "training.png")
+    if args.should_save:
+        note_finished(args.output_folder)
+        _draw(args)
     trainer.accelerator.wait_for_everyone()
     return model.eval()
+
+
+def _draw(args: PlumeTrainingArguments) -> None:
+    picture = args.output_folder / "training.png"
+    if not find_spec("matplotlib"):
+        args.tell(f"{picture} is not drawn: matplotlib is not installed; pip install 'plume-embed[plot]'")
+    elif not draw_run(read_log(args.output_folder / LOG_FILE), picture):
+        args.tell(f"{picture} is not drawn: nothing was logged; lower logging_steps")
 
 
 def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
@@ -123,7 +147,7 @@ def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
             unclosed_answer=args.unclosed_answer,
         ),
         on_bad_row=args.on_bad_row,
-        show_progress=not args.disable_tqdm and args.should_save,
+        show_progress=args.shows_bars,
     )
 
 

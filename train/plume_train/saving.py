@@ -33,12 +33,17 @@ UNFINISHED = "unfinished"
 # How torch.save says that a file could not be written to its end.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "file write failed", "No space left")
 RUN_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+_FINISHED = "finished"
 CHECKSUMS_FILE = "checksums.json"
 _BLOCK_BYTES = 1 << 24
+
+_REMEDY = "choose another output_dir, or set overwrite=true, which replaces it"
 
 # What may differ between the start of a run and its continuation: what changes no result.
 _FREE = {
     "output_dir",
+    "overwrite",
     "resume_from_checkpoint",
     "disable_tqdm",
     "evaluate_every",
@@ -62,44 +67,99 @@ class RunError(RuntimeError):
     """A run that cannot begin, go on or save; says what to do, and that nothing is lost."""
 
 
-def remember_run(args: PlumeTrainingArguments, data: dict[str, Any]) -> None:
-    """Write `run.json`, or compare with it where the folder already holds a run.
+def check_output(args: PlumeTrainingArguments) -> None:
+    """Refuse an output folder that holds a run or a model of other settings, before any row is read.
+
+    Raises:
+        RunError: says what is there, and how to keep or to replace it.
+    """
+    folder = args.output_folder
+    if args.overwrite or not folder.is_dir():
+        return
+    begun = read_run(folder) if (folder / RUN_FILE).exists() else None
+    if checkpoints(folder) and args.resume_from_checkpoint in (None, "no"):
+        raise RunError(
+            f"{folder} holds checkpoints, but resume_from_checkpoint is off; set it to auto to go on, {_REMEDY}"
+        )
+    if begun is None and not checkpoints(folder) and _holds_model(folder):
+        raise RunError(f"{folder} holds a model that was not trained there; {_REMEDY}")
+    if begun is not None and _holds_work(folder):
+        _check_same(folder, begun, settings_of(args))
+
+
+def remember_run(args: PlumeTrainingArguments, data: dict[str, Any]) -> bool:
+    """Write `run.json`, or compare with it where the folder already holds a run; whether that run is finished.
 
     Args:
         args: of the run.
         data: what tells its data from others: number and digest of the rows.
 
     Raises:
-        RunError: the folder cannot be written to, or it holds checkpoints of another run.
+        RunError: the folder cannot be written to, or it holds a run with other data.
     """
     folder = args.output_folder
     wanted = settings_of(args) | data
-    file = folder / RUN_FILE
-    if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
-        if args.resume_from_checkpoint in (None, "no"):
-            raise RunError(
-                f"{folder} holds checkpoints, but resume_from_checkpoint is off; set it to auto to go on, choose "
-                "another output_dir, or remove the folder"
-            )
-        begun = read_run(folder) if file.exists() else {}
-        changed = [name for name in sorted(wanted) if begun.get(name, wanted[name]) != wanted[name]]
-        if changed:
-            listed = "; ".join(f"{name} was {begun[name]!r}, now {wanted[name]!r}" for name in changed[:5])
-            raise RunError(
-                f"{folder} holds checkpoints of a run with other settings or data: {listed}. Start it with the same "
-                "ones to go on, choose another output_dir, or remove the folder"
-            )
-        return
-    if not args.should_save:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{RUN_FILE}.part"
-        beside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        _to_disk(beside)
-        beside.replace(file)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
+    begun = read_run(folder) if (folder / RUN_FILE).exists() else None
+    if _holds_work(folder):
+        is_finished = begun is not None and begun.get(_FINISHED, True) and _holds_model(folder)
+        if args.overwrite and (begun is None or _changed(begun, wanted) or is_finished):
+            if args.should_save:
+                _remove_work(folder)
+        elif begun is not None:
+            _check_same(folder, begun, wanted)
+            return is_finished and args.resume_from_checkpoint in (None, "auto", "no")
+        else:  # checkpoints whose run.json was deleted
+            return False
+    if args.should_save:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_run(folder, wanted | {_FINISHED: False})
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
+    return False
+
+
+def note_finished(folder: Path) -> None:
+    """Let the model in the folder count as that of its run; another one may have been there before."""
+    if (folder / RUN_FILE).exists():
+        _write_run(folder, read_run(folder) | {_FINISHED: True})
+
+
+def _write_run(folder: Path, content: dict[str, Any]) -> None:
+    beside = folder / f"{RUN_FILE}.part"
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _to_disk(beside)
+    beside.replace(folder / RUN_FILE)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether anything would be lost; a run that failed before its first step leaves nothing but `run.json`."""
+    return _holds_model(folder) or bool(checkpoints(folder)) or (folder / LOG_FILE).exists()
+
+
+def _changed(begun: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(wanted) if begun.get(name, wanted[name]) != wanted[name]]
+
+
+def _check_same(folder: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if changed := _changed(begun, wanted):
+        listed = "; ".join(f"{name} was {begun[name]!r}, now {wanted[name]!r}" for name in changed[:5])
+        raise RunError(
+            f"{folder} holds the work of a run with other settings or data: {listed}. Start it with the same ones to "
+            f"go on, {_REMEDY}"
+        )
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove what a run would go on from; a model stays until there is another one to take its place."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [folder / RUN_FILE, folder / LOG_FILE, *folder.glob("bad_rows*.txt")]:
+        path.unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from plume.model.model import PlumeModel
-from plume_train.callbacks import Evaluate, EvaluationHook, LogFile, ShortProgress, StageChange, Validation
+from plume_train.callbacks import Console, Evaluate, EvaluationHook, LogFile, StageChange, Validation
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.curriculum import Curriculum
 from plume_train.data.collate import Batch, PairCollator, StagedRecords
@@ -30,7 +30,7 @@ from plume_train.objective.gather import is_distributed, num_processes, total
 from plume_train.objective.gradcache import Step
 from plume_train.objective.objective import Objective
 from plume_train.progress import Progress
-from plume_train.saving import RunError, checkpoints, move_into, whole_or_nothing, write_checksums
+from plume_train.saving import LOG_FILE, RunError, checkpoints, move_into, whole_or_nothing, write_checksums
 
 
 class PlumeTrainer(Trainer):
@@ -90,10 +90,11 @@ class PlumeTrainer(Trainer):
         self.bad_rows: list[str] = []
         self._where: list[str] = []
         self._saving_in: str | None = None
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ShortProgress())
+        self._batches_per_pass: int | None = None
+        self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
-        self.add_callback(LogFile(args.output_folder / "log.jsonl"))
+        self.add_callback(Console(args))
+        self.add_callback(LogFile(args.output_folder / LOG_FILE))
         self.add_callback(StageChange(args.optimizer_reset, self.progress.stage_at))
         if validation is not None:
             self.add_callback(
@@ -234,7 +235,18 @@ class PlumeTrainer(Trainer):
             logs |= self.meter.take()
             last = max(self.state.global_step - 1, 0)
             logs |= {"stage": self.progress.stage_at(last), "num_latent_steps": self.stage_steps(last)}
+        # The Trainer takes the whole run for one epoch, since its loader gives all batches of it.
+        epoch, self.state.epoch = self.state.epoch, self.passes_over_data(self.state.global_step)
         super().log(logs, *args, **kwargs)
+        self.state.epoch = epoch
+
+    def passes_over_data(self, step: int) -> float:
+        """How often the data have been seen after so many optimiser steps."""
+        if self._batches_per_pass is None:
+            assert isinstance(self.train_dataset, StagedRecords)
+            sampler = sampler_of(self.args, self.train_dataset.records.tasks, self.curriculum, num_steps=1)
+            self._batches_per_pass = sampler.batches_per_pass()
+        return step * self.args.gradient_accumulation_steps / self._batches_per_pass
 
     def stage_steps(self, step: int) -> int:
         """K of the stage of a step."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from plume.config import did_you_mean
+from plume.terminal import did_you_mean
 
 ImplementationName = Literal["reference", "transformers", "compiled", "eager", "graph", "triton", "dependent", "int8"]
 IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ from plume.config import PlumeConfig
 from plume.inputs import prompt
 from plume.inputs.errors import InputError
 from plume.inputs.processor import PlumeProcessor
-from plume.terminal import printable
+from plume.terminal import say
 from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
-from plume_train.config import PlumeTrainingArguments, parse_arguments
+from plume_train.config import PlumeTrainingArguments, arguments_of, settings_parser
 from plume_train.curriculum import Curriculum
 from plume_train.data.collate import MediaLoader
 from plume_train.data.records import Records
@@ -48,15 +46,14 @@ def check(argv: Sequence[str]) -> int:
             unclosed_answer=args.unclosed_answer,
         ),
         on_bad_row="skip",
-        show_progress=not args.disable_tqdm,
+        show_progress=args.shows_bars,
     )
     config, processor = _model(args)
     report = Report(args.build_curriculum(), config, processor, load_media)
-    for index in tqdm(range(len(records)), desc="Reading rows", disable=args.disable_tqdm):
+    for index in tqdm(range(len(records)), desc="Reading rows", disable=not args.shows_bars):
         report.add(records[index])
     report.bad_rows = records.bad_rows + report.bad_rows
-    _say("\n".join(report.lines()))
-    _say("\n".join(report.shown(records)))
+    say("\n".join(report.lines() + report.shown(records)), keep="\n")
     return 1 if report.bad_rows else 0
 
 
@@ -220,18 +217,11 @@ def _model(args: PlumeTrainingArguments) -> tuple[PlumeConfig, PlumeProcessor | 
 
 
 def _parse(argv: Sequence[str]) -> tuple[PlumeTrainingArguments, bool]:
-    parser = argparse.ArgumentParser(
-        prog="plume-train check", description="Look at training data; any setting of a training run may follow."
-    )
-    parser.add_argument("data", nargs="*", default=[], help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
+    parser = settings_parser("plume-train check")
+    parser.description = "Look at training data; any setting of a training run may follow."
+    parser.add_argument("data", nargs="*", help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
     parser.add_argument("--load-media", action="store_true", help="decode every image and video, and count its tokens")
-    # Data stand before the settings, whose values argparse could not tell from them.
-    first_flag = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
-    known = parser.parse_args([*argv[:first_flag], *(word for word in argv if word == "--load-media")])
-    rest = [word for word in argv[first_flag:] if word != "--load-media"]
-    files: dict[str, Any] = {"train_file": known.data} if known.data else {}
-    return parse_arguments(rest, use_cpu=True, **files), known.load_media
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(printable(text, keep="\n") + "\n")
+    flags = vars(parser.parse_args(argv))
+    data, load_media = flags.pop("data"), flags.pop("load_media")
+    files: dict[str, Any] = {"train_file": data} if data else {}
+    return arguments_of(flags, use_cpu=True, **files), load_media

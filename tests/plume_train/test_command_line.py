@@ -1,0 +1,110 @@
+"""`plume-train`: flags are whole words, what is wrong is one line, help is short."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from plume_train import __main__ as program
+from plume_train.config import PlumeTrainingArguments, SettingsError, parse_arguments
+from plume_train.help import settings_help
+from tests.processes import run
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 0.5\nseed: 3\nbf16: false\nnum_segments: 2\n")
+    args = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--seed", "4", "--use_cpu", "--random_steps"])
+    assert (args.learning_rate, args.seed, args.num_segments, args.random_steps) == (0.5, 4, 2, True)
+    assert (args.logging_steps, args.logging_first_step, args.use_cpu) == (10, True, True)
+    words = "--no_mask_duplicates --train_file a b --stage_ratios 0 1 --stage_shares 0.5 0.5 --use_cpu --task_weights"
+    args = parse_arguments([*words.split(), '{"birds": 0.5}'])
+    assert (args.mask_duplicates, args.train_file, args.stage_ratios) == (False, ["a", "b"], [0.0, 1.0])
+    assert args.task_weights == {"birds": 0.5}
+
+
+BAD_FLAGS = {
+    "--learning_rat 1e-3": "unknown argument '--learning_rat'; did you mean '--learning_rate'?",
+    "--num_seg=3": "unknown argument '--num_seg'",
+    "--warmup_ratio 0.1": "did you mean '--warmup_steps'?",
+    "--curriculum foo": "--curriculum: invalid choice: 'foo' (choose from 'paper', 'published', 'explicit', 'direct')",
+    "--num_segments x": "invalid int value: 'x'",
+    "--eval_strategy steps": "eval_strategy='steps' is not available here: set validation_file",
+    "--task_weights birds=1": """which is not JSON (Expecting value: line 1 column 1 (char 0)); expected an object""",
+    "--config": "--config: expected one argument",
+    "--config gone.yaml": "gone.yaml cannot be read (No such file or directory)",
+    "--bf16 maybe": "--bf16: Truthy value expected",
+}
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_a_flag_that_is_wrong_is_named_in_one_line(words):
+    with pytest.raises(SettingsError) as error:
+        parse_arguments(["--use_cpu", *words.split()])
+    assert BAD_FLAGS[words] in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation": "a:b"}, "would never be called; set evaluate_every"),
+        ({"report_to": ["tensorbord"]}, "report_to is 'tensorbord'; did you mean 'tensorboard'"),
+        ({"report_to": ["wandb"]}, "report_to is 'wandb', which needs the package wandb"),
+        ({"model": "runs/no/such"}, "no folder at 'runs/no/such'"),
+    ],
+    ids=str,
+)
+def test_what_would_be_found_late_is_said_at_once(tmp_path, plume_folder, changes, message, monkeypatch):
+    monkeypatch.setattr("plume_train.config.get_available_reporting_integrations", lambda: ["tensorboard"])
+    given = {"model": str(plume_folder), "train_file": ["rows.jsonl"], "output_dir": str(tmp_path / "out")}
+    args = PlumeTrainingArguments(use_cpu=True, **{**given, "report_to": "none", **changes})
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        args.check()
+    assert message in str(error.value)
+
+
+def test_help_names_every_setting_of_ours_on_a_page_and_a_half(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = settings_help()
+    ours = {field.name for field in dataclasses.fields(PlumeTrainingArguments)}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert all(f"--{name} " in text for name in ours)
+    assert len(text.splitlines()) <= 90
+    assert text.index("--num_segments") < text.index("Objective") < text.index("--learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chek", "rows.jsonl"], "plume-train: no command 'chek'; did you mean 'check'?"),
+        (["rows.jsonl"], "plume-train: no command 'rows.jsonl'; see --help"),
+        (["check", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
+        (["check", "--lod-media"], "did you mean '--load-media'?"),
+        (["merge", "--foo"], "plume-train merge: "),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_wrong_is_named_in_one_line(monkeypatch, capsys, words, message):
+    monkeypatch.setattr("sys.argv", ["plume-train", *words])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    said = str(stopped.value.code) + capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"]])
+def test_help_and_version_load_nothing(words):
+    import sys
+
+    code = (
+        "import sys; from plume_train.__main__ import main; sys.argv = ['plume-train', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: print('loaded', *sys.modules)"
+    )
+    done = run([sys.executable, "-c", code, *words])
+    said, _, loaded = done.stdout.rpartition("loaded")
+    assert "plume-train" in said
+    assert not {"torch", "transformers", "numpy"} & set(loaded.split())
