@@ -15,7 +15,7 @@ RUN ?= runs/demo
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt hatchling setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet triton==3.9.0
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
@@ -46,8 +46,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # All that needs a CUDA device: three targets of under eight minutes each, which stand alone; results go to $(OUT) as
-# they come. Uses the interpreter that has a CUDA build of torch, and packages on PYTHONPATH beside it. A part that fails is
-# reported, the next one runs, and the exit status tells; each bench has its own gate and times nothing that is wrong.
+# they come. Uses PYTHON where it is set, else the environment that make has made, else python3; packages may lie on
+# PYTHONPATH beside it. A part that fails is reported, the next one runs, and the exit status tells; each bench has its
+# own gate and times nothing that is wrong.
+GPU_PYTHON := $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(BIN)/python,$(PYTHON))
 GPU := env PYTHONPATH=.:kernels:train:eval$(if $(PYTHONPATH),:$(PYTHONPATH))
 PART = { echo "== $(1)"; $(1) || { echo "== FAILED: $(1)"; failed=1; }; }
 
@@ -57,34 +59,34 @@ gpu:
 
 gpu-kernels:
 	@failed=0; \
-	$(call PART,$(GPU) timeout 300 $(PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py); \
-	$(call PART,$(GPU) timeout 150 $(PYTHON) kernels/bench.py --shapes 2b --time-limit 90 --out $(OUT)); \
+	$(call PART,$(GPU) timeout 300 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py); \
+	$(call PART,$(GPU) timeout 150 $(GPU_PYTHON) kernels/bench.py --shapes 2b --time-limit 90 --out $(OUT)); \
 	exit $$failed
 
 gpu-latency:
 	@failed=0; \
-	$(call PART,$(GPU) timeout 450 $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)); \
+	$(call PART,$(GPU) timeout 450 $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)); \
 	exit $$failed
 
 gpu-train:
 	@failed=0; \
-	$(call PART,$(GPU) timeout 300 $(PYTHON) -m pytest -m gpu tests/test_gpu.py); \
-	$(call PART,$(GPU) timeout 150 $(PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)); \
+	$(call PART,$(GPU) timeout 300 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py); \
+	$(call PART,$(GPU) timeout 150 $(GPU_PYTHON) train/bench.py --shapes 2b --runs 3 --out $(OUT)); \
 	exit $$failed
 
 # Finds the tiles of a device that has no table yet, about five minutes; the table is in kernels/plume_kernels/tuned.
 gpu-tune:
-	$(GPU) $(PYTHON) kernels/tune.py --shapes 2b 7b --time-limit 270
+	$(GPU) $(GPU_PYTHON) kernels/tune.py --shapes 2b 7b --time-limit 270
 
 # What can wait: the baselines of torch.compile, the shapes of Qwen2-VL-7B, the adapter's share of training.
 gpu-more:
-	$(GPU) $(PYTHON) kernels/bench.py --shapes 2b --compiled --batch-sizes 1 --time-limit 120 --out $(OUT)/compiled
-	$(GPU) $(PYTHON) kernels/adapter.py --shapes 2b --out $(OUT)
-	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_2b_compiled.yaml --out $(OUT)
-	$(GPU) $(PYTHON) -m plume_eval latency --config configs/eval/latency_7b.yaml --out $(OUT)
+	$(GPU) $(GPU_PYTHON) kernels/bench.py --shapes 2b --compiled --batch-sizes 1 --time-limit 120 --out $(OUT)/compiled
+	$(GPU) $(GPU_PYTHON) kernels/adapter.py --shapes 2b --out $(OUT)
+	$(GPU) $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_2b_compiled.yaml --out $(OUT)
+	$(GPU) $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_7b.yaml --out $(OUT)
 
 # Looks for reads and writes out of bounds and for races in shared memory, at the smallest shapes.
 SANITIZE := $(GPU) compute-sanitizer --error-exitcode 1
 sanitize:
-	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model
-	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model
+	$(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model
+	$(SANITIZE) --tool racecheck $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu_kernels.py -k small_model

@@ -198,6 +198,13 @@ def test_transformers_knows_the_classes_whoever_is_imported_first(order, plume_f
     assert "plume.model.model.PlumeModel" in done.stdout, done.stderr
 
 
+def test_a_clone_named_plume_does_not_hide_the_package_from_its_parent_folder(tmp_path):
+    (tmp_path / "plume").symlink_to(ROOT)
+    for words in (["-c", "from plume import PlumeConfig"], ["-m", "plume", "--version"]):
+        done = run([sys.executable, *words], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
 def test_importing_plume_loads_no_optional_library():
     code = "import plume, sys; print(' '.join(sys.modules))"
     loaded = run([sys.executable, "-c", code]).stdout.split()

@@ -57,6 +57,13 @@ def test_the_given_path_is_kept_and_every_part_has_a_limit():
     assert "PYTHONPATH=.:kernels:train:eval timeout" in recipe("gpu-train", PYTHONPATH="")
 
 
+def test_the_environment_of_make_is_used_unless_another_python_is_named(monkeypatch):
+    assert "timeout 300 python9 -m pytest" in recipe("gpu-kernels", PYTHON="python9")
+    monkeypatch.delenv("PYTHON", raising=False)
+    expected = ".venv/bin/python" if (ROOT / ".venv" / "bin" / "python").exists() else "python3"
+    assert f"timeout 300 {expected} -m pytest" in recipe("gpu-kernels")
+
+
 def test_a_part_that_fails_is_reported_and_the_next_one_runs():
     done = run(["make", "gpu", "PYTHON=false"], cwd=ROOT)
     assert done.returncode != 0

@@ -5,10 +5,25 @@ from typing import Annotated, Literal
 
 import typer
 
+from plume.checkpoints.place import check_place, stay_offline_without_network
+from plume.terminal import plain_warnings, quiet_libraries, run_app, say
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Quality and speed of plume and its baselines.")
 hops = typer.Typer(no_args_is_help=True, help="The built-in task: pictures that must be reasoned over.")
 app.add_typer(hops, name="hops")
 
+
+def _checked(name_or_path: str | None) -> str | None:
+    if name_or_path is not None:
+        try:
+            check_place(name_or_path)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        stay_offline_without_network(name_or_path)
+    return name_or_path
+
+
+Model = Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.", callback=_checked)]
 Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
 
 
@@ -36,7 +51,7 @@ def make(
 
 @hops.command("run")
 def run(
-    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
+    model: Model,
     data: Data,
     mode: Annotated[Literal["latent", "single_pass", "explicit"], typer.Option(help="How to reason.")] = "latent",
     num_latent_steps: Annotated[int | None, typer.Option(help="K; the checkpoint's own if not given.")] = None,
@@ -50,6 +65,7 @@ def run(
 
     if mode == "single_pass" and num_latent_steps:
         raise typer.Exit(_fail(ValueError("--num-latent-steps has no effect on a single pass; drop it")))
+    quiet_libraries()
     try:
         loaded = PlumeModel.from_pretrained(model, dtype="float32").eval()
         result = evaluate(
@@ -67,7 +83,7 @@ def run(
 
 @hops.command("settings")
 def settings(
-    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
+    model: Model,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
 ) -> None:
@@ -79,6 +95,7 @@ def settings(
     from plume_eval.hops.settings import compare_settings
     from plume_eval.report import markdown_table, write_report
 
+    quiet_libraries()
     try:
         loaded = PlumeModel.from_pretrained(model, dtype="float32").eval()
         found = compare_settings(loaded, HopsTask(data), show_progress=True)
@@ -107,7 +124,7 @@ def settings(
 
 @app.command()
 def overhead(
-    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.")],
+    model: Model,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
     batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
@@ -122,6 +139,7 @@ def overhead(
     from plume_eval.overhead import encode_overhead
     from plume_eval.report import markdown_table, write_report
 
+    quiet_libraries()
     try:
         plume, count = Plume(model), batch_size * num_batches
         queries = HopsTask(data).queries()[:count]
@@ -156,7 +174,9 @@ def overhead(
 def latency(
     config: Annotated[Path, typer.Option(help="What to measure; see configs/eval/.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint, instead of the configuration's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint, instead of the configuration's.", callback=_checked)
+    ] = None,
 ) -> None:
     """Measure what reasoning costs per query; the last line of the output is one JSON object."""
     import json
@@ -167,6 +187,7 @@ def latency(
     from plume_eval.speed.run import GateError, run_bench
     from plume_eval.speed.show import tables, write_results
 
+    quiet_libraries()
     try:
         wanted = read_config(config, {"model": model, "shapes": None} if model else None)
         command = f"plume-eval latency --config {config}" + (f" --model {model}" if model else "")
@@ -183,13 +204,14 @@ def latency(
 
 
 def _fail(error: Exception) -> int:
-    typer.echo(f"plume-eval: {error}", err=True)
+    say(f"plume-eval: {error}", err=True)
     return 1
 
 
 def main() -> None:
     """Parse, call, exit."""
-    app()
+    with plain_warnings("plume-eval"):
+        run_app(app)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """An input that cannot be embedded.
@@ -26,6 +28,13 @@ class InputError(ValueError):
         """Say where in a list the input is."""
         self.index = index
         self.args = self.source, self.reason, index
+
+
+def no_file(name: str, place: object, expected: str) -> InputError:
+    """The error of a place where nothing is."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(place)):
+        return InputError(name, f"{place} is an address that plume does not open; download the file, and name its path")
+    return InputError(name, f"no file at {place}; expected {expected}")
 
 
 def located(name: str, file: object) -> str:

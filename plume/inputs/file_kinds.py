@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def why_not_read(path: Path) -> str | None:
     if path.is_dir():
         return "it is a folder; name the files in it, or index it with `plume index`"
     if not path.is_file():
-        return "there is no such file"
+        is_address = re.match(r"[A-Za-z][\w+.-]+:/", str(path))
+        return "it is an address; download the file, and name its path" if is_address else "there is no such file"
     if kind_of(path) is None:
         return f"it is of an unknown kind; expected one of {', '.join(sorted(SUFFIXES))}"
     return None

@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from plume.config import PlumeConfig
-from plume.inputs.errors import InputError, located
+from plume.inputs.errors import InputError, located, no_file
 
 #: Larger images are refused before a pixel is decoded: about a quarter of a gigabyte as RGB.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -80,7 +80,7 @@ def load_image(
             opened = ImageOps.exif_transpose(opened)
         return _reduced(as_rgb(opened, where, background), pixels)
     except FileNotFoundError:
-        raise InputError(name, f"no file at {file}; expected a path to an image") from None
+        raise no_file(name, file, "a path to an image") from None
     except Image.DecompressionBombError as error:
         raise InputError(where, f"it is too large to decode safely ({error}); scale it down") from None
     except InputError:

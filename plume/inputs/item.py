@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from plume.inputs.errors import InputError, located
+from plume.inputs.errors import InputError, located, no_file
 from plume.inputs.file_kinds import VIDEO_SUFFIXES, Kind, kind_of, why_not_read
 from plume.inputs.images import BACKGROUND, BYTES, MAX_PIXELS, is_data_uri, load_image
 from plume.inputs.pages import Page, pages
@@ -282,7 +282,7 @@ def _from_part(part: Mapping, name: str, limits: MediaLimits) -> list[Part]:
 
 def _load_path(path: Path, name: str, limits: MediaLimits) -> Part:
     if not path.is_file():
-        raise InputError(name, f"no file at {path}; expected a file of text, an image or a video")
+        raise no_file(name, path, "a file of text, an image or a video")
     kind = kind_of(path)
     if kind is Kind.IMAGE:
         return _load_image(path, name, limits)

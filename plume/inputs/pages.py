@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from plume.inputs.errors import InputError, located
+from plume.inputs.errors import InputError, located, no_file
 from plume.inputs.images import check_size
 
 #: Pages are rendered to fill the pixel budget, but not finer than this.
@@ -90,7 +90,7 @@ def _opened(path: Path, name: str) -> Any:
     except ImportError:
         raise InputError(name, f"reading {path} needs pypdfium2; pip install 'plume-embed[pdf]'") from None
     if not path.is_file():
-        raise InputError(name, f"no file at {path}; expected a PDF")
+        raise no_file(name, path, "a PDF")
     try:
         return pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume.config import PlumeConfig
-from plume.inputs.errors import InputError, located
+from plume.inputs.errors import InputError, located, no_file
 from plume.inputs.images import (
     BACKGROUND,
     BYTES,
@@ -205,7 +205,7 @@ def _load_file(source: Any, sampling: Sampling, name: str, background: str | Non
     try:
         opened = open_source(source, name)
     except FileNotFoundError:
-        raise InputError(name, f"no file at {called}; expected a path to a video") from None
+        raise no_file(name, called, "a path to a video") from None
     except OSError as error:
         raise InputError(where, f"it cannot be read ({error.strerror})") from None
     if _is_animation(opened):

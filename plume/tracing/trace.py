@@ -141,12 +141,19 @@ def trace(
 
 
 def _parsed(model: PlumeModel, raw: Any, index: int) -> Item:
-    assert model.processor is not None
     try:
-        return model.processor.parse(raw, f"input {index}")
+        return _checked(model, raw, f"input {index}")
     except InputError as error:
         error.locate(index)
         raise
+
+
+def _checked(model: PlumeModel, raw: Any, name: str) -> Item:
+    """An input that is not too long."""
+    assert model.processor is not None
+    item = model.processor.parse(raw, name)
+    model.processor.num_tokens(item, name)
+    return item
 
 
 def expert_use(traces: Sequence[Trace]) -> dict[str, Tensor]:
@@ -174,7 +181,7 @@ def _candidates(model: PlumeModel, candidates: Any, num_latent_steps: int | None
         return F.normalize(candidates.float().cpu(), dim=-1), [str(index) for index in range(len(candidates))]
     assert model.processor is not None
     raws, _ = list_inputs(candidates)
-    items = [model.processor.parse(raw, f"candidate {index}") for index, raw in enumerate(raws)]
+    items = [_checked(model, raw, f"candidate {index}") for index, raw in enumerate(raws)]
     vectors = [
         model(**model.processor.encode([item]).to(model.device), num_latent_steps=num_latent_steps).embedding.cpu()
         for item in items

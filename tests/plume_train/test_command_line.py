@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 
 import pytest
 from transformers import TrainingArguments
@@ -10,6 +12,8 @@ from transformers import TrainingArguments
 from plume_train import __main__ as program
 from plume_train.config import PlumeTrainingArguments, SettingsError, parse_arguments
 from plume_train.help import settings_help
+from plume_train.run import train
+from tests.plume_train.runs import settings
 from tests.processes import run
 
 
@@ -65,6 +69,16 @@ def test_what_would_be_found_late_is_said_at_once(tmp_path, plume_folder, change
     assert message in str(error.value)
 
 
+def test_one_process_where_several_were_asked_for_is_refused(tmp_path, start, hops_folder, monkeypatch):
+    for name in [name for name in os.environ if name.endswith(("RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    # What `accelerate launch --cpu --num_processes 2` sets.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SettingsError, match="starts one process, whatever --num_processes says"):
+        train(settings(tmp_path, start, hops_folder))
+
+
 def test_help_names_every_setting_of_ours_on_a_page_and_a_half(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = settings_help()
@@ -97,8 +111,6 @@ def test_a_command_that_is_wrong_is_named_in_one_line(monkeypatch, capsys, words
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"]])
 def test_help_and_version_load_nothing(words):
-    import sys
-
     code = (
         "import sys; from plume_train.__main__ import main; sys.argv = ['plume-train', *sys.argv[1:]]\n"
         "try: main()\n"

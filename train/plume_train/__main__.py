@@ -2,7 +2,9 @@
 
 import signal
 import sys
+from itertools import pairwise
 
+from plume.checkpoints.place import check_place, stay_offline_without_network
 from plume.terminal import did_you_mean, plain_warnings, printable, quiet_libraries, say
 
 _COMMANDS = ("check", "merge")
@@ -25,10 +27,22 @@ def main() -> None:
         say(f"plume-train {__version__}")
         sys.exit()
 
+    _check_model(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with plain_warnings("plume-train"):
         quiet_libraries()
         _run(command, words[bool(command) :])
+
+
+def _check_model(words: list[str]) -> None:
+    """Say that there is no such model before anything is imported for it."""
+    for flag, value in pairwise([part for word in words for part in word.split("=", 1)] + [""]):
+        if flag == "--model":
+            try:
+                check_place(value)
+            except ValueError as error:
+                sys.exit(printable(f"plume-train: {error}"))
+            stay_offline_without_network(value)
 
 
 def _run(command: str, words: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,7 @@ class Console(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if line := log_line(logs or {}, list(self.args.loss_weights)):
+        if line := log_line(logs or {}, self.args.loss_weights):
             self.args.tell(f"step {state.global_step}/{state.max_steps}  {line}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -99,17 +99,17 @@ class Console(TrainerCallback):
             self.bar.close()
 
 
-def log_line(logs: Mapping[str, Any], terms: Sequence[str]) -> str:
+def log_line(logs: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     """What a person wants to follow of a log: the loss and the terms that it is made of, recall, the pace.
 
     Args:
         logs: numbers by name.
-        terms: of the loss, without the side that they are of.
+        weights: of the terms of the loss, by name without the side that they are of.
 
     Example:
-        >>> logs = {"loss": 2.5, "contrastive": 1.25, "recall_in_batch": 0.5, "num_latent_steps": 4, "epoch": 0.1}
-        >>> log_line(logs, ["contrastive"])
-        'loss 2.5 (contrastive 1.25)  recall in batch 0.5  K = 4'
+        >>> logs = {"loss": 2.5, "contrastive": 2.0, "balance": 5.0, "recall_in_batch": 0.5, "num_latent_steps": 4}
+        >>> log_line(logs, {"contrastive": 1.0, "balance": 0.1})
+        'loss 2.5 (contrastive 2, 0.1 x balance 5)  recall in batch 0.5  K = 4'
     """
     if "train_runtime" in logs:
         return f"trained in {logs['train_runtime'] / 60:.1f} minutes, mean loss {logs['train_loss']:.4g}"
@@ -117,11 +117,12 @@ def log_line(logs: Mapping[str, Any], terms: Sequence[str]) -> str:
     if f"{prefix}loss" not in logs:  # of an evaluation
         return "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "step"))
     names = {name.removeprefix(prefix): name for name in logs if name.startswith(prefix)}
-    shown = [
-        f"{name.replace('_', ' ')} {logs[full]:.4g}"
-        for name, full in names.items()
-        if name.removesuffix("_query").removesuffix("_target") in terms
-    ]
+    shown = []
+    for name, full in names.items():
+        weight = weights.get(name.removesuffix("_query").removesuffix("_target"))
+        if weight is not None:
+            times = "" if weight == 1 else f"{weight:g} x "
+            shown.append(f"{times}{name.replace('_', ' ')} {logs[full]:.4g}")
     parts = [f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.4g} ({', '.join(shown)})"]
     for name, form in (
         ("recall_in_batch", "recall in batch {:.3g}"),

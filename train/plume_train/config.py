@@ -447,6 +447,7 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_total_limit": 2,
     "resume_from_checkpoint": "auto",
+    "disable_tqdm": False,  # transformers' is whether its own notes are silenced
     "logging_steps": 10,
     "logging_first_step": True,
     "ddp_find_unused_parameters": False,  # every pass touches every part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +45,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     Returns:
         The trained model; its `num_latent_steps` is that of the last stage.
     """
-    if args.n_gpu > 1:
-        raise SettingsError(
-            f"{args.n_gpu} GPUs are visible to one process, which cannot share out a batch of images; start one "
-            "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
-        )
+    _check_processes(args)
     args.check()
     check_output(args)
     set_seed(args.seed)
@@ -57,7 +54,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if unknown := sorted(set(args.task_weights or {}) - set(records.tasks)):
         known = ", ".join(sorted(set(records.tasks)))
         raise SettingsError(f"task_weights names {unknown[0]!r}, which is no task of the data; they are {known}")
-    for useless in args.without_effect(records):
+    for useless in args.without_effect(records) if args.should_save else []:
         warnings.warn(f"plume: {useless}", stacklevel=2)
     held_out = load_records(args, args.validation_file) if args.validation_file else None
     if args.max_steps < 0:
@@ -101,6 +98,23 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         args.tell(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return finish(trainer)
+
+
+def _check_processes(args: PlumeTrainingArguments) -> None:
+    """Refuse one process where several were meant."""
+    if args.n_gpu > 1:
+        raise SettingsError(
+            f"{args.n_gpu} GPUs are visible to one process, which cannot share out a batch of images; start one "
+            "process per GPU with `accelerate launch -m plume_train ...`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    # `accelerate launch --cpu` tells one process where the others would meet, and starts none of them.
+    is_one = not any(name.endswith(("RANK", "WORLD_SIZE", "PMI_SIZE")) for name in os.environ)
+    if is_one and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise SettingsError(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes says; on a CPU write "
+            "`ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 "
+            "-m plume_train ... --use_cpu true`"
+        )
 
 
 def finish(trainer: PlumeTrainer) -> PlumeModel:

@@ -49,7 +49,7 @@ def check(argv: Sequence[str]) -> int:
         show_progress=args.shows_bars,
     )
     config, processor = _model(args)
-    report = Report(args.build_curriculum(), config, processor, load_media)
+    report = Report(args.build_curriculum(), config, processor, load_media, args.max_steps)
     for index in tqdm(range(len(records)), desc="Reading rows", disable=not args.shows_bars):
         report.add(records[index])
     report.bad_rows = records.bad_rows + report.bad_rows
@@ -61,7 +61,12 @@ class Report:
     """Counts of what rows hold."""
 
     def __init__(
-        self, curriculum: Curriculum, config: PlumeConfig, processor: PlumeProcessor | None, load_media: bool = False
+        self,
+        curriculum: Curriculum,
+        config: PlumeConfig,
+        processor: PlumeProcessor | None,
+        load_media: bool = False,
+        num_steps: int = -1,
     ):
         """Set up.
 
@@ -70,7 +75,9 @@ class Report:
             config: gives the templates.
             processor: counts tokens; None: a quarter of the bytes, without media.
             load_media: whether to decode every medium, not only look for its file; tokens of media need it.
+            num_steps: optimiser steps of the training, if they are known.
         """
+        self.num_steps = num_steps
         self.curriculum = curriculum
         self.config = config
         self.processor = processor
@@ -135,6 +142,7 @@ class Report:
             f"  sentences: {_spread(self.num_sentences)}",
             f"  {short} have fewer sentences than the {segments} segments, and are cut between words instead",
         ]
+        lines += ["", "stages", *self._stages()]
         if any(self.num_negatives):
             lines += ["", f"hard negatives per row: {_spread(self.num_negatives)}"]
         lines += ["", "duplicates (left out of each other's negatives)"]
@@ -142,6 +150,15 @@ class Report:
             repeated = sum(count - 1 for count in counter.values())
             lines.append(f"  {repeated:>8}  rows repeat a {name}")
         return lines
+
+    def _stages(self) -> list[str]:
+        curriculum = self.curriculum
+        lines = [
+            f"  {index}: K = {curriculum.num_latent_steps(stage)}, {stage.share:.0%} of the steps"
+            for index, stage in enumerate(curriculum.stages)
+        ]
+        known = self.num_steps if self.num_steps > 0 else 1_000_000
+        return lines + [f"  {lost}" for lost in curriculum.collapsed(known)]
 
     def shown(self, records: Records) -> list[str]:
         """The first rows, as the model will see them at each stage."""

@@ -8,6 +8,7 @@ file only places are kept in memory.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -99,6 +100,11 @@ def open_source(place: str | Path) -> Source:
         RowError: a JSON file that holds no array.
     """
     path = Path(place)
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(place)):
+        raise FileNotFoundError(f"{place} is an address; download the data, and name the path")
+    is_local = len(path.parts) > 2 or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if is_local and not path.exists():
+        raise FileNotFoundError(f"there is nothing at {place}; expected .jsonl, .json, .parquet or a folder")
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)
     if path.suffix == ".json":
