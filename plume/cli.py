@@ -271,12 +271,13 @@ def trace(
     model: Model = _DEMO,
     out: Annotated[Path, typer.Option(help="Folder for trace.json and the pictures.")] = Path("trace"),
     text: Text = None,
+    instruction: Annotated[str | None, typer.Option(help="For every input.")] = None,
     candidate: Annotated[list[str] | None, typer.Option(help="A text to compare every state with.")] = None,
     num_latent_steps: Steps = None,
 ) -> None:
     """Show what happened inside: states, gates, nearest words, as a page per input and one JSON file.
 
-    With several inputs, experts.png shows which experts served which modality.
+    With several inputs, experts.png shows which experts served which modality, and which latent step.
     """
     paths, refused = _named(files or [])
     if refused:
@@ -304,7 +305,14 @@ def trace(
             if device == "cpu" and (warning := slow_on_cpu(loaded)):
                 warnings.warn(warning, stacklevel=1)
             loaded = loaded.to(device).eval()
-            traces = trace_inputs(loaded, inputs, num_latent_steps=num_latent_steps, candidates=candidate, names=names)
+            traces = trace_inputs(
+                loaded,
+                inputs,
+                num_latent_steps=num_latent_steps,
+                candidates=candidate,
+                names=names,
+                instruction=instruction,
+            )
     except (ValueError, OSError) as error:
         _stop(_message(error, names))
     use = {modality: share.tolist() for modality, share in expert_use(traces).items()}

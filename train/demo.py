@@ -10,13 +10,14 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from plume import PlumeModel
 from plume.random_models import save_tiny_backbone
-from plume.terminal import Parser
+from plume.terminal import Parser, plain_warnings, quiet_libraries
+from plume.tracing.pictures import draw_trace
+from plume.tracing.trace import trace
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
 from plume_eval.hops.make import make_page_task
@@ -51,6 +52,14 @@ TITLES = {
     "no_curriculum": "Ablation: latent steps without a curriculum",
     "no_adapter": "Ablation: the curriculum without an adapter",
     "end_token": "Ablation: the last latent state predicts <eot>",
+    "compare": "Comparing on held-out pages",
+}
+
+PICTURES = {
+    "training.png": "recall over training",
+    "inside.png": "which hop each latent state holds: h0 holds hop 1, and so on; the last state holds none",
+    "trace.png": "the same for one page, with the experts of each step",
+    "search.png": "one question, and the symbols nearest to it",
 }
 
 #: What is trained after reading, and which curves are drawn meanwhile.
@@ -64,6 +73,27 @@ ABLATION_RUNS: list[tuple[str, dict[str, Mode]]] = [
     ("no_adapter", {"latent, no adapter": "latent"}),
     ("end_token", {"latent, last state predicts <eot>": "latent"}),
 ]
+
+
+#: Of the whole time, as one run on two cores took it; what comes after reading and the trainings takes the rest.
+SHARES = {"read": 0.14, "explicit": 0.18, "": 0.3, "single_pass": 0.35}
+SHARES |= dict.fromkeys(("no_curriculum", "no_adapter", "end_token"), 0.3)
+
+
+class Pace:
+    """Says which part begins, and how long the rest will take on this machine."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.start = [*names, "compare"], time.perf_counter()
+        self.total = sum(SHARES[name] for name in names) + 0.03
+
+    def begin(self, name: str) -> None:
+        """Announce a part."""
+        place = self.names.index(name)
+        done = sum(SHARES[earlier] for earlier in self.names[:place])
+        minutes = (time.perf_counter() - self.start) / 60
+        left = f", about {max(minutes * (self.total - done) / done, 0.5):.0f} minutes to go" if done else ""
+        say(f"Part {place + 1} of {len(self.names)}{left}: {TITLES[name]}")
 
 
 def say(title: str) -> None:
@@ -84,11 +114,10 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
             "stage_shares": [(1 - last) / (num_hops - 1)] * (num_hops - 1) + [last],
         }
     config = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
-    evaluate_every = 50 if name in ("single_pass", "no_curriculum") else 0 if name == "read" else 25
     return arguments_from(
         CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"),
         **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": config},
-        evaluate_every=evaluate_every,
+        evaluate_every=0 if name == "read" else 50 if name in ("single_pass", "no_curriculum") else 25,
     )
 
 
@@ -123,12 +152,14 @@ def without_adapter(source: Path, out: Path) -> None:
 
 def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict[str, list[tuple[int, float]]]:
     """Train every system; returns recall curves by name."""
+    runs = RUNS + (ABLATION_RUNS if with_ablations else [])
+    pace = Pace(["read", *(name for name, _ in runs)])
     watched = HopsTask(out / "data", limit=128)
     curves: dict[str, list[tuple[int, float]]] = {}
-    say(TITLES["read"])
+    pace.begin("read")
     train(settings("read", out, seed, num_hops))
-    for name, modes in RUNS + (ABLATION_RUNS if with_ablations else []):
-        say(TITLES[name])
+    for name, modes in runs:
+        pace.begin(name)
         if name == "no_adapter":
             without_adapter(out / "explicit", out / "no_adapter_explicit")
         args = settings(name, out, seed, num_hops)
@@ -137,6 +168,7 @@ def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict
         train(args, watch)
         for curve, points in watch.curves.items():
             curves.setdefault(curve, []).extend(points)
+    pace.begin("compare")
     return curves
 
 
@@ -147,9 +179,10 @@ def compare(out: Path, systems: list[tuple[str, str, Mode]]) -> list[dict]:
     results = []
     for name, folder, mode in systems:
         model = PlumeModel.from_pretrained(out / folder).eval()
-        result = evaluate(model, task, mode, show_progress=True)
+        result = evaluate(model, task, mode)
         result["latency_ms"] = {str(size): latency_ms(model, queries[:size], mode) for size in (1, 32)}
         results.append({"system": name, **result})
+        print(f"  {name}: recall@1 {result['recall_at_1']['name']['mean']:.3f}", flush=True)  # noqa: T201
     return results
 
 
@@ -199,6 +232,12 @@ def draw_all(out: Path, curves: dict, num_hops: int) -> None:
     answer = task.symbols[task.paths[0, -1]]
     draw_search(out / "search.png", query.images[0], query.text, ranking, answer)
 
+    # A page on whose way no symbol comes twice, so that each state can be told from the others.
+    place = next((place for place, path in enumerate(task.paths) if len(set(path)) == len(path)), 0)
+    way = [task.symbols[symbol] for symbol in task.paths[place]]
+    (steps,) = trace(model, [task.queries()[place]], candidates=list(dict.fromkeys(way)))
+    draw_trace(steps, out / "trace.png")
+
 
 def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
     """An empty folder with data and a backbone; an earlier demo in the same place is replaced."""
@@ -241,7 +280,6 @@ def main() -> None:
     }
     prepare(out, options.seed, sizes)
     curves = train_all(out, options.seed, options.num_hops, options.ablations)
-    say("Comparing on held-out pages")
     results = compare(out, SYSTEMS + (ABLATIONS if options.ablations else []))
     draw_all(out, curves, options.num_hops)
 
@@ -255,13 +293,16 @@ def main() -> None:
     written = f"# Demo\n\n{markdown_header(fields)}\n\n{table(results)}\n"
     (out / "results.md").write_text(written, encoding="utf-8")
     print(f"\n{table(results)}\n")  # noqa: T201
-    print(f"Results and pictures are in {out}: results.md, training.png, inside.png, search.png")  # noqa: T201
+    print(f"Results are in {out}/results.md. Pictures beside it:")  # noqa: T201
+    for name, what in PICTURES.items():
+        print(f"  {name:13} {what}")  # noqa: T201
     first = HopsTask(out / "data", limit=1)
     page, asked = first.rows[0]["qry"]["image"][0], first.queries()[0].text
-    command = f'.venv/bin/plume encode {out}/data/{page} --instruction "{asked}" --model {out}/latent'
-    print(f"Try next: {command} --out vectors.npz")  # noqa: T201
+    command = f'.venv/bin/plume trace {out}/data/{page} --instruction "{asked}" --model {out}/latent --out {out}/trace'
+    print(f"Try next, and open {out}/trace/000.png:\n  {command}")  # noqa: T201
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(max(torch.get_num_threads(), 1))
-    main()
+    with plain_warnings("demo"):
+        quiet_libraries()
+        main()

@@ -109,11 +109,11 @@ def _router(config: PlumeConfig, gates: Tensor | None) -> str:
         return ""
     experts = gates.shape[1]
     lines = [
-        "## What the router learnt",
+        "## Gates of the router",
         "",
         f"Each step keeps {config.top_k} of {experts} experts. The table shows the router's gates per step where "
-        "state and anchor\nare zero, that is, what the step alone prefers; inputs move it. `plume trace` shows it for "
-        "yours.",
+        "state and anchor\nare zero, that is, what the step alone prefers; inputs move it. It is read from the "
+        "weights, trained or not.\n`plume trace` shows the gates for your inputs.",
         "",
         "| step | " + " | ".join(f"expert {expert}" for expert in range(experts)) + " |",
         "|---|" + "---|" * experts,

@@ -310,7 +310,13 @@ class Plume(SentenceTransformer):
         return transformer.processor
 
     def trace(
-        self, inputs: Any, *, num_latent_steps: int | None = None, candidates: Any = None, num_words: int = 5
+        self,
+        inputs: Any,
+        *,
+        num_latent_steps: int | None = None,
+        candidates: Any = None,
+        num_words: int = 5,
+        instruction: str | None = None,
     ) -> list[Trace]:
         """What happened inside the rollout of each input; see `plume.trace`.
 
@@ -319,9 +325,17 @@ class Plume(SentenceTransformer):
             num_latent_steps: K; None is that of the constructor (of queries), else the checkpoint's own.
             candidates: inputs to compare every state with.
             num_words: nearest vocabulary tokens per state.
+            instruction: for every input that brings none of its own; candidates get none.
         """
         steps = self._steps(num_latent_steps, "query")
-        return trace(self.plume_model, inputs, num_latent_steps=steps, candidates=candidates, num_words=num_words)
+        return trace(
+            self.plume_model,
+            inputs,
+            num_latent_steps=steps,
+            candidates=candidates,
+            num_words=num_words,
+            instruction=instruction,
+        )
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """As `SentenceTransformer.similarity`; vectors of any precision, packed bits as signs."""

@@ -73,7 +73,7 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> None:
 
 
 def draw_expert_use(traces: Sequence[Trace], path: str | os.PathLike) -> None:
-    """How often each expert was kept, by modality, as a heat map.
+    """How often each expert was kept, by modality and by latent step, as heat maps.
 
     Raises:
         ValueError: none of the traces has a router.
@@ -81,23 +81,38 @@ def draw_expert_use(traces: Sequence[Trace], path: str | os.PathLike) -> None:
     use = expert_use(traces)
     if not use:
         raise ValueError("no input went through a router; expert use needs transition='moe' and at least one step")
-    shares = np.stack([share.numpy() for share in use.values()])
-    figure = _figure(1.6 + 1.1 * shares.shape[1], 1.6 + 0.5 * len(use))
-    axes = figure.subplots()
-    _heat(axes, shares, "Blues", 0, 1)
     counts = {modality: sum(one.modality == modality for one in traces) for modality in use}
-    axes.set_yticks(range(len(use)), [f"{modality} ({counts[modality]})" for modality in use])
-    axes.set(xlabel="expert", xticks=range(shares.shape[1]), title="share of kept experts")
+    by_step = _use_by_step(traces, len(next(iter(use.values()))))
+    figure = _figure(2.6 + 1.1 * by_step.shape[1], 2.8 + 0.45 * (len(use) + len(by_step)))
+    above, below = figure.subplots(2, height_ratios=[len(use) + 0.5, len(by_step) + 0.5])
+    _heat(above, np.stack([share.numpy() for share in use.values()]), "Blues", 0, 1)
+    above.set_yticks(range(len(use)), [f"{modality} ({counts[modality]})" for modality in use])
+    above.set(xlabel="expert", ylabel="modality (inputs)", title="share of the kept experts")
+    _heat(below, by_step, "Blues", 0, 1)
+    below.set(xlabel="expert", ylabel="latent step", yticks=range(len(by_step)))
+    for axes in (above, below):
+        axes.set(xticks=range(by_step.shape[1]))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
+def _use_by_step(traces: Sequence[Trace], num_experts: int) -> np.ndarray:
+    """How often each expert was kept at each latent step: shares `[K, E]`, each row of sum 1."""
+    kept = [trace.experts for trace in traces if trace.experts is not None]
+    counts = np.zeros((max(map(len, kept)), num_experts))
+    for experts in kept:
+        for step, chosen in enumerate(experts.tolist()):
+            counts[step, chosen] += 1
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
 def _heat(axes: Any, values: np.ndarray, colours: str, low: float, high: float) -> None:
     axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    middle = (low + high) / 2
+    colour_of = axes.get_images()[-1].cmap
     for (row, column), value in np.ndenumerate(values):
-        strong = abs(value - middle) > 0.35 * (high - low) and (colours != "Blues" or value > middle)
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if strong else _INK, fontsize=8)
+        red, green, blue, _ = colour_of((value - low) / (high - low))
+        is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if is_dark else _INK, fontsize=8)
 
 
 def _steps(axes: Any, steps: np.ndarray, label: str) -> None:

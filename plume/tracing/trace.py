@@ -91,6 +91,7 @@ def trace(
     candidates: Any = None,
     num_words: int = 5,
     names: Sequence[str] | None = None,
+    instruction: str | None = None,
 ) -> list[Trace]:
     """Embed some inputs and keep what happened on the way.
 
@@ -101,6 +102,7 @@ def trace(
         candidates: one input or several, embedded with the same K, or their embeddings `[M, D]`.
         num_words: nearest vocabulary tokens per state.
         names: of the inputs; their texts, or their places in the list, if not given.
+        instruction: for every input that brings none of its own; candidates get none.
 
     Raises:
         InputError: an input or candidate that cannot be embedded.
@@ -113,7 +115,7 @@ def trace(
     """
     assert model.processor is not None
     raws, _ = list_inputs(inputs)
-    items = [_parsed(model, raw, index) for index, raw in enumerate(raws)]
+    items = [_parsed(model, raw, index, instruction) for index, raw in enumerate(raws)]
     names = list(names) if names is not None else [_name(item, index) for index, item in enumerate(items)]
     compared, called = _candidates(model, candidates, num_latent_steps)
     traces: list[Trace] = []
@@ -140,18 +142,18 @@ def trace(
     return traces
 
 
-def _parsed(model: PlumeModel, raw: Any, index: int) -> Item:
+def _parsed(model: PlumeModel, raw: Any, index: int, instruction: str | None) -> Item:
     try:
-        return _checked(model, raw, f"input {index}")
+        return _checked(model, raw, f"input {index}", instruction)
     except InputError as error:
         error.locate(index)
         raise
 
 
-def _checked(model: PlumeModel, raw: Any, name: str) -> Item:
+def _checked(model: PlumeModel, raw: Any, name: str, instruction: str | None = None) -> Item:
     """An input that is not too long."""
     assert model.processor is not None
-    item = model.processor.parse(raw, name)
+    item = model.processor.parse(raw, name).instructed(instruction)
     model.processor.num_tokens(item, name)
     return item
 

@@ -13,4 +13,4 @@ def with_pictures():
 @pytest.fixture(autouse=True)
 def _without_pictures(request, monkeypatch):
     if "with_pictures" not in request.fixturenames:
-        monkeypatch.setattr("plume_train.run.draw_run", lambda log, out: None)
+        monkeypatch.setattr("plume_train.run.draw_run", lambda log, stages, out: True)

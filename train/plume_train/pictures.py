@@ -1,4 +1,4 @@
-"""A picture of a run, from its log: loss terms, recall, latent states and router, with the stages behind them."""
+"""A picture of a run, from its log: loss, recall, latent states and router, with the stages behind them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-#: What belongs together: a title, and the numbers whose names begin so.
-_PANELS: list[tuple[str, tuple[str, ...]]] = [
-    ("loss terms", ("cross_entropy_", "contrastive", "anchor_contrastive", "validation_loss", "distillation")),
-    ("recall@1", ("recall_", "mrr_")),
-    ("norm of latent states", ("state_norm",)),
-    ("cosine from one latent state to the next", ("step_cosine",)),
-    ("router: load of the experts, entropy of the gates", ("expert_load_", "gate_entropy")),
-    ("learning rate", ("learning_rate",)),
-    ("pairs per second", ("pairs_per_second",)),
+
+class _Panel(NamedTuple):
+    """Numbers that belong together: those whose names begin so; the axis begins at 0 and may have an upper end."""
+
+    title: str
+    label: str
+    starts: tuple[str, ...]
+    top: float | None = None
+
+
+_TERMS = ("cross_entropy_", "contrastive", "anchor_contrastive", "distillation", "matryoshka", "per_step", "alignment")
+_PANELS = [
+    _Panel("loss, and the terms of it (without their weights)", "loss", ("loss", "validation_loss", *_TERMS)),
+    _Panel("recall@1 and MRR", "share of the queries", ("recall_", "mrr_"), 1.02),
+    _Panel("load of the experts", "share of the rows", ("expert_load_",)),
+    _Panel("entropy of the router's gates", "share of the largest possible", ("gate_entropy",), 1.02),
+    _Panel("norm of the latent states", "norm", ("state_norm",)),
+    _Panel("from one latent state to the next", "cosine", ("step_cosine",), 1.02),
+    _Panel("learning rate", "learning rate", ("learning_rate",)),
+    _Panel("pace", "pairs per second", ("pairs_per_second",)),
 ]
 
 
@@ -31,11 +42,12 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return log
 
 
-def draw_run(log: Sequence[dict[str, Any]], out: Path) -> bool:
+def draw_run(log: Sequence[dict[str, Any]], stages: Sequence[tuple[int, int]], out: Path) -> bool:
     """Draw a run; False where nothing was logged, and nothing is drawn.
 
     Args:
         log: from `read_log`.
+        stages: first step and K of each stage.
         out: the PNG to write.
 
     Raises:
@@ -43,44 +55,45 @@ def draw_run(log: Sequence[dict[str, Any]], out: Path) -> bool:
     """
     from matplotlib.figure import Figure
 
-    panels = [(title, names) for title, starts in _PANELS if (names := _names(log, starts))]
+    panels = [(panel, names) for panel in _PANELS if (names := _names(log, panel.starts))]
     if not panels:
         return False
-    figure = Figure(figsize=(11, 2.6 * -(-len(panels) // 2)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
-    borders = _borders(log)
-    for axis, (title, names) in zip(axes, panels, strict=False):
-        for name in names:
-            points = [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float))]
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1, marker="." if len(points) < 40 else None)
-        for step, steps in borders:
-            axis.axvline(step, color="0.8", linewidth=0.8, zorder=0)
-            axis.annotate(
-                f"K={steps}", (step, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4", va="bottom"
-            )
-        axis.set_title(title, fontsize=9, pad=12)
-        axis.set_xlabel("step", fontsize=7)
-        axis.tick_params(labelsize=7)
-        if len(names) > 1:
-            axis.legend(fontsize=6, frameon=False)
-    for axis in list(axes)[len(panels) :]:
-        axis.set_visible(False)
+    num_rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 2.8 * num_rows), layout="constrained")
+    axes = list(figure.subplots(num_rows, 2, squeeze=False).flat)
+    for axis, (panel, names) in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, names, log, stages)
+    for axis in axes[len(panels) :]:
+        axis.remove()
     figure.savefig(out, dpi=150)
     return True
+
+
+def _draw_panel(
+    axis: Any, panel: _Panel, names: Sequence[str], log: Sequence[dict[str, Any]], stages: Sequence[tuple[int, int]]
+) -> None:
+    lowest, highest = 0.0, 0.0
+    for name in names:
+        points = [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float))]
+        style: dict[str, Any] = {"color": "black", "linewidth": 1.8} if name == "loss" else {"linewidth": 1}
+        marker = "." if len(points) < 40 else None
+        axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker=marker, **style)
+        lowest = min(lowest, *(value for _, value in points))
+        highest = max(highest, *(value for _, value in points))
+    for step, num_latent_steps in stages:
+        axis.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+        place = {"xy": (step, 1), "xycoords": ("data", "axes fraction"), "va": "bottom"}
+        axis.annotate(f"K = {num_latent_steps}", **place, fontsize=7, color="0.4")
+    axis.set_title(panel.title, fontsize=9, pad=12)
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel(panel.label, fontsize=8)
+    axis.set_ylim(1.05 * lowest, panel.top or 1.1 * highest or 1)
+    axis.tick_params(labelsize=7)
+    if len(names) > 1:
+        axis.legend(fontsize=6, framealpha=0.7, edgecolor="none")
 
 
 def _names(log: Sequence[dict[str, Any]], starts: tuple[str, ...]) -> list[str]:
     known = dict.fromkeys(name for line in log for name in line)
     # Numbers of single tasks would crowd the picture.
     return [name for name in known if name.startswith(starts) and "/" not in name]
-
-
-def _borders(log: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """First logged step of every stage, and its K."""
-    found: list[tuple[int, int]] = []
-    stage = None
-    for line in log:
-        if "stage" in line and line["stage"] != stage:
-            stage = line["stage"]
-            found.append((line["step"], line["num_latent_steps"]))
-    return found

@@ -137,16 +137,17 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         warnings.warn(f"plume: {skipped} rows were skipped while training; see bad_rows.txt", stacklevel=2)
     if args.should_save:
         note_finished(args.output_folder)
-        _draw(args)
+        _draw(trainer)
     trainer.accelerator.wait_for_everyone()
     return model.eval()
 
 
-def _draw(args: PlumeTrainingArguments) -> None:
+def _draw(trainer: PlumeTrainer) -> None:
+    args, stages = trainer.args, [(step, trainer.stage_steps(step)) for step in trainer.progress.borders]
     picture = args.output_folder / "training.png"
     if not find_spec("matplotlib"):
         args.tell(f"{picture} is not drawn: matplotlib is not installed; pip install 'plume-embed[plot]'")
-    elif not draw_run(read_log(args.output_folder / LOG_FILE), picture):
+    elif not draw_run(read_log(args.output_folder / LOG_FILE), stages, picture):
         args.tell(f"{picture} is not drawn: nothing was logged; lower logging_steps")
 
 

@@ -56,10 +56,12 @@ def draw_inside(file: Path, inside: Inside) -> None:
     hops = ["start", *(f"hop {hop}" for hop in range(1, inside.held.shape[1]))]
     states = [f"h{state}" for state in range(len(inside.held))]
     _matrix(axes[0, 0], inside.held, hops, states, "What each latent state holds", "Blues")
+    axes[0, 0].set(xlabel="symbol on the way", ylabel="latent state")
     if inside.gates is not None:
         experts = [f"expert {expert}" for expert in range(inside.gates.shape[1])]
         steps = [f"step {step}" for step in range(len(inside.gates))]
-        _matrix(axes[0, 1], inside.gates, experts, steps, "Router gates", "Greens")
+        _matrix(axes[0, 1], inside.gates, experts, steps, "Mean of the router's gates", "Greens")
+        axes[0, 1].set(xlabel="routed expert", ylabel="latent step")
     _save(figure, file)
 
 
@@ -93,7 +95,7 @@ def draw_search(
         right.imshow(picture, extent=(0, 0.8, top - 0.4, top + 0.4))
         weight = "bold" if name == answer else "normal"
         right.text(1, top, f"{score:+.3f}  {name}", va="center", fontsize=11, weight=weight)
-    right.set(xlim=(0, 5), ylim=(0.3, len(shown) + 0.7), title="nearest answers (right one in bold)")
+    right.set(xlim=(0, 5), ylim=(0.3, len(shown) + 0.7), title="nearest answers by cosine (right one in bold)")
     right.axis("off")
     _save(figure, file)
 

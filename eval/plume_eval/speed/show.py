@@ -116,7 +116,7 @@ def write_results(
 
 
 def draw(result: dict[str, Any], config: LatencyConfig, path: Path) -> None:
-    """For each input at the smallest batch: where the time goes, and latency against K; logarithmic.
+    """For each input at the smallest batch: where the time goes, and latency against K.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -138,43 +138,42 @@ def draw(result: dict[str, Any], config: LatencyConfig, path: Path) -> None:
     lines = panels[0, 1].get_lines()
     labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, loc="outside lower right", ncols=len(lines), fontsize=8)
-    figure.suptitle(f"{config.label}, {config.dtype}, batch size {size}: ms per batch")
+    figure.suptitle(f"{config.label}, {config.dtype}, batch size {size}")
     figure.savefig(path, dpi=110)
 
 
 def _draw_stages(axes: Any, result: dict[str, Any], config: LatencyConfig, name: str, size: int) -> None:
+    """Stages of a single pass and of K latent steps, on a linear axis; what writing takes would not fit on it."""
     bars: list[tuple[str, list[float]]] = []
-    here = [stage for stage in result["stages"] if (stage["input"], stage["batch_size"]) == (name, size)]
-    for stage in here:
+    told = []
+    for stage in result["stages"]:
+        if (stage["input"], stage["batch_size"]) != (name, size):
+            continue
+        implementation = stage["implementation"]
         before = [stage["preparing_ms"], stage["vision_ms"], stage["prefill_ms"]]
-        bars.append((f"{stage['implementation']}, single pass", [*before, 0, 0]))
-        bars.append(
-            (
-                f"{stage['implementation']}, K = {config.main_steps}",
-                [*before, config.main_steps * stage["step_ms"], stage["suffix_ms"]],
-            )
-        )
-        for row in result["cases"]:
-            if (row["input"], row["batch_size"], row["implementation"], row["mode"]) == (
-                name,
-                size,
-                stage["implementation"],
-                "explicit",
-            ):
-                rest = row["median_ms"] - stage["vision_ms"] - stage["prefill_ms"]
-                bars.append((f"{stage['implementation']}, {row['num_written']} tokens", [*before, rest, 0]))
+        steps = [config.main_steps * stage["step_ms"], stage["suffix_ms"]]
+        bars.append((f"{implementation}, single pass", [*before, 0, 0]))
+        bars.append((f"{implementation}, K = {config.main_steps}", [*before, *steps]))
+        told += [
+            f"{implementation} {stage['preparing_ms'] + row['median_ms']:.0f}"
+            for row in result["cases"]
+            if (row["input"], row["batch_size"], row["implementation"]) == (name, size, implementation)
+            and row["mode"] == "explicit"
+        ]
     for place, (_, parts) in enumerate(bars):
         left = 0.0
         for part, colour in zip(parts, _COLOURS, strict=True):
-            if part > 0:
+            if part > 0:  # a difference of medians may be below
                 axes.barh(place, part, left=left, color=colour)
                 left += part
         axes.text(left, place, f" {left:.1f}", va="center", fontsize=7)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
     axes.invert_yaxis()
-    axes.set(xscale="log", title=f"{name}: where the time goes")
-    axes.margins(x=0.15)
-    axes.set_xlim(left=0.5 * min(part for _, parts in bars for part in parts[:3] if part > 0))
+    axes.margins(x=0.12)
+    axes.set_title(f"{name}: where the time goes", fontsize=10)
+    written = max((row["num_written"] or 0 for row in result["cases"]), default=0)
+    note = f"\nwriting {written} tokens instead: {', '.join(told)} ms" if told else ""
+    axes.set_xlabel(f"ms per batch{note}", fontsize=8)
 
 
 def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None:
@@ -190,5 +189,10 @@ def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None
         axes.fill_between([row["count"] for row in own], low, high, alpha=0.2, color=line.get_color())
     own = sorted({row["count"]: row["floor_ms"] for row in chosen}.items())
     axes.plot([count for count, _ in own], [floor for _, floor in own], "k--", lw=1, label="floor")
-    axes.set(yscale="log", xlabel="K", xticks=[count for count, _ in own])
-    axes.set_title(f"{name}: latency against K (20th to 80th percentile)")
+    axes.set(yscale="log", xticks=[count for count, _ in own])
+    axes.set_xlabel("latent steps K", fontsize=8)
+    axes.set_ylabel("ms per batch, logarithmic", fontsize=8)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.tick_params(which="both", labelsize=8)
+    axes.set_title(f"{name}: latency against K (20th to 80th percentile)", fontsize=10)

@@ -128,5 +128,5 @@ def test_a_model_without_router_has_a_card_without_one(backbone_folder, tmp_path
     model = PlumeModel.from_backbone(str(backbone_folder), transition="mlp", num_latent_steps=2, **SHORT_STRINGS)
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "What the router learnt" not in text
+    assert "Gates of the router" not in text
     assert "one residual MLP" in text
