@@ -36,6 +36,8 @@ Steps = Annotated[int | None, typer.Option(help="K; 0 is a single pass; the chec
 BatchSize = Annotated[int, typer.Option(help="Inputs per pass.", min=1)]
 
 _DEMO = "runs/demo/latent"
+# 768 visual tokens: a page of A4 at 80 dots per inch, and a quarter of what a checkpoint takes.
+_INDEX_PIXELS = 768 * 28 * 28
 # What a number of a vector takes in a file, by its kind.
 _NUMBER_BYTES = {".npz": 4, ".npy": 4, ".jsonl": 24}
 
@@ -134,10 +136,13 @@ def index(
     folder: Annotated[Path, typer.Argument(help="Walked with its subfolders; hidden files are passed over.")],
     model: Model = _DEMO,
     out: Annotated[Path, typer.Option(help="The index; extended if it exists.")] = Path("plume-index"),
-    instruction: Annotated[str, typer.Option(help="For every document.")] = "",
-    query_instruction: Annotated[str, typer.Option(help="For every query.")] = "",
+    instruction: Annotated[str | None, typer.Option(help="For every document.")] = None,
+    query_instruction: Annotated[str | None, typer.Option(help="For every query.")] = None,
     num_latent_steps: Annotated[int | None, typer.Option(help="K of documents; 0 is a single pass.")] = None,
     query_latent_steps: Annotated[int | None, typer.Option(help="K of queries; 0 is a single pass.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help=f"Larger images and pages are reduced; {_INDEX_PIXELS:,} if not given.", min=1)
+    ] = None,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
     batch_size: BatchSize = 32,
     forget: Annotated[bool, typer.Option("--forget", help="Remove the folder's rows instead of adding.")] = False,
@@ -145,7 +150,7 @@ def index(
     """Embed a folder of text, images, video and PDFs, or bring its index up to date.
 
     Run it again after files were added, changed or deleted, or after it was interrupted: what has been embedded is not
-    embedded again. Files that cannot be read are listed and left out.
+    embedded again, and settings that are not given stay. Files that cannot be read are listed and left out.
     """
     if not forget:
         if not folder.is_dir():
@@ -153,7 +158,7 @@ def index(
         _check_model(model)
 
     from plume import Plume
-    from plume.search.index import Index
+    from plume.search.index import IDENTITY, SETTINGS, Index
     from plume.threads import use_physical_cores
 
     target: Index | None = None
@@ -169,14 +174,21 @@ def index(
                 return
             use_physical_cores()
             plume = Plume(model, truncate_dim=truncate_dim)
-            target = Index.create(
-                out,
-                plume,
-                num_latent_steps=num_latent_steps,
-                query_latent_steps=query_latent_steps,
-                instruction=instruction,
-                query_instruction=query_instruction,
-            )
+            settings: dict[str, Any] = {"max_pixels": _INDEX_PIXELS}
+            if (out / IDENTITY).exists():
+                made = Index.open(out).identity
+                settings = {name: getattr(made, name) for name in SETTINGS}
+                if truncate_dim is None and made.dim < plume.get_embedding_dimension():
+                    plume.truncate_dim = made.dim
+            given = {
+                "num_latent_steps": num_latent_steps,
+                "query_latent_steps": query_latent_steps,
+                "instruction": instruction,
+                "query_instruction": query_instruction,
+                "max_pixels": max_pixels,
+            }
+            settings |= {name: value for name, value in given.items() if value is not None}
+            target = Index.create(out, plume, **settings)
             report = target.update(folder, plume, batch_size=batch_size, show_progress=is_watched())
     except (ValueError, OSError) as error:
         _stop(str(error))

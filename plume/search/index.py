@@ -25,9 +25,12 @@ from plume.search.store import TABLE, IndexStorageError, RowStore
 from plume.search.update import Report, update_store
 
 _FORMAT = 1
-_IDENTITY = "index.json"
+#: The file that says what made an index.
+IDENTITY = "index.json"
+#: Fields of `Identity` that whoever makes an index chooses, beside the checkpoint and the length of the vectors.
+SETTINGS = ("num_latent_steps", "query_latent_steps", "instruction", "query_instruction", "max_pixels")
 # What an interrupted creation leaves: it is made anew. A table beside no other of them is somebody's.
-_LEFTOVERS = {f"{_IDENTITY}.part", f"{TABLE}.lance", "lock"}
+_LEFTOVERS = {f"{IDENTITY}.part", f"{TABLE}.lance", "lock"}
 _VERSIONS = "_versions"
 
 
@@ -42,6 +45,7 @@ class Identity:
     query_latent_steps: K of queries.
     instruction: for documents.
     query_instruction: for queries.
+    max_pixels: larger images and pages, of documents and queries, are reduced to it; None: the checkpoint's own limit.
     """
 
     model: str
@@ -51,6 +55,7 @@ class Identity:
     query_latent_steps: int
     instruction: str = ""
     query_instruction: str = ""
+    max_pixels: int | None = None
 
     def checked(self) -> Identity:
         """The same, once every field is of its type.
@@ -59,8 +64,8 @@ class Identity:
             TypeError: names the field.
         """
         for name, value in asdict(self).items():
-            expected = int if name in ("dim", "num_latent_steps", "query_latent_steps") else str
-            if type(value) is not expected:
+            expected = int if name in ("dim", "num_latent_steps", "query_latent_steps", "max_pixels") else str
+            if type(value) is not expected and (name, value) != ("max_pixels", None):
                 raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
         return self
 
@@ -138,6 +143,7 @@ class Index:
         query_latent_steps: int | None = None,
         instruction: str = "",
         query_instruction: str = "",
+        max_pixels: int | None = None,
     ) -> Index:
         """Make an empty index, or open one that was made with the same settings.
 
@@ -148,9 +154,10 @@ class Index:
             query_latent_steps: K of queries; None is the embedder's.
             instruction: for documents.
             query_instruction: for queries.
+            max_pixels: larger images and pages are reduced to it; None is the checkpoint's own limit.
 
         Raises:
-            ValueError: there is an index made with other settings.
+            ValueError: there is an index made with other settings, or a limit below what images are enlarged to.
             IndexStorageError: it cannot be written.
         """
         path = Path(path)
@@ -162,15 +169,17 @@ class Index:
             query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
             instruction=instruction,
             query_instruction=query_instruction,
+            max_pixels=max_pixels,
         )
+        _image_settings(plume, max_pixels)
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
             plume.plume_config.check_num_latent_steps(steps)
-        if not (path / _IDENTITY).exists():
+        if not (path / IDENTITY).exists():
             _check_free(path)  # before anything is made there
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 with FileLock(path / "lock"):
-                    if not (path / _IDENTITY).exists():  # nobody else has made it meanwhile
+                    if not (path / IDENTITY).exists():  # nobody else has made it meanwhile
                         _check_free(path)
                         _begin(path, identity)
             except IndexStorageError:
@@ -191,15 +200,15 @@ class Index:
             ValueError: there is none, or it was written by another version.
         """
         path = Path(path)
-        if not (path / _IDENTITY).is_file():
+        if not (path / IDENTITY).is_file():
             raise ValueError(f"{path} is no index; make one with `plume index FOLDER --out {path}`")
         try:
-            fields = json.loads((path / _IDENTITY).read_text(encoding="utf-8"))
+            fields = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
             version = fields.pop("format")
             identity = Identity(**fields).checked() if version == _FORMAT else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path / _IDENTITY} is damaged ({error}); remove {path} and index the folder again"
+                f"{path / IDENTITY} is damaged ({error}); remove {path} and index the folder again"
             ) from None
         if identity is None:
             raise ValueError(
@@ -258,6 +267,7 @@ class Index:
                 plume,
                 instruction=self.identity.instruction,
                 num_latent_steps=self.identity.num_latent_steps,
+                image_settings=_image_settings(plume, self.identity.max_pixels),
                 batch_size=batch_size,
                 hide_progress=None if show_progress is None else not show_progress,
             )
@@ -310,7 +320,10 @@ class Index:
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
         vector = plume.encode_query(
-            query, instruction=request.query_instruction, num_latent_steps=request.query_latent_steps
+            query,
+            instruction=request.query_instruction,
+            num_latent_steps=request.query_latent_steps,
+            **_image_settings(plume, request.max_pixels),
         )
         if vector.ndim != 1:
             raise InputError(
@@ -330,6 +343,16 @@ class Index:
             limit *= 2
 
 
+def _image_settings(plume: Plume, max_pixels: int | None) -> dict[str, Any]:
+    """What `Plume.encode` is told of images."""
+    if max_pixels is None:
+        return {}
+    least, _ = plume.plume_model.processor.limits.pixels  # type: ignore[union-attr, misc]
+    if max_pixels < least:
+        raise ValueError(f"max_pixels is {max_pixels:,}, and smaller images are enlarged to {least:,}; raise it")
+    return {"processing_kwargs": {"image": {"size": {"shortest_edge": least, "longest_edge": max_pixels}}}}
+
+
 def _check_free(path: Path) -> None:
     """Refuse a place for a new index that holds something already; hidden files do not count.
 
@@ -339,25 +362,25 @@ def _check_free(path: Path) -> None:
     if not path.is_dir():
         return
     others = {one.name for one in path.iterdir() if not one.name.startswith(".")} - _LEFTOVERS
-    versions, begun = path / f"{TABLE}.lance" / _VERSIONS, path / f"{_IDENTITY}.part"
+    versions, begun = path / f"{TABLE}.lance" / _VERSIONS, path / f"{IDENTITY}.part"
     if versions.is_dir() and any(versions.iterdir()) and not begun.exists():
         others.add(f"{TABLE}.lance")
     if others:
         raise ValueError(
-            f"{path} holds {min(others)} but no {_IDENTITY}; choose a folder that is empty or new for the index"
+            f"{path} holds {min(others)} but no {IDENTITY}; choose a folder that is empty or new for the index"
         )
 
 
 def _begin(path: Path, identity: Identity) -> None:
     """Make the table of an index, then say who made it: where `index.json` is, there is a table."""
-    temporary = path / f"{_IDENTITY}.part"
+    temporary = path / f"{IDENTITY}.part"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
     RowStore(path, identity.dim, must_be_new=True)
-    temporary.replace(path / _IDENTITY)
+    temporary.replace(path / IDENTITY)
 
 
 def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

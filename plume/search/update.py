@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from plume.embedder.encode import in_windows
+from plume.embedder.encode import in_windows, limits_of
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind, kind_of
-from plume.inputs.item import MAX_TEXT_BYTES, Item, read_text
+from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits, read_text
 from plume.inputs.pages import pages
 from plume.inputs.processor import PlumeProcessor
 from plume.search.folder import Found, Other, Skipped, digest, walk
@@ -102,6 +102,7 @@ def update_store(
     *,
     instruction: str,
     num_latent_steps: int,
+    image_settings: Mapping[str, Any],
     batch_size: int,
     hide_progress: bool | None,
 ) -> Report:
@@ -113,6 +114,7 @@ def update_store(
         plume: the embedder.
         instruction: for every document.
         num_latent_steps: K of documents.
+        image_settings: what `Plume.encode` is told of images.
         batch_size: inputs per pass.
         hide_progress: None hides bars outside of terminals.
     """
@@ -126,7 +128,7 @@ def update_store(
     processor = plume.plume_model.processor
     assert processor is not None
     progress = tqdm(contents, desc="Indexing", unit="file", disable=hide_progress)
-    work = _load(progress, processor, instruction, current, report)
+    work = _load(progress, processor, limits_of(processor, image_settings), instruction, current, report)
     for window in in_windows(
         work, max_items=_ROWS_PER_WINDOW, max_tokens=_TOKENS_PER_WINDOW, num_tokens=lambda loaded: loaded.num_tokens
     ):
@@ -136,6 +138,7 @@ def update_store(
             num_latent_steps=num_latent_steps,
             batch_size=batch_size,
             show_progress_bar=False,
+            **image_settings,
         )
         new = [row for loaded, vector in zip(window, vectors, strict=True) for row in _rows_of(root, loaded, vector)]
         store.add(new)
@@ -160,6 +163,7 @@ def _check_root(store: RowStore, root: Path) -> None:
 def _load(
     contents: Iterable[_Content],
     processor: PlumeProcessor,
+    limits: MediaLimits,
     instruction: str,
     current: dict[str, str | None],
     report: Report,
@@ -171,7 +175,7 @@ def _load(
                 continue
             name = document.names[0]
             try:
-                item = processor.parse(document.raw, name).instructed(instruction)
+                item = Item.parse(document.raw, name, limits).instructed(instruction)
                 num_tokens = processor.num_tokens(item, name)
             except InputError as error:
                 report.skipped += [Skipped(name, error.reason) for name in document.names]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from plume import Plume
 from plume.cli import app
-from plume.inputs.item import MAX_TEXT_BYTES
+from plume.inputs.item import MAX_TEXT_BYTES, Item
 from plume.search import folder as folder_module
 from plume.search import index as index_module
 from plume.search import update as update_module
@@ -315,10 +315,10 @@ def test_a_file_that_changes_while_it_is_read_is_left_for_later(plume, notes, tm
     """Its hash is of the content before; a copy of that content would keep the other vector for ever."""
     copy = notes / "copy.txt"
     copy.write_text("kite number 0")  # the same content as 0.txt, which is read for both
-    parse = type(plume.plume_model.processor).parse
+    parse = Item.parse
 
-    def changing(processor, raw, name="the input"):
-        item = parse(processor, raw, name)
+    def changing(raw, name="the input", *args):
+        item = parse(raw, name, *args)
         if name == "deep/red.png" and not (notes / "changed").exists():
             (notes / "changed").touch()
             Image.new("RGB", (56, 56), "blue").save(notes / "deep" / "red.png")
@@ -334,7 +334,7 @@ def test_a_file_that_changes_while_it_is_read_is_left_for_later(plume, notes, tm
 
     read, done = update_module.read_text, []
     monkeypatch.setattr(update_module, "read_text", rewriting)
-    monkeypatch.setattr(type(plume.plume_model.processor), "parse", changing)
+    monkeypatch.setattr(Item, "parse", changing)
     index = Index.create(tmp_path / "index", plume)
     report = update(index, notes, plume)
     late = {one.name for one in report.skipped if "was written to while it was read; run this again" in one.reason}

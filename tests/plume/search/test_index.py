@@ -454,3 +454,53 @@ def test_an_embedder_cut_to_a_length_that_cannot_be_makes_no_index(plume_folder,
     with pytest.raises(ValueError, match="truncate_dim must be a whole number"):
         Index.create(tmp_path / "index", cut)
     assert not (tmp_path / "index").exists()
+
+
+def test_an_index_remembers_how_large_its_images_may_be(plume, plume_folder, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "index"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (560, 560, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "large.png")
+    small = {"image": {"size": {"shortest_edge": 56 * 56, "longest_edge": 20_000}}}
+    arguments = ["index", folder, "--model", plume_folder, "--out", out]
+    assert run(*arguments, "--max-pixels", 20_000)[0] == 0
+    index = Index.open(out)
+    assert index.identity.max_pixels == 20_000
+    (row,) = index.store.rows(["vector"])
+    expected = plume.encode(folder / "large.png", processing_kwargs=small)
+    assert np.allclose(row["vector"], expected, atol=1e-5)
+    assert not np.allclose(row["vector"], plume.encode(folder / "large.png"), atol=1e-5)
+    assert index.search(folder / "large.png", plume)[0].score > 0.9999  # queries are reduced in the same way
+    assert run(*arguments)[0] == 0  # what is not given stays
+    code, printed = run(*arguments, "--max-pixels", 30_000)
+    assert code == 1
+    assert "was made with max_pixels=20000; this call uses max_pixels=30000" in printed
+    code, printed = run(*arguments[:-1], tmp_path / "other", "--max-pixels", 10)
+    assert code == 1
+    assert "max_pixels is 10, and smaller images are enlarged to" in printed
+    assert run(*arguments[:-1], tmp_path / "new")[0] == 0
+    assert Index.open(tmp_path / "new").identity.max_pixels == 602_112
+    assert Index.create(tmp_path / "free", plume).identity.max_pixels is None
+
+
+def test_settings_that_are_not_given_are_those_of_the_index(plume, plume_folder, tmp_path):
+    folder, out = tmp_path / "notes", tmp_path / "index"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a red kite")
+    made = {"num_latent_steps": 0, "query_latent_steps": 2, "instruction": "Find:", "query_instruction": "Query:"}
+    Index.create(out, Plume(plume_folder, device="cpu", truncate_dim=16), **made)
+    code, printed = run("index", folder, "--model", plume_folder, "--out", out)
+    assert (code, "1 embedded" in printed) == (0, True), printed
+    assert Index.open(out).identity.dim == 16
+    code, printed = run("index", folder, "--model", plume_folder, "--out", out, "--num-latent-steps", 2)
+    assert code == 1
+    assert "num_latent_steps=0" in printed
+
+
+def test_an_index_of_before_opens(plume, tmp_path):
+    index = Index.create(tmp_path / "index", plume)
+    file = tmp_path / "index" / "index.json"
+    fields = json.loads(file.read_text())
+    del fields["max_pixels"]
+    file.write_text(json.dumps(fields))
+    assert Index.open(tmp_path / "index").identity == index.identity
