@@ -1,4 +1,4 @@
-"""The README's Python blocks run and print what they say; its `plume` commands run too."""
+"""The README runs from top to bottom: Python blocks print what they say, `plume` commands end well."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from plume.cli import app
-from tests.mixed import write_clip, write_pdf
+from plume_eval.hops.make import write_examples
 from tests.plume.checkpoints.test_published import save_published
 
 ROOT = Path(__file__).parent.parent
 FILES = ["README.md", "train/README.md", "eval/README.md"]
 
 
-def blocks(language: str) -> list:
-    found = []
-    for name in FILES:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)):
-            found.append(pytest.param(code, id=f"{name}:{number}"))
-    return found
+def blocks(file: str, languages: str = "python|bash") -> list[tuple[str, str]]:
+    """Language and code of the blocks of a file, in order; one inside a list is indented."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(rf"^```({languages})\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
-def somewhere(tmp_path, monkeypatch, plume_folder, hops_folder, backbone_folder):
+def after_demo(tmp_path, monkeypatch, plume_folder, hops_folder, backbone_folder):
     """A folder that looks as it does after `make demo`, with an untrained checkpoint."""
-    shutil.copytree(plume_folder, tmp_path / "runs" / "demo" / "latent")
-    shutil.copytree(hops_folder, tmp_path / "runs" / "demo" / "data")
-    shutil.copytree(backbone_folder, tmp_path / "runs" / "demo" / "backbone")
-    pages = tmp_path / "runs" / "demo" / "data" / "images" / "pages"
+    demo = tmp_path / "runs" / "demo"
+    shutil.copytree(plume_folder, demo / "latent")
+    shutil.copytree(hops_folder, demo / "data")
+    shutil.copytree(backbone_folder, demo / "backbone")
+    pages = demo / "data" / "images" / "pages"
     shutil.copy(pages / "000000.png", pages / "004000.png")  # the first held-out page of the demo
-    write_files(tmp_path)
-    (tmp_path / "holiday").mkdir()
-    write_files(tmp_path / "holiday")
+    write_examples(demo / "files", demo / "data")
     save_published(tmp_path / "PLUME-Qwen2-VL-2B")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def write_files(folder: Path) -> None:
-    """What a user might have."""
-    (folder / "notes.txt").write_text("a red kite at the sea")
-    Image.effect_noise((90, 60), 50).convert("RGB").save(folder / "photo.png")
-    write_clip(folder / "clip.mp4", list(range(0, 250, 10)))
-    write_pdf(folder / "report.pdf", ["red"])
+@pytest.mark.usefixtures("after_demo")
+def test_the_readme_runs_from_top_to_bottom():
+    num_commands = 0
+    for language, code in blocks("README.md"):
+        if language == "python":
+            check_python(code)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            if program == ".venv/bin/plume":
+                check_command(line, arguments)
+                num_commands += 1
+    assert num_commands >= 6
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_a_python_block_runs_and_prints_what_it_says(somewhere, code):
+def check_python(code: str) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README", "exec"), {})
@@ -71,35 +72,34 @@ def test_a_python_block_runs_and_prints_what_it_says(somewhere, code):
             assert line == claim
 
 
-@pytest.mark.parametrize("code", blocks("bash"))
-def test_a_command_names_files_and_targets_that_exist(code):
+def check_command(line: str, arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+    for flag in ("--out", "--html"):
+        if flag in arguments:
+            assert Path(arguments[arguments.index(flag) + 1]).exists()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_commands_name_files_targets_and_programs_that_exist(file):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for line in code.splitlines():
+    lines = [line for _, code in blocks(file, "bash") for line in code.splitlines()]
+    assert lines
+    for line in lines:
         for target in re.findall(r"\bmake ([a-z][a-z-]*)", line):
             assert f"\n{target}:" in makefile, line
-        for file in re.findall(r"(?:configs|kernels|train|eval)/[\w./-]+\.(?:yaml|py)", line):
-            assert (ROOT / file).exists(), line
-
-
-@pytest.mark.parametrize("code", [block for block in blocks("bash") if "/bin/plume " in block.values[0]])
-def test_the_commands_of_a_block_run_one_after_the_other(somewhere, code):
-    for line in code.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == ".venv/bin/plume"
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, f"{line}\n{result.output}"
-        if "--out" in arguments:
-            assert Path(arguments[arguments.index("--out") + 1]).exists()
-    for file in re.findall(r"--html (\S+)", code):
-        assert "photo.png" in Path(file).read_text()
+        for name in re.findall(r"(?:configs|kernels|train|eval)/[\w./-]+\.(?:yaml|py)", line):
+            assert (ROOT / name).exists(), line
+        for program in re.findall(r"(?:^|(?<!-m)\s)(plume(?:-\w+)?|accelerate)\s", line):
+            pytest.fail(f"{program} is in .venv/bin: {line}")
 
 
 def test_the_readme_links_to_files_that_exist():
     for name in FILES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             target, _, heading = link.partition("#")
-            file = (ROOT / name).parent / target
+            file = (ROOT / name).parent / target if target else ROOT / name
             assert file.exists(), f"{name}: {link}"
             if heading:
                 words = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from plume import PlumeModel
 from plume.random_models import save_tiny_backbone
-from plume.terminal import Parser, plain_warnings, quiet_libraries
+from plume.terminal import Parser, is_watched, plain_warnings, quiet_libraries
 from plume.tracing.pictures import draw_trace
 from plume.tracing.trace import trace
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
-from plume_eval.hops.make import make_page_task
+from plume_eval.hops.make import make_page_task, write_examples
 from plume_eval.hops.plots import draw_inside, draw_search, draw_training
 from plume_eval.hops.run import HopsTask, evaluate
 from plume_eval.latency import latency_ms
@@ -247,7 +247,8 @@ def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(json.dumps({"seed": seed, **sizes}) + "\n", encoding="utf-8")
-    make_page_task(out / "data", seed=seed, **sizes)
+    make_page_task(out / "data", seed=seed, show_progress=is_watched(), **sizes)
+    write_examples(out / "files", out / "data")
     words = json.loads((out / "data" / "task.json").read_text(encoding="utf-8"))["words"]
     save_tiny_backbone(
         out / "backbone",

@@ -120,7 +120,7 @@ def log_line(logs: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     shown = []
     for name, full in names.items():
         weight = weights.get(name.removesuffix("_query").removesuffix("_target"))
-        if weight is not None:
+        if weight and logs[full]:  # a batch of one stage lacks some terms
             times = "" if weight == 1 else f"{weight:g} x "
             shown.append(f"{times}{name.replace('_', ' ')} {logs[full]:.4g}")
     parts = [f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.4g} ({', '.join(shown)})"]

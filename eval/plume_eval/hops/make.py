@@ -16,12 +16,29 @@ import random
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from tqdm.auto import tqdm
 
 from plume_eval.hops import page as task
 from plume_eval.hops.symbols import Symbol, alphabet, draw_symbol
 
 TargetForm = Literal["name", "picture"]
+
+
+def write_examples(folder: Path, data: Path) -> None:
+    """Write a text, a picture, a clip and a PDF of two pages, for whoever has none at hand.
+
+    Args:
+        folder: is made.
+        data: of a task; its first pages are what is on the pictures.
+    """
+    pages = [Image.open(file) for file in sorted((data / "images" / "pages").glob("*.png"))[:4]]
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("red-disc follows blue-square\n", encoding="utf-8")
+    pages[0].save(folder / "photo.png")
+    pages[0].save(folder / "clip.gif", save_all=True, append_images=pages[1:], duration=500)
+    sheets = [page.convert("RGB").resize((300, 300), Image.Resampling.NEAREST) for page in pages[:2]]
+    sheets[0].save(folder / "report.pdf", save_all=True, append_images=sheets[1:])
 
 
 def make_page_task(
