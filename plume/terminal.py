@@ -104,8 +104,37 @@ def run_app(app: Any) -> None:
             sys.exit(2)
         say(f"{place}: {' '.join(error.format_message().split()).rstrip('.')}; see {place} --help", err=True)
         sys.exit(2)
+    except ImportError as error:
+        if (what := missing(error)) is None:
+            raise
+        say(f"{app.info.name or sys.argv[0].rpartition('/')[2]}: {what}", err=True)
+        sys.exit(1)
     except Abort:
         sys.exit(130)
+
+
+#: Packages that an extra brings, and that are imported without a message of their own.
+_EXTRAS = {
+    "filelock": "index",
+    "matplotlib": "plot",
+    "datasets": "train",
+    "peft": "train",
+    "tensorboard": "train",
+    "deepspeed": "deepspeed",
+}
+
+
+def missing(error: ImportError) -> str | None:
+    """What to install where an optional package is missing; None for another import error.
+
+    Example:
+        >>> missing(ModuleNotFoundError("No module named 'peft'", name="peft"))
+        "the package peft is missing; pip install 'plume-embed[train]'"
+    """
+    name = (error.name or "").partition(".")[0]
+    if name in _EXTRAS:
+        return f"the package {name} is missing; pip install 'plume-embed[{_EXTRAS[name]}]'"
+    return None if name else str(error)
 
 
 @contextmanager

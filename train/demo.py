@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plume import PlumeModel
 from plume.random_models import save_tiny_backbone
-from plume.terminal import Parser, is_watched, plain_warnings, quiet_libraries
+from plume.terminal import Parser, counted, is_watched, plain_warnings, quiet_libraries
 from plume.tracing.pictures import draw_trace
 from plume.tracing.trace import trace
 from plume_eval.baselines import Mode, embed
@@ -92,7 +92,7 @@ class Pace:
         place = self.names.index(name)
         done = sum(SHARES[earlier] for earlier in self.names[:place])
         minutes = (time.perf_counter() - self.start) / 60
-        left = f", about {max(minutes * (self.total - done) / done, 0.5):.0f} minutes to go" if done else ""
+        left = f", about {counted(max(round(minutes * (self.total - done) / done), 1), 'minute')} to go" if done else ""
         say(f"Part {place + 1} of {len(self.names)}{left}: {TITLES[name]}")
 
 

@@ -253,7 +253,7 @@ def _connect(path: Path) -> Any:
             warnings.simplefilter("ignore")
             import lancedb
     except ImportError:
-        raise ValueError("an index needs LanceDB; pip install 'plume-embed[index]'") from None
+        raise ImportError("an index needs LanceDB; pip install 'plume-embed[index]'") from None
     # Other processes may write meanwhile: every read takes the newest version.
     return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 

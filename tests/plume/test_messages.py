@@ -203,3 +203,28 @@ def test_python_m_plume_is_the_command(files):
     done = run([sys.executable, "-m", "plume", "--version"], cwd=files)
     assert done.stdout.startswith("plume ")
     assert Path("note.txt").exists()
+
+
+_WITHOUT = """
+import sys
+sys.modules[sys.argv.pop(1)] = None  # as if it were not installed
+from {module} import main
+sys.argv[0] = {program!r}
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "what", "extra"),
+    [
+        ("filelock", "plume index notes --model runs/latent", "the package filelock is missing", "index"),
+        ("lancedb", "plume index notes --model runs/latent", "an index needs LanceDB", "index"),
+        ("peft", "plume-train merge a b", "the package peft is missing", "train"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(files, package, call, what, extra):
+    program, *words = call.split()
+    module = {"plume": "plume.cli", "plume-train": "plume_train.__main__"}[program]
+    done = run([sys.executable, "-c", _WITHOUT.format(module=module, program=program), package, *words], cwd=files)
+    assert done.returncode == 1
+    assert done.stderr == f"{program}: {what}; pip install 'plume-embed[{extra}]'\n"

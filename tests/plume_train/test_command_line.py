@@ -55,7 +55,7 @@ def test_a_flag_that_is_wrong_is_named_in_one_line(words):
     [
         ({"evaluation": "a:b"}, "would never be called; set evaluate_every"),
         ({"report_to": ["tensorbord"]}, "report_to is 'tensorbord'; did you mean 'tensorboard'"),
-        ({"report_to": ["wandb"]}, "report_to is 'wandb', which needs the package wandb"),
+        ({"report_to": ["wandb"]}, "report_to is 'wandb', which needs the package wandb; pip install wandb"),
         ({"model": "runs/no/such"}, "no folder at 'runs/no/such'"),
     ],
     ids=str,

@@ -5,7 +5,7 @@ import sys
 from itertools import pairwise
 
 from plume.checkpoints.place import check_place, stay_offline_without_network
-from plume.terminal import did_you_mean, plain_warnings, printable, quiet_libraries, say
+from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
 
 _COMMANDS = ("check", "merge")
 
@@ -31,7 +31,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with plain_warnings("plume-train"):
         quiet_libraries()
-        _run(command, words[bool(command) :])
+        try:
+            _run(command, words[bool(command) :])
+        except ImportError as error:
+            if (what := missing(error)) is None:
+                raise
+            sys.exit(printable(f"plume-train: {what}"))
 
 
 def _check_model(words: list[str]) -> None:
@@ -62,7 +67,7 @@ def _run(command: str, words: list[str]) -> None:
         args = parse_arguments(words)
         folder = args.output_folder
         train(args)
-    except (ValueError, OSError, RunError, ImportError) as error:
+    except (ValueError, OSError, RunError) as error:
         sys.exit(printable(f"plume-train: {reason(error)}", keep="\n"))
     except KeyboardInterrupt:
         sys.exit(f"plume-train: stopped; {state_of(folder)}")

@@ -359,7 +359,7 @@ class PlumeTrainingArguments(TrainingArguments):
                 remedy = did_you_mean(name, INTEGRATION_TO_CALLBACK, f"known are {known}")
                 raise SettingsError(f"report_to is {name!r}; {remedy}")
             if name not in get_available_reporting_integrations():
-                raise SettingsError(f"report_to is {name!r}, which needs the package {name}; install it, or drop it")
+                raise SettingsError(f"report_to is {name!r}, which needs the package {name}; pip install {name}")
 
     def without_effect(self, records: Records) -> list[str]:
         """Settings that change nothing, each with the reason.

@@ -52,7 +52,8 @@ def draw_inside(file: Path, inside: Inside) -> None:
         inside: from `look_inside`.
     """
     has_gates = inside.gates is not None
-    figure, axes = plt.subplots(1, 1 + has_gates, figsize=(5.2 + 4.2 * has_gates, 4), squeeze=False)
+    size = (5.2 + 4.2 * has_gates, 4)
+    figure, axes = plt.subplots(1, 1 + has_gates, figsize=size, squeeze=False, layout="constrained")
     hops = ["start", *(f"hop {hop}" for hop in range(1, inside.held.shape[1]))]
     states = [f"h{state}" for state in range(len(inside.held))]
     _matrix(axes[0, 0], inside.held, hops, states, "What each latent state holds", "Blues")
