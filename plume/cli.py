@@ -522,4 +522,4 @@ def _stop(message: str) -> NoReturn:
 
 def main() -> None:
     """Parse, call, exit."""
-    run_app(app)
+    run_app(app, "plume")

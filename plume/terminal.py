@@ -90,24 +90,26 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def run_app(app: Any) -> None:
-    """Run a typer command line, which says in one line what is wrong with it; exits."""
+def run_app(app: Any, program: str) -> None:
+    """Run a typer command line called `program`, which says in one line what is wrong with it; exits."""
     from typer import Abort, BadParameter
 
     usage_error: Any = BadParameter.__base__
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name=program, standalone_mode=False))
     except usage_error as error:
         place = error.ctx.command_path if error.ctx else ""
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stdout.write(f"{error.message}\n")
             sys.exit(2)
-        say(f"{place}: {' '.join(error.format_message().split()).rstrip('.')}; see {place} --help", err=True)
+        what = " ".join(error.format_message().split())
+        what = f"{what} See" if what.endswith("?") else f"{what.rstrip('.')}; see"
+        say(f"{place}: {what} {place} --help", err=True)
         sys.exit(2)
     except ImportError as error:
         if (what := missing(error)) is None:
             raise
-        say(f"{app.info.name or sys.argv[0].rpartition('/')[2]}: {what}", err=True)
+        say(f"{program}: {what}", err=True)
         sys.exit(1)
     except Abort:
         sys.exit(130)

@@ -211,7 +211,7 @@ def _fail(error: Exception) -> int:
 def main() -> None:
     """Parse, call, exit."""
     with plain_warnings("plume-eval"):
-        run_app(app)
+        run_app(app, "plume-eval")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def said(capsys, monkeypatch, *words, main=cli.main) -> tuple[int, str, str]:
 MODEL = ["--model", "runs/latent"]
 BAD_CALLS = {
     "foo": "plume: No such command 'foo'; see plume --help",
-    "serach kite": "plume: No such command 'serach'. Did you mean 'search'?; see plume --help",
+    "serach kite": "plume: No such command 'serach'. Did you mean 'search'? See plume --help",
     "encode --modle x": "plume encode: No such option: --modle (Possible options: --model); see plume encode --help",
     "encode --mod x": "plume encode: No such option: --mod",
     "encode nosuch.png": "plume: nosuch.png: there is no such file",
