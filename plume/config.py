@@ -5,11 +5,14 @@ Defaults are those of the PLUME paper (arXiv 2604.02073) and the strings of its 
 
 from __future__ import annotations
 
+import json
 from numbers import Integral
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from PIL import ImageColor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from plume.terminal import did_you_mean
 from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT, token_id
@@ -194,6 +197,31 @@ class PlumeConfig(PreTrainedConfig):
             if name not in fields:
                 remedy = did_you_mean(name, fields, f"the fields are {', '.join(sorted(fields))}")
                 raise ValueError(f"PlumeConfig has no field {name!r}; {remedy}")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a checkpoint's `config.json`; those of its base model where it is an adapter alone.
+
+        Raises:
+            OSError: there is no configuration. transformers itself would take defaults, and another prompt with them.
+            ValueError: the base model of an adapter cannot be read.
+        """
+        fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields:
+            return fields, rest
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+        adapter = find_adapter_config_file(str(pretrained_model_name_or_path), **hub)
+        if adapter is None:
+            raise OSError(f"{pretrained_model_name_or_path} holds no config.json; save the model with save_pretrained")
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        try:
+            return super().get_config_dict(base, **{**kwargs, "revision": None})
+        except OSError as error:
+            reason = "there is no such folder" if Path(base).is_absolute() else str(error).partition("\n")[0]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is an adapter of {base!r}, which cannot be read ({reason}); put its "
+                "place into base_model_name_or_path of adapter_config.json, or save a merged model where both are"
+            ) from None
 
     def _check(self) -> None:
         for name, choices in (

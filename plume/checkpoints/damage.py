@@ -14,13 +14,14 @@ _LFS = b"version https://git-lfs"
 _MOST_POINTER_BYTES = 1024
 # What loading cannot do without, and other names of it.
 _NEEDED = {
-    "config.json": (),
+    "config.json": ("adapter_config.json",),
     "model.safetensors": ("*.safetensors", "*.bin"),
     "tokenizer.json": ("vocab.json",),
     "processor_config.json": ("preprocessor_config.json",),
 }
 # Files of settings, whose content is an object of JSON, or a list of modules.
 _SETTINGS = {
+    "adapter_config",
     "config",
     "config_sentence_transformers",
     "generation_config",

@@ -28,7 +28,7 @@ def check_place(name_or_path: str | os.PathLike) -> None:
     text = os.fspath(name_or_path)
     place = Path(text)
     if place.is_dir():
-        if not (place / "config.json").is_file():
+        if not _is_checkpoint(place):
             raise ValueError(f"{text} {_without_config(place)}; {_EXPECTED}")
     elif place.exists():
         raise ValueError(f"{text} is a file; {_EXPECTED}")
@@ -64,4 +64,9 @@ def _without_config(folder: Path) -> str:
 def _checkpoints_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if (path / "config.json").is_file())
+    return sorted(path for path in folder.iterdir() if _is_checkpoint(path))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model, or a LoRA adapter, which names the model that it belongs to."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))

@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from plume.inputs.errors import InputError
+from plume.inputs.file_kinds import names_a_file
 from plume.inputs.item import Item, MediaLimits
-from plume.inputs.processor import PlumeProcessor
+from plume.inputs.processor import PlumeProcessor, warn_of_truncated
 
 # Inputs are loaded and embedded in windows of this many batches, so that a folder of photos need not fit into
 # memory, while inputs of similar length still meet in a batch.
@@ -77,6 +78,9 @@ class EncodeCall:
     recall: Callable[[Window], tuple[list[tuple[int, Tensor]], Window]] | None
     remember: Callable[[Sequence[int], Tensor], None] | None
     skipped: list[InputError] = field(default_factory=list)
+    _num_cut: int = 0
+    _num_empty: int = 0
+    _path: tuple[int, str] | None = None
     _indices: list[int] = field(default_factory=list)
     _vectors: list[Tensor] = field(default_factory=list)
 
@@ -117,8 +121,14 @@ class EncodeCall:
         """
         name = f"input {index}"
         try:
-            item = Item.parse(self.inputs[index], name, self.limits).instructed(self.instruction)
-            return Loaded(item, self.processor.num_tokens(item, name), index)
+            raw = self.inputs[index]
+            whole = Item.parse(raw, name, self.limits).instructed(self.instruction)
+            item = self.processor.fit(whole, name)
+            self._num_cut += item is not whole
+            self._num_empty += item.is_empty
+            if self._path is None and isinstance(raw, str) and names_a_file(raw):
+                self._path = index, raw
+            return Loaded(item, self.processor.num_tokens(item), index)
         except InputError as error:
             error.locate(index)
             if not self.skips_errors:
@@ -155,10 +165,20 @@ class EncodeCall:
         ordered[self._indices] = vectors
         return ordered
 
-    def warn_of_skipped(self, stacklevel: int) -> None:
-        """Name the inputs that were skipped, if there are any."""
+    def warn(self, stacklevel: int) -> None:
+        """Say which inputs were skipped, how many were cut or empty, and which text is the name of a file."""
         if self.skipped:
             warnings.warn(SkippedInputsWarning(self.skipped), stacklevel=stacklevel + 1)
+        warn_of_truncated(
+            self._num_cut, self._num_empty, len(self.inputs), self.processor.max_tokens, stacklevel=stacklevel + 1
+        )
+        if self._path is not None:
+            index, path = self._path
+            warnings.warn(
+                f"plume: input {index} is the text {path!r}, which is the name of a file too; pass a pathlib.Path to "
+                "embed what the file holds",
+                stacklevel=stacklevel + 1,
+            )
 
     def _with_prefetcher(self, rows: Window, num_rows: int, threads: ThreadPoolExecutor) -> Window:
         """The same inputs, whose batches are prepared in a thread if they hold media.
@@ -307,7 +327,7 @@ def limits_of(processor: PlumeProcessor, kwargs: Mapping[str, Any]) -> MediaLimi
     if set(settings) - {"image"} or set(settings.get("image") or {}) - {"size"}:
         raise ValueError(
             f'processing_kwargs={settings!r}: only {{"image": {{"size": ...}}}} can be set for a call; texts are '
-            "never truncated, and frames are set in the configuration or in the input"
+            "cut with truncate=True and max_seq_length, and frames are set in the configuration or in the input"
         )
     size = (image_settings(kwargs) or {}).get("size")
     return replace(processor.limits, pixels=(size["shortest_edge"], size["longest_edge"])) if size else processor.limits

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from abc import ABCMeta
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.decorators import deprecated_kwargs
 
@@ -26,7 +29,9 @@ from plume.engine.engine import Backend, Engine
 from plume.engine.layers.weights import UnsupportedModelError
 from plume.engine.layout import lay_out
 from plume.inputs.item import Item, check_unicode, list_inputs
+from plume.inputs.pages import Page
 from plume.inputs.processor import PlumeProcessor
+from plume.inputs.video import Video
 from plume.model.model import PlumeModel
 from plume.threads import slow_on_cpu
 from plume.tracing.trace import Trace, trace
@@ -34,8 +39,43 @@ from plume.tracing.trace import Trace, trace
 LatentSteps = int | Mapping[Literal["query", "document"], int]
 """K, or the K of queries and that of documents."""
 
+Input = str | Image.Image | Page | Path | Video | Item | Mapping[str, Any] | bytes | np.ndarray | torch.Tensor
+"""What one input may be; see `Item.parse`."""
 
-class Plume(SentenceTransformer):
+Inputs = Input | Iterable[Input | Sequence[Mapping[str, Any]]]
+"""One input, or several of any kinds; a list of messages is one."""
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Settings of `Plume.encode` that do not change the type of what it returns."""
+
+    num_latent_steps: LatentSteps | None
+    instruction: str | None
+    on_error: Literal["raise", "skip"]
+    max_tokens_per_batch: int
+    task: Literal["query", "document"] | None
+    precision: Precision | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    device: str | torch.device | list[str | torch.device] | None
+    pool: dict[str, Any] | None
+    chunk_size: int | None
+    processing_kwargs: dict[str, Any] | None
+
+
+class _KnownByItsName(ABCMeta):
+    """Lets libraries know a SentenceTransformer by the name of its type.
+
+    BERTopic, KeyBERT and others look there, and load another model in the place of an object that they do not know.
+    """
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}', a sentence_transformers.SentenceTransformer>"
+
+
+class Plume(SentenceTransformer, metaclass=_KnownByItsName):
     """Embeds text, images, video, pages and mixtures of them into one space of unit vectors.
 
     Everything of `SentenceTransformer` works: `similarity`, `encode_query`, `truncate_dim`, quantised precision,
@@ -58,6 +98,7 @@ class Plume(SentenceTransformer):
         backend: Backend | Literal["torch"] = "auto",
         int8: bool = False,
         exit_tolerance: float | None = None,
+        truncate: bool | None = None,
         vector_cache_bytes: int = 0,
         vision_cache_bytes: int = 0,
         prefix_cache_bytes: int = 0,
@@ -75,6 +116,9 @@ class Plume(SentenceTransformer):
                 `plume.engine.engine.Engine`), or "torch" for transformers' own layers. Vectors differ by rounding.
             int8: products in int8, on a CPU; faster, and not the same vectors.
             exit_tolerance: an input stops reasoning at the first step that changes its state by at most this share.
+            truncate: whether texts beyond `max_seq_length` tokens are cut at their end and inputs without content are
+                taken as empty texts; a warning counts them. Both are errors otherwise. It is saved with the model;
+                None takes the checkpoint's own, False where none was saved.
             vector_cache_bytes: memory for embeddings of inputs that come again, by content, instruction, K and weights.
             vision_cache_bytes: memory for features of images that come again.
             prefix_cache_bytes: memory for what stands before the text of inputs with images.
@@ -99,6 +143,9 @@ class Plume(SentenceTransformer):
         with naming_damaged_files(model_name_or_path):
             super().__init__(str(model_name_or_path), **kwargs)
         self._check_truncate_dim(self.truncate_dim)
+        self.plume_model.processor = self._processor  # one of two that were loaded
+        if truncate is not None:
+            self._processor.truncate = truncate
         if self.device.type == "cpu":
             if not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
                 self.plume_model.float()
@@ -163,10 +210,53 @@ class Plume(SentenceTransformer):
         tensors = {name: value for name, value in input.items() if isinstance(value, torch.Tensor)}
         return {**input, "sentence_embedding": engine(tensors, kwargs.get("num_latent_steps")).embedding}
 
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        *,
+        convert_to_numpy: Literal[True] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        *,
+        convert_to_numpy: bool = ...,
+        convert_to_tensor: Literal[True],
+        **options: Unpack[EncodeOptions],
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        *,
+        convert_to_numpy: bool = ...,
+        convert_to_tensor: bool = ...,
+        output_value: Literal["sentence_embedding"] | None = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Any: ...
+
     @deprecated_kwargs(sentences="inputs")
     def encode(  # type: ignore[override]
         self,
-        inputs: Any,
+        inputs: Inputs,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -179,8 +269,14 @@ class Plume(SentenceTransformer):
         task: Literal["query", "document"] | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
-        **kwargs: Any,
+        output_value: Literal["sentence_embedding"] | None = "sentence_embedding",
+        precision: Precision | None = "float32",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        device: str | torch.device | list[str | torch.device] | None = None,
+        pool: dict[str, Any] | None = None,
+        chunk_size: int | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Embed one input or a list that mixes kinds.
 
@@ -189,7 +285,7 @@ class Plume(SentenceTransformer):
                 messages; one of them, or a list, a tuple, a column of a data set, an iterator of them. A list of
                 messages is one input; so is an array of pixels, of which four axes are one video.
             prompt_name: one of the checkpoint's presets (`plume.prompts`): "retrieve", "classify", "question".
-            prompt: as `instruction`, by the name that sentence-transformers gives it.
+            prompt: as `instruction`, by the name that sentence-transformers gives it; goes before `prompt_name`.
             batch_size: inputs per pass at most.
             show_progress_bar: None shows it when there is more than one batch.
             num_latent_steps: K; 0 is a single pass; None takes the constructor's, else the checkpoint's.
@@ -201,26 +297,39 @@ class Plume(SentenceTransformer):
             task: set by `encode_query` and `encode_document`.
             convert_to_numpy: return a numpy array.
             convert_to_tensor: return a tensor instead.
-            precision: quantised by sentence-transformers over all inputs of the call.
-            kwargs: as for `SentenceTransformer.encode`, for example `truncate_dim`, `device`, `pool`.
+            output_value: None returns a dict with "sentence_embedding" for each input.
+            precision: quantised by sentence-transformers over all inputs of the call; None is "float32".
+            normalize_embeddings: changes nothing, since vectors are of unit length.
+            truncate_dim: numbers of a vector that are kept; None: all, or as the constructor says.
+            device: where to run; several devices share the work.
+            pool: of `start_multi_process_pool`.
+            chunk_size: inputs that go to a process of the pool at once.
+            processing_kwargs: `{"image": {"size": ...}}`, pixels of images in this call.
 
         Returns:
-            Unit vectors `[N, D]`, float32, in the order of the inputs; `[D]` for a single input.
+            Unit vectors `[N, D]`, float32, in the order of the inputs; `[D]` for a single input. A numpy array, or with
+            `convert_to_tensor` a tensor; with neither a list of tensors.
 
         Raises:
             InputError: an input that cannot be embedded, named by its place in the list; or no list of inputs.
             ValueError: a K that the checkpoint cannot run, or a setting that cannot be honoured.
         """
-        self._check_call(on_error, precision, batch_size, max_tokens_per_batch, kwargs)
-        if (steps := self._steps(num_latent_steps, task)) is not None:
-            kwargs["num_latent_steps"] = steps
+        precision = "float32" if precision is None else precision
+        self._check_call(on_error, precision, batch_size, max_tokens_per_batch, output_value)
+        settings = {
+            "num_latent_steps": self._steps(num_latent_steps, task),
+            "normalize_embeddings": normalize_embeddings,
+            "device": device,
+            "pool": pool,
+            "chunk_size": chunk_size,
+            "processing_kwargs": processing_kwargs,
+        }
+        kwargs: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         if task is not None and instruction is not None:
             prompt_name = None  # encode_query and encode_document name one of their own accord
         instruction = self._instruction(instruction, prompt, prompt_name)
         inputs, single = list_inputs(inputs)
-        dim = self._check_truncate_dim(
-            kwargs["truncate_dim"] if kwargs.get("truncate_dim") is not None else self.truncate_dim
-        )
+        dim = self._check_truncate_dim(self.truncate_dim if truncate_dim is None else truncate_dim)
         if dim is not None:
             kwargs["truncate_dim"], kwargs["normalize_embeddings"] = dim, True  # what is cut is not of unit length
         self.eval()
@@ -251,20 +360,28 @@ class Plume(SentenceTransformer):
                 remember=None if cache is None else cache.remember,
             )
             vectors = call.run(empty=torch.empty(0, dim or self.plume_config.hidden_size))
-        call.warn_of_skipped(stacklevel=3)
+        call.warn(stacklevel=3)
+        if output_value is None:
+            rows = [{"sentence_embedding": vector} for vector in vectors]
+            return rows[0] if single else rows
         return converted(vectors, single, precision, convert_to_tensor, convert_to_numpy)
 
     @staticmethod
     def _check_call(
-        on_error: str, precision: str, batch_size: int, max_tokens_per_batch: int, kwargs: dict[str, Any]
+        on_error: str, precision: str, batch_size: int, max_tokens_per_batch: int, output_value: str | None
     ) -> None:
         """Refuse settings of a call that cannot be honoured."""
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip"; received {on_error!r}')
         if on_error == "skip" and precision != "float32":
             raise ValueError('on_error="skip" marks rows with NaN, which only precision="float32" can hold')
-        if (output := kwargs.pop("output_value", "sentence_embedding")) != "sentence_embedding":
-            raise ValueError(f"output_value={output!r} is not available; Plume.trace returns states and gates")
+        if output_value not in ("sentence_embedding", None):
+            raise ValueError(
+                f"output_value={output_value!r} is not available, since the embedding is one hidden state and no mean "
+                'of tokens; expected "sentence_embedding" or None. Plume.trace returns states and gates'
+            )
+        if output_value is None and precision != "float32":
+            raise ValueError("output_value=None returns vectors as they are; drop precision")
         if batch_size < 1 or max_tokens_per_batch < 1:
             raise ValueError("batch_size and max_tokens_per_batch must be at least 1")
 
@@ -402,8 +519,8 @@ class Plume(SentenceTransformer):
         return steps[task]
 
     def _instruction(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
-        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
-            raise ValueError("give one of instruction, prompt and prompt_name; they mean the same")
+        if instruction is not None and (prompt is not None or prompt_name is not None):
+            raise ValueError("give instruction, or prompt or prompt_name; they mean the same")
         chosen = self._resolve_prompt(prompt, prompt_name) if instruction is None else instruction
         if chosen:
             check_unicode(chosen, "the instruction")

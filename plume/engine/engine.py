@@ -144,7 +144,6 @@ class Engine:
         self.num_captures = 0
         self._load()
 
-    @torch.inference_mode()
     def __call__(
         self,
         batch: Mapping[str, Any],
@@ -168,15 +167,18 @@ class Engine:
         self.refresh()
         return self.run(lay_out(self.model, batch, num_latent_steps, media_keys=media_keys))
 
-    @torch.inference_mode()
     def run(self, layout: BatchLayout) -> PlumeOutput:
         """Embed a batch that is laid out, with the weights of the last `refresh`."""
-        if self._weights.device != self.device:  # moved since, as `encode(device=...)` does
-            self.refresh()
-        # The engine computes in the model's dtype, whatever autocast its caller is in.
-        with self.on_device(), torch.autocast(self.device.type, enabled=False):
-            needs_vision = not (self._shares_prefixes(layout) and self.prefix_cache.has_all(layout))
-            return self.embed(layout, self.vision_features(layout) if needs_vision else None)
+        with torch.inference_mode():
+            if self._weights.device != self.device:  # moved since, as `encode(device=...)` does
+                self.refresh()
+            # The engine computes in the model's dtype, whatever autocast its caller is in.
+            with self.on_device(), torch.autocast(self.device.type, enabled=False):
+                needs_vision = not (self._shares_prefixes(layout) and self.prefix_cache.has_all(layout))
+                output = self.embed(layout, self.vision_features(layout) if needs_vision else None)
+        if not torch.is_inference_mode_enabled():  # a caller may train something on the vectors
+            output = PlumeOutput(**{name: value.clone() for name, value in output.items()})
+        return output
 
     def vision_features(self, layout: BatchLayout) -> Tensor | None:
         """Features of the visual tokens of a batch, `[M, D]`; None without media."""

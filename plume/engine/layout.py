@@ -22,14 +22,13 @@ from plume.engine.layers.vision import Grid
 from plume.model.interface import (
     Media,
     check_prefix_end,
-    column_of,
+    find_anchor,
     read_out_column,
     resolve_steps,
     resolve_suffix,
 )
 from plume.model.model import PlumeModel
 from plume.model.positions import latent_start, prefix_positions, suffix_positions
-from plume.tokens import ANCHOR
 
 MediaKeys = Sequence[tuple[Sequence[str], Sequence[str]]]
 """For each row, the keys of its images and of its videos."""
@@ -138,7 +137,7 @@ def lay_out(
 def _without_padding(model: PlumeModel, batch: Mapping[str, Tensor]) -> _Rows:
     config, ids = model.config, batch["input_ids"]
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
-    anchor = column_of(ids, mask, config.anchor_token_id, ANCHOR)
+    anchor = find_anchor(config, ids, mask)
     positions = prefix_positions(model.backbone.config, ids, mask, Media.of(batch), rule=config.vision_positions)
     order, lengths = torch.argsort(~mask, dim=1, stable=True), mask.sum(dim=1)  # real tokens first
     ids = ids.gather(1, order)

@@ -52,6 +52,17 @@ def kind_of(path: Path) -> Kind | None:
     return None
 
 
+def names_a_file(text: str) -> bool:
+    """Whether a text is the name of a file that plume reads, which whoever wrote it may have meant.
+
+    Example:
+        >>> names_a_file("a red kite"), names_a_file("nosuch.png")
+        (False, False)
+    """
+    suffix = text[text.rfind(".") :].lower()
+    return suffix in SUFFIXES and len(text) < 1000 and "\n" not in text and "\0" not in text and Path(text).is_file()
+
+
 def why_not_read(path: Path) -> str | None:
     """Why a path is no file that plume reads, as far as its name tells; None where it is one.
 

@@ -41,11 +41,13 @@ class MediaLimits:
     pixels: the fewest and the most pixels of an image or a page; None leaves images as they are.
     background: colour behind transparent pixels; see `load_image`.
     sampling: frames of a video.
+    takes_empty: whether an input without content is an empty text, rather than an error.
     """
 
     pixels: tuple[int, int] | None = None
     background: str | None = BACKGROUND
     sampling: Sampling = field(default_factory=Sampling)
+    takes_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Item:
     def text(self) -> str:
         """All its text."""
         return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no media, and no text but white space."""
+        return not any(part.strip() if isinstance(part, str) else part for part in self.content)
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
@@ -129,7 +136,7 @@ class Item:
             raise InputError(name, f"it is a {type(raw).__name__}; expected {_ACCEPTED}")
         for text in (*(part for part in item.content if isinstance(part, str)), item.instruction):
             check_unicode(text, name)
-        if not any(part.strip() if isinstance(part, str) else part for part in item.content):
+        if item.is_empty and not limits.takes_empty:
             raise InputError(name, "it is empty; expected text that is not blank, an image, a page or a video")
         return item
 

@@ -15,8 +15,10 @@ import json
 import math
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from plume import tokens
 from plume.config import PlumeConfig
@@ -35,7 +39,7 @@ from plume.inputs.images import MAX_PIXELS, MIN_PIXELS, load_image, seen_size
 from plume.inputs.item import Item, MediaLimits
 from plume.inputs.patches import PatchFormat, pack_images, pack_videos
 from plume.inputs.video import Sampling, Video, load_video
-from plume.tokens import IMAGE, VIDEO
+from plume.tokens import IMAGE, LATENT_START, VIDEO
 
 # A tokenizer keeps its settings between calls, so that two threads must not use it at once.
 _TOKENIZING = threading.Lock()
@@ -46,15 +50,29 @@ class PlumeProcessor(ProcessorMixin):
     """Image processor and tokenizer of a checkpoint, with the chat template that writes its prefix.
 
     The image processor holds the settings; its work is done by `plume.inputs.patches`, so that embeddings do not depend
-    on whether torchvision is installed. Texts are always padded on the left and never truncated.
+    on whether torchvision is installed. Texts are always padded on the left.
+
+    Args:
+        image_processor: of Qwen2-VL, for the sizes of images.
+        tokenizer: its `model_max_length` is the length of an input at most (`max_seq_length` in sentence-transformers).
+        chat_template: writes the prefix of an input.
+        truncate: whether a text that is too long is cut at its end, and an input without content taken as an empty
+            text; both are refused otherwise. It is saved with the processor.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        truncate: bool = False,
+    ):
         if not isinstance(image_processor, Qwen2VLImageProcessorPil):
             # A saved folder names the class of both backends alike, so the torchvision one may come back.
             image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.truncate = truncate
         self.adopt(PlumeConfig())
 
     def adopt(self, config: PlumeConfig) -> PlumeProcessor:
@@ -100,11 +118,26 @@ class PlumeProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:  # type: ignore[override]
-        """Load the processor of a plume checkpoint; what concerns inputs in its `config.json` applies."""
+        """Load the processor of a plume checkpoint; what concerns inputs in its `config.json` applies.
+
+        Where there is an adapter and no configuration, that of the adapter's base model applies.
+
+        Raises:
+            ValueError: there is no configuration, or another model's, so that the prompt is not known.
+        """
         processor: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         names = ("cache_dir", "revision", "token", "local_files_only")
         hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return processor.adopt(PlumeConfig.from_pretrained(pretrained_model_name_or_path, **hub))
+        return processor.adopt(_read_config(pretrained_model_name_or_path, hub))
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> Any:  # type: ignore[override]
+        """Save the processor; also the model's configuration, which has the prompt, unless the folder holds one."""
+        saved = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        # An adapter's folder has that of its base model, and would count as a whole model with one of its own.
+        if not (folder / CONFIG_NAME).exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
+            self._config.save_pretrained(folder)
+        return saved
 
     @property
     def limits(self) -> MediaLimits:
@@ -113,6 +146,7 @@ class PlumeProcessor(ProcessorMixin):
         return MediaLimits(
             pixels=(size["shortest_edge"], size["longest_edge"]),
             background=config.background,
+            takes_empty=self.truncate,
             sampling=Sampling(
                 num_frames=config.video_num_frames,
                 fps=config.video_fps,
@@ -122,6 +156,13 @@ class PlumeProcessor(ProcessorMixin):
             ),
         )
 
+    @property
+    def max_tokens(self) -> int:
+        """Text and visual tokens of an input at most, with its prompt."""
+        if (limit := self.tokenizer.model_max_length) is None:
+            raise ValueError("max_seq_length is None; expected a number of tokens, for example 32768")
+        return limit
+
     def parse(self, raw: Any, name: str = "the input") -> Item:
         """Check and load an input as this checkpoint sees it (`Item.parse` with its limits of pixels and frames).
 
@@ -129,6 +170,36 @@ class PlumeProcessor(ProcessorMixin):
             InputError: see `Item.parse`.
         """
         return Item.parse(raw, name, self.limits)
+
+    def fit(self, item: Item, name: str = "the input") -> Item:
+        """The input, no longer than the model takes: the same one, or with `truncate` one whose text is cut at its end.
+
+        Raises:
+            InputError: it is longer, and texts are not truncated, or its prompt and media alone are longer.
+        """
+        limit, text = self.max_tokens, item.text + item.instruction + self._template
+        # No token is shorter than a byte, so most inputs need not be tokenised.
+        if len(text.encode()) + self._num_visual_tokens(self.complete(item)) <= limit:
+            return item
+        if (length := self._exact_length(item)) <= limit:
+            return item
+        if not self.truncate:
+            raise InputError(name, f"it has {_too_long(length, limit)}")
+        content = list(item.content)
+        texts = [place for place, part in enumerate(content) if isinstance(part, str)]
+        while texts and length > limit:
+            # Tokens at the new end may join otherwise than before, so that it is counted again.
+            content[texts[-1]] = self._without_last_tokens(content[texts[-1]], length - limit)
+            if not content[texts[-1]]:
+                texts.pop()
+            length = self._exact_length(Item(tuple(content), item.instruction))
+        if length > limit:
+            raise InputError(
+                name,
+                f"its prompt and media alone have {length} tokens, the model takes {limit}; raise max_seq_length, or "
+                "take fewer or smaller images",
+            )
+        return Item(tuple(content), item.instruction)
 
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **kwargs
@@ -145,9 +216,8 @@ class PlumeProcessor(ProcessorMixin):
             return super().apply_chat_template(conversation, chat_template, tokenize=False, **kwargs)
         single = bool(conversation) and isinstance(conversation[0], Mapping)
         inputs = [conversation] if single else conversation
-        items = [self.parse(messages, f"input {index}") for index, messages in enumerate(inputs)]
         images_kwargs = (kwargs.get("processor_kwargs") or kwargs).get("images_kwargs")
-        batch = self.encode(items, images_kwargs)
+        batch = self._encode_raw(inputs, images_kwargs)
         return batch if kwargs.get("return_dict") else batch["input_ids"]
 
     def __call__(  # type: ignore[override]
@@ -159,12 +229,15 @@ class PlumeProcessor(ProcessorMixin):
         vision: Mapping[str, Tensor] | None = None,
         **ignored,
     ) -> BatchFeature:
-        """Tensors of prefixes that `write` or the chat template has written.
+        """Tensors of some inputs, or of prefixes that `write` or the chat template has written.
+
+        Texts that all end with `<bot>` are prefixes; others are inputs, which get the checkpoint's prompt.
 
         Args:
-            images: all images of the batch, flat or one list per text.
-            text: the prefixes, each with one placeholder per image and video.
-            videos: all videos of the batch, each anything that `plume.inputs.video.load_video` takes.
+            images: one per text, or one list per text; for prefixes all images of the batch, flat or likewise.
+            text: one text or several; None where images or videos stand alone. Prefixes hold one placeholder per image
+                and video, inputs none.
+            videos: as images; each anything that `plume.inputs.video.load_video` takes.
             images_kwargs: `size` of images, as `pack_media` takes it.
             vision: what `pack_media` returned for the media, where they have been processed already.
             ignored: padding, truncation and other settings of transformers' processors, which are fixed here.
@@ -175,9 +248,11 @@ class PlumeProcessor(ProcessorMixin):
             `second_per_grid_ts`.
 
         Raises:
-            ValueError: placeholders and media differ in number, or a prefix exceeds the model's length.
+            ValueError: texts, placeholders and media differ in number; or an input that cannot be embedded.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
+        if not texts or not all(text.rstrip().endswith(LATENT_START) for text in texts):
+            return self._encode_raw(_joined(texts, images, videos), images_kwargs)
         flat = [image for row in images or [] for image in (row if isinstance(row, (list, tuple)) else [row])]
         if vision is None:
             vision = self.pack_media(flat, videos or (), **(images_kwargs or {}))
@@ -256,23 +331,28 @@ class PlumeProcessor(ProcessorMixin):
             vision = self._pack_loaded(images, videos, (images_kwargs or {}).get("size"), as_bytes)
         return self._batch(self._prefix_ids(complete), vision)
 
-    def num_tokens(self, item: Item, name: str = "the input") -> int:
-        """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text.
+    def _encode_raw(self, inputs: Sequence[Any], images_kwargs: dict | None) -> BatchFeature:
+        """Tensors of inputs as users pass them; warns of texts that are cut or empty, where that is allowed."""
+        parsed = [self.parse(raw, f"input {index}") for index, raw in enumerate(inputs)]
+        items = [self.fit(item, f"input {index}") for index, item in enumerate(parsed)]
+        num_cut = sum(item is not whole for item, whole in zip(items, parsed, strict=True))
+        warn_of_truncated(num_cut, sum(item.is_empty for item in items), len(items), self.max_tokens)
+        return self.encode(items, images_kwargs)
 
-        Raises:
-            InputError: it is longer than the model takes; this is decided exactly.
-        """
-        limit, text = self.tokenizer.model_max_length, item.text + item.instruction + self._template
+    def num_tokens(self, item: Item) -> int:
+        """About how many tokens an input takes: exact for its media, a quarter of its bytes for its text."""
+        num_bytes = len((item.text + item.instruction + self._template).encode())
+        return self._num_visual_tokens(self.complete(item)) + 1 + num_bytes // 4
+
+    def _exact_length(self, item: Item) -> int:
         item = self.complete(item)
-        visual = self._num_visual_tokens(item)
-        num_bytes = len(text.encode())
-        # No token is shorter than a byte, so most inputs need not be tokenised.
-        if num_bytes + visual > limit:
-            # One placeholder per medium is among the tokens.
-            length = len(self._prefix_ids([item])[0]) + visual - len(item.images) - len(item.videos)
-            if length > limit:
-                raise InputError(name, f"it has {_too_long(length, limit)}")
-        return visual + 1 + num_bytes // 4
+        num_placeholders = len(item.images) + len(item.videos)  # which are among the tokens
+        return len(self._prefix_ids([item])[0]) + self._num_visual_tokens(item) - num_placeholders
+
+    def _without_last_tokens(self, text: str, num_tokens: int) -> str:
+        offsets = _speller(self.tokenizer, len(self.tokenizer)).encode(text, add_special_tokens=False).offsets
+        kept = len(offsets) - num_tokens
+        return text[: offsets[kept][0]] if kept > 0 else ""
 
     def suffix_ids(self, text: str) -> list[int]:
         """Token ids of a suffix, tokenised as a whole."""
@@ -356,10 +436,21 @@ class PlumeProcessor(ProcessorMixin):
         ]
 
     def _check_length(self, lengths: list[int]) -> None:
-        limit = self.tokenizer.model_max_length
+        limit = self.max_tokens
         for row, length in enumerate(lengths):
             if length > limit:
                 raise ValueError(f"row {row} of the batch has {_too_long(length, limit)}")
+
+
+def _read_config(name_or_path: Any, hub: Mapping[str, Any]) -> PlumeConfig:
+    fields, _ = PlumeConfig.get_config_dict(name_or_path, **hub)
+    if fields.get("model_type") != PlumeConfig.model_type:
+        what = f"is that of a {fields['model_type']!r} model" if fields.get("model_type") else "is missing"
+        raise ValueError(
+            f"{name_or_path}: {CONFIG_NAME}, which has the prompt of this processor, {what}; save the model there, or "
+            "the processor by itself in an empty folder"
+        )
+    return PlumeConfig.from_dict(fields)
 
 
 def check_pixels(min_pixels: int, max_pixels: int) -> None:
@@ -373,6 +464,37 @@ def check_pixels(min_pixels: int, max_pixels: int) -> None:
             f"min_pixels must be at least 1 and at most max_pixels; received min_pixels={min_pixels} and "
             f"max_pixels={max_pixels}"
         )
+
+
+def warn_of_truncated(num_cut: int, num_empty: int, num_inputs: int, max_tokens: int, stacklevel: int = 1) -> None:
+    """Say how many of some inputs were cut to the model's length, and how many had no content; silent without any."""
+    cut = f"{num_cut:,} longer than {max_tokens:,} tokens, whose text was cut" if num_cut else ""
+    empty = f"{num_empty:,} without content, taken as empty texts" if num_empty else ""
+    if cut or empty:
+        what = " and ".join(filter(None, (cut, empty)))
+        warnings.warn(f"plume: {num_inputs:,} inputs hold {what}", stacklevel=stacklevel + 1)
+
+
+def _joined(texts: Sequence[str], images: Sequence[Any] | None, videos: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """Inputs as dicts, of texts and media that belong together row by row; either may be missing."""
+    columns = {"text": texts, "image": images, "video": videos}
+    columns = {
+        kind: list(column) if isinstance(column, (list, tuple)) else [column]
+        for kind, column in columns.items()
+        if column is not None and not (isinstance(column, (list, tuple)) and not column)
+    }
+    lengths = {f"{len(column)} {kind}s" for kind, column in columns.items()}
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ValueError(
+            f"the processor received {' and '.join(sorted(lengths)) or 'nothing'}; expected one image or video, or one "
+            "list of them, for each text"
+        )
+    if any(placeholder in text for text in texts for placeholder in (IMAGE, VIDEO)):
+        raise ValueError(
+            f"a text holds {IMAGE} or {VIDEO}, but no prompt around it; leave placeholders out, or write the text with "
+            "processor.apply_chat_template(messages)"
+        )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _num_reserved(text: str) -> int:
@@ -394,6 +516,6 @@ def _speller(tokenizer: Any, num_tokens: int) -> Tokenizer:
 
 def _too_long(length: int, limit: int) -> str:
     return (
-        f"{length} tokens, the model takes {limit}; shorten the text, take fewer frames, or lower the image "
-        "processor's longest_edge (nothing is truncated)"
+        f"{length} tokens, the model takes {limit}; shorten the text, take fewer frames, lower the image processor's "
+        "longest_edge, or let texts be cut with truncate=True"
     )

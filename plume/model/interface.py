@@ -24,6 +24,12 @@ Adapter = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor | None]]
 `TransitionAdapter`, or the engine's form of it."""
 
 
+_HOW_TO_WRITE = (
+    "write inputs with the checkpoint's processor, processor(text=[...]) or processor.apply_chat_template(messages, "
+    "tokenize=True, return_dict=True), or embed them with Plume(...).encode"
+)
+
+
 @dataclass(frozen=True)
 class Media:
     """Images and videos of a batch, as the processor packs them; None where there are none.
@@ -90,19 +96,33 @@ def read_inputs(
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
     steps, max_steps = resolve_steps(config, num_latent_steps, ids, max_latent_steps)
-    anchor_column = column_of(ids, mask, config.anchor_token_id, ANCHOR)
-    check_prefix_end(config, ids[:, -1])
+    if not (ids[:, -1] == config.latent_start_token_id).all():
+        ids, mask = padded_on_the_left(ids, mask)
+        check_prefix_end(config, ids[:, -1])
+    anchor_column = find_anchor(config, ids, mask)
     suffix_ids, suffix_mask = resolve_suffix(config, len(ids), ids.device, suffix_ids, suffix_mask)
     return ModelInputs(ids, mask, Media.of(batch), suffix_ids, suffix_mask, steps, max_steps, anchor_column)
 
 
+def padded_on_the_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows `[B, L]` with all padding before their tokens; `mask` is True at real tokens.
+
+    sentence-transformers pads on the right where it joins the columns of a training batch.
+
+    Example:
+        >>> ids, mask = padded_on_the_left(torch.tensor([[0, 7, 8, 0]]), torch.tensor([[False, True, True, False]]))
+        >>> ids.tolist()
+        [[0, 0, 7, 8]]
+    """
+    num_behind = mask.flip(1).int().argmax(dim=1, keepdim=True)  # columns behind the last real token
+    columns = (torch.arange(ids.shape[1], device=ids.device) - num_behind) % ids.shape[1]
+    return ids.gather(1, columns), mask.gather(1, columns)
+
+
 def check_prefix_end(config: PlumeConfig, last_ids: Tensor) -> None:
-    """Raise ValueError unless the last token of every prefix, `[B]`, is `<bot>`."""
+    """Raise ValueError unless the last real token of every prefix, `[B]`, is `<bot>`."""
     if not (last_ids == config.latent_start_token_id).all():
-        raise ValueError(
-            f"every prefix must end with {LATENT_START} in the last column; pad on the left and write prefixes with "
-            "the checkpoint's processor"
-        )
+        raise ValueError(f"every prefix must end with {LATENT_START}; {_HOW_TO_WRITE}")
 
 
 def resolve_suffix(
@@ -133,23 +153,25 @@ def resolve_steps(
     return steps, int(highest)
 
 
-def column_of(ids: Tensor, mask: Tensor, token_id: int | None, name: str) -> Tensor:
-    """Column of the last `token_id` in each row, `[B]`.
+def find_anchor(config: PlumeConfig, ids: Tensor, mask: Tensor) -> Tensor:
+    """Column of the anchor in each prefix, `[B]`; ValueError where there is none."""
+    return _column_of(ids, mask, config.anchor_token_id, f"prefix {{row}} holds no {ANCHOR}; {_HOW_TO_WRITE}")
 
-    Raises:
-        ValueError: a row has none.
-    """
+
+def read_out_column(config: PlumeConfig, suffix_ids: Tensor, suffix_mask: Tensor) -> Tensor:
+    """Column of `<gen_emb>` in each suffix, `[B]`; ValueError where there is none."""
+    message = f"suffix {{row}} holds no {READ_OUT}, whose state is the embedding; end suffix_ids with it"
+    return _column_of(suffix_ids, suffix_mask, config.read_out_token_id, message)
+
+
+def _column_of(ids: Tensor, mask: Tensor, token_id: int | None, message: str) -> Tensor:
+    """Column of the last `token_id` in each row, `[B]`; ValueError with `message` where a row has none."""
     columns = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where((ids == token_id) & mask, columns, -1).amax(dim=1)
     if (last < 0).any():
         row = int((last < 0).nonzero()[0])
-        raise ValueError(f"row {row} holds no {name}; write it with the checkpoint's processor")
+        raise ValueError(message.format(row=row))
     return last
-
-
-def read_out_column(config: PlumeConfig, suffix_ids: Tensor, suffix_mask: Tensor) -> Tensor:
-    """Column of `<gen_emb>` in each suffix, `[B]`; raises as `column_of`."""
-    return column_of(suffix_ids, suffix_mask, config.read_out_token_id, READ_OUT)
 
 
 @dataclass

@@ -177,7 +177,7 @@ class PlumePreTrainedModel(PreTrainedModel):
             self.config,
             name or Path(folder).resolve().name,
             num_parameters=sum(weight.numel() for weight in (weights.values() if weights else self.parameters())),
-            max_tokens=None if self.processor is None else self.processor.tokenizer.model_max_length,
+            max_tokens=None if self.processor is None else self.processor.max_tokens,
             gates=step_preferences(adapter, self.config.num_latent_steps),
         )
         write_model_card(folder, text)

@@ -89,11 +89,14 @@ class PlumeModel(PlumePreTrainedModel):
         vision_states: Tensor | None = None,
         keep_layers: bool = False,
         touch_all: bool = False,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> PlumeOutput:
         """Embed a batch: prefix, latent steps, suffix.
 
         Args:
-            input_ids: prefixes, left-padded, `[B, L]`; each ends with `<bot>`.
+            input_ids: prefixes, padded on either side, `[B, L]`; each ends with `<bot>`.
             attention_mask: 1 at real tokens, `[B, L]`; None where nothing is padded.
             pixel_values: patches of all images of the batch.
             image_grid_thw: patches of each image in time, height and width, `[images, 3]`.
@@ -111,11 +114,20 @@ class PlumeModel(PlumePreTrainedModel):
             keep_layers: return the hidden states of all layers at `<gen_emb>`.
             touch_all: involve, with weight zero, also the parts that this batch does not need (vision tower, adapter,
                 head). Processes that train together must run the same parts, in the same order.
+            inputs_embeds: accepted as None because peft passes it, like the two below.
+            output_attentions: as None or False.
+            output_hidden_states: as None or False.
 
         Raises:
             ValueError: a prefix without anchor or not ending with `<bot>`, a suffix without `<gen_emb>`, a K that
-                the adapter cannot run, or tensors whose shapes disagree.
+                the adapter cannot run, tensors whose shapes disagree, or embeddings or attentions that are asked for.
         """
+        if inputs_embeds is not None:
+            raise ValueError("PlumeModel reads input_ids, which say where anchor and media are; pass no inputs_embeds")
+        if output_attentions or output_hidden_states:
+            raise ValueError(
+                "PlumeModel returns no attentions; keep_layers=True returns the states of all layers at <gen_emb>"
+            )
         inputs = self.read_inputs(
             {
                 "input_ids": input_ids,

@@ -175,8 +175,7 @@ def _load(
                 continue
             name = document.names[0]
             try:
-                item = Item.parse(document.raw, name, limits).instructed(instruction)
-                num_tokens = processor.num_tokens(item, name)
+                item = processor.fit(Item.parse(document.raw, name, limits).instructed(instruction), name)
             except InputError as error:
                 report.skipped += [Skipped(name, error.reason) for name in document.names]
                 continue
@@ -184,7 +183,7 @@ def _load(
                 # What was read need not be what was hashed, whose vector the hash would be for all times.
                 _leave_for_later(report, content, current)
                 break
-            yield _Loaded(document, item, num_tokens)
+            yield _Loaded(document, item, processor.num_tokens(item))
 
 
 def _stats_of(path: Path) -> tuple[int, int, int]:

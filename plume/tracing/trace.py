@@ -153,9 +153,7 @@ def _parsed(model: PlumeModel, raw: Any, index: int, instruction: str | None) ->
 def _checked(model: PlumeModel, raw: Any, name: str, instruction: str | None = None) -> Item:
     """An input that is not too long."""
     assert model.processor is not None
-    item = model.processor.parse(raw, name).instructed(instruction)
-    model.processor.num_tokens(item, name)
-    return item
+    return model.processor.fit(model.processor.parse(raw, name).instructed(instruction), name)
 
 
 def expert_use(traces: Sequence[Trace]) -> dict[str, Tensor]:

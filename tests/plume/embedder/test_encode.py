@@ -190,7 +190,7 @@ def test_presets_are_instructions_in_the_user_turn(plume):
         assert np.array_equal(plume.encode("red", prompt_name=name), expected)
     with pytest.raises(ValueError, match="'summarise' not found"):
         plume.encode("red", prompt_name="summarise")
-    with pytest.raises(ValueError, match="give one of instruction, prompt and prompt_name"):
+    with pytest.raises(ValueError, match="give instruction, or prompt or prompt_name"):
         plume.encode("red", prompt_name="retrieve", instruction="Find:")
 
 
@@ -239,11 +239,11 @@ def test_a_blank_image_before_text_is_a_field_of_the_checkpoint(backbone_folder,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output_value": None}, "Plume.trace returns states"),
+        ({"output_value": "token_embeddings"}, "Plume.trace returns states"),
+        ({"output_value": None, "precision": "int8"}, "drop precision"),
         ({"max_tokens_per_batch": 0}, "must be at least 1"),
         ({"on_error": "ignore"}, '"raise" or "skip"'),
-        ({"latent_steps": 3}, "latent_steps"),
-        ({"processing_kwargs": {"text": {"max_length": 9}}}, "never truncated"),
+        ({"processing_kwargs": {"text": {"max_length": 9}}}, "cut with truncate=True"),
         ({"processing_kwargs": {"image": {"min_pixels": 784}}}, "can be set for a call"),
     ],
 )

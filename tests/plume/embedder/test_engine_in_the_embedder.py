@@ -285,7 +285,7 @@ def test_a_tokenizer_may_be_asked_by_two_threads(plume_folder):
     def counts() -> None:
         for _ in range(60):
             with pytest.raises(InputError):
-                processor.num_tokens(long)
+                processor.fit(long)
 
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(pads), threads.submit(counts)]:

@@ -55,15 +55,17 @@ def test_the_embedding_is_float32_and_of_unit_norm_in_bfloat16(backbone_folder):
 def test_new_tokens_are_refused_where_they_are_missing_or_misplaced(model):
     batch = dict(model.processor.encode([Item.parse("red"), Item.parse("blue")]))
     moved = {**batch, "input_ids": batch["input_ids"].roll(1, dims=1)}
-    with pytest.raises(ValueError, match="must end with <bot> in the last column; pad on the left"):
+    with pytest.raises(
+        ValueError, match=r"must end with <bot>; write inputs with the checkpoint's processor, processor\(text="
+    ):
         model(**moved)
     without = {
         **batch,
         "input_ids": batch["input_ids"].where(batch["input_ids"] != model.config.anchor_token_id, 5),
     }
-    with pytest.raises(ValueError, match="row 0 holds no <disc_emb>"):
+    with pytest.raises(ValueError, match="prefix 0 holds no <disc_emb>; write inputs with"):
         model(**without)
-    with pytest.raises(ValueError, match="row 0 holds no <gen_emb>"):
+    with pytest.raises(ValueError, match="suffix 0 holds no <gen_emb>"):
         model(**batch, suffix_ids=torch.tensor([[model.config.latent_end_token_id]] * 2))
     with pytest.raises(ValueError, match="holds 3 numbers for 2 rows"):
         model(**batch, num_latent_steps=torch.tensor([1, 2, 3]))

@@ -187,9 +187,9 @@ class Report:
             return len(self._written(side).encode()) // 4, len(explicit.encode()) // 4
         suffix = len(self.processor.suffix_ids(explicit))
         if not self.load_media:
-            limit = self.processor.tokenizer.model_max_length
+            limit = self.processor.max_tokens
             prefix = len(self.processor.suffix_ids(self._written(side)))
-            if prefix > limit:
+            if prefix > limit and not self.processor.truncate:
                 raise InputError(where, f"it has {prefix} tokens, the model takes {limit}; shorten it or drop the row")
             return prefix, suffix
         item, vision = self.media.load(side, where)

@@ -289,8 +289,7 @@ class MediaLoader:
         limits = self.processor.limits
         images = [load_image(image, where, limits.pixels, limits.background) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
-        item = self.processor.complete(Item((*images, *videos, side.text)))
-        self.processor.num_tokens(item, where)  # raises where it is too long
+        item = self.processor.fit(self.processor.complete(Item((*images, *videos, side.text))), where)
         vision = self.processor.pack_media(item.images, item.videos) if item.images or item.videos else {}
         loaded = Item(tuple(_stand_in(part) for part in item.content)), vision
         if vision and len(self._cache) < self.max_cached:
