@@ -154,7 +154,9 @@ def index(
     """
     if not forget:
         if not folder.is_dir():
-            _stop(f"{folder} is no folder; expected one with files to index")
+            from plume.inputs.file_kinds import as_typed
+
+            _stop(f"{as_typed(folder)} is no folder; expected one with files to index, on this machine")
         _check_model(model)
 
     from plume import Plume
@@ -383,11 +385,13 @@ def convert(
 
 def _named(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Files that plume reads, as far as their names tell, and a line for each of the others."""
-    from plume.inputs.file_kinds import why_not_read
+    from plume.inputs.file_kinds import as_typed, why_not_read
 
     paths = [path for file in files for path in (_from_stdin() if str(file) == "-" else [file])]
     reasons = {path: why_not_read(path) for path in paths}
-    return [path for path in paths if reasons[path] is None], [f"{path}: {why}" for path, why in reasons.items() if why]
+    return [path for path in paths if reasons[path] is None], [
+        f"{as_typed(path)}: {why}" for path, why in reasons.items() if why
+    ]
 
 
 def _from_stdin() -> list[Path]:
@@ -399,7 +403,8 @@ def _check_model(name_or_path: str) -> None:
     try:
         check_place(name_or_path)
     except ValueError as error:
-        _stop(str(error))
+        is_default = name_or_path == _DEMO
+        _stop(f"{error}" + "; that is the default of --model, which `make demo` makes" * is_default)
     stay_offline_without_network(name_or_path)
 
 

@@ -36,7 +36,8 @@ def after_demo(tmp_path, monkeypatch, plume_folder, hops_folder, backbone_folder
     pages = demo / "data" / "images" / "pages"
     shutil.copy(pages / "000000.png", pages / "004000.png")  # the first held-out page of the demo
     write_examples(demo / "files", demo / "data")
-    save_published(tmp_path / "PLUME-Qwen2-VL-2B")
+    (tmp_path / "CUDAOUTOFMEMORY").mkdir()
+    save_published(tmp_path / "CUDAOUTOFMEMORY" / "PLUME-Qwen2-VL-2B")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

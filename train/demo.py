@@ -75,6 +75,9 @@ ABLATION_RUNS: list[tuple[str, dict[str, Mode]]] = [
 ]
 
 
+#: Folders of the models that are trained.
+OUTPUTS = ("read", *(name or "latent" for name, _ in RUNS + ABLATION_RUNS))
+
 #: Of the whole time, as one run on two cores took it; what comes after reading and the trainings takes the rest.
 SHARES = {"read": 0.14, "explicit": 0.18, "": 0.3, "single_pass": 0.35}
 SHARES |= dict.fromkeys(("no_curriculum", "no_adapter", "end_token"), 0.3)
@@ -240,11 +243,14 @@ def draw_all(out: Path, curves: dict, num_hops: int) -> None:
 
 
 def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
-    """An empty folder with data and a backbone; an earlier demo in the same place is replaced."""
+    """An empty folder with data and a backbone; what a demo that was stopped has left there is removed."""
+    if (out / "results.json").exists():
+        sys.exit(f"{out} holds a finished demo; remove it, or name another folder: --out, or `make demo RUN=...`")
     if out.exists() and any(out.iterdir()):
         if not (out / MARKER).exists():
             sys.exit(f"{out} is not empty and holds no earlier demo; choose another --out")
-        shutil.rmtree(out)
+        for name in ("data", "files", "backbone", "no_adapter_explicit", *OUTPUTS):
+            shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(json.dumps({"seed": seed, **sizes}) + "\n", encoding="utf-8")
     make_page_task(out / "data", seed=seed, show_progress=is_watched(), **sizes)

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import typer
 
 from plume.checkpoints.place import check_place, stay_offline_without_network
-from plume.terminal import plain_warnings, quiet_libraries, run_app, say
+from plume.terminal import is_watched, plain_warnings, quiet_libraries, run_app, say
+from plume.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Quality and speed of plume and its baselines.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 hops = typer.Typer(no_args_is_help=True, help="The built-in task: pictures that must be reasoned over.")
 app.add_typer(hops, name="hops")
 
@@ -27,6 +28,21 @@ Model = Annotated[str, typer.Option(help="Checkpoint: a folder or a Hub name.", 
 Data = Annotated[Path, typer.Option(help="Folder of the data set.")]
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        say(f"plume-eval {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _plume_eval(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quality and speed of plume and its baselines."""
+
+
 @hops.command("make")
 def make(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -42,7 +58,13 @@ def make(
 
     try:
         make_page_task(
-            out, num_train=num_train, num_test=num_test, seed=seed, num_symbols=num_symbols, num_hops=num_hops
+            out,
+            num_train=num_train,
+            num_test=num_test,
+            seed=seed,
+            num_symbols=num_symbols,
+            num_hops=num_hops,
+            show_progress=is_watched(),
         )
     except (ValueError, FileExistsError) as error:
         raise typer.Exit(_fail(error)) from None
@@ -74,7 +96,7 @@ def run(
             mode,
             num_latent_steps=num_latent_steps,
             batch_size=batch_size,
-            show_progress=True,
+            show_progress=is_watched(),
         )
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None

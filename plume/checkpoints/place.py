@@ -23,7 +23,7 @@ def check_place(name_or_path: str | os.PathLike) -> None:
     Raises:
         ValueError: says what is there and what was expected.
     """
-    if not isinstance(name_or_path, (str, os.PathLike)):
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
         raise ValueError(f"a checkpoint is {name_or_path!r}; {_EXPECTED}")
     text = os.fspath(name_or_path)
     place = Path(text)

@@ -63,6 +63,16 @@ def names_a_file(text: str) -> bool:
     return suffix in SUFFIXES and len(text) < 1000 and "\n" not in text and "\0" not in text and Path(text).is_file()
 
 
+def as_typed(path: Path) -> str:
+    """The name of a path; an address, whose two strokes a path joins to one, as it was.
+
+    Example:
+        >>> as_typed(Path("s3://bucket/a.png")), as_typed(Path("photos//a.png"))
+        ('s3://bucket/a.png', 'photos/a.png')
+    """
+    return re.sub(r"^([A-Za-z][\w+.-]+):/(?!/)", r"\1://", str(path))
+
+
 def why_not_read(path: Path) -> str | None:
     """Why a path is no file that plume reads, as far as its name tells; None where it is one.
 
@@ -73,7 +83,7 @@ def why_not_read(path: Path) -> str | None:
     if path.is_dir():
         return "it is a folder; name the files in it, or index it with `plume index`"
     if not path.is_file():
-        is_address = re.match(r"[A-Za-z][\w+.-]+:/", str(path))
+        is_address = "://" in as_typed(path)
         return "it is an address; download the file, and name its path" if is_address else "there is no such file"
     if kind_of(path) is None:
         return f"it is of an unknown kind; expected one of {', '.join(sorted(SUFFIXES))}"

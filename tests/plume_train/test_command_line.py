@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -17,6 +19,9 @@ from tests.plume_train.runs import settings
 from tests.processes import run
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rate: 0.5\nseed: 3\nbf16: false\nnum_segments: 2\n")
     args = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--seed", "4", "--use_cpu", "--random_steps"])
@@ -26,6 +31,56 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     args = parse_arguments([*words.split(), '{"birds": 0.5}'])
     assert (args.mask_duplicates, args.train_file, args.stage_ratios) == (False, ["a", "b"], [0.0, 1.0])
     assert args.task_weights == {"birds": 0.5}
+
+
+def test_yaml_values_are_read_as_flags_are(tmp_path):
+    (tmp_path / "run.yaml").write_text('learning_rate: 1e-4\nlearn_temperature: "no"\ntask_weights: {birds: 1}\n')
+    args = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--use_cpu"])
+    assert (args.learning_rate, args.learn_temperature, args.task_weights) == (1e-4, False, {"birds": 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("micro_batch_size: two", "micro_batch_size is 'two'; expected a whole number"),
+        ("lora_rank: 2.5", "lora_rank is 2.5; expected a whole number"),
+        ("learning_rate: fast", "learning_rate is 'fast'; expected a number"),
+        ("learning_rate: true", "learning_rate is True; expected a number"),
+        ("random_steps: maybe", "random_steps is 'maybe'; expected true or false"),
+        ("stage_ratios: [0, half]", "stage_ratios is 'half'; expected a number"),
+        ("curriculum: foo", "curriculum is 'foo'; expected one of paper, published, explicit, direct"),
+    ],
+)
+def test_a_yaml_value_of_another_type_is_named_with_file_and_key(tmp_path, line, message):
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(SettingsError) as error:
+        parse_arguments(["--config", str(tmp_path / "run.yaml"), "--use_cpu"])
+    assert str(error.value) == f"{tmp_path / 'run.yaml'}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("rows.jsonl", "there is nothing at 'rows.jsonl'; expected a file .jsonl"),
+        ("runs/rows", "there is nothing at 'runs/rows'"),
+        ("runs", "runs is a folder that `datasets` has not saved"),
+        ("note.pdf", "note.pdf is no data that plume knows"),
+        ("s3://bucket/rows.jsonl", "s3://bucket/rows.jsonl is an address; download the data"),
+        ("", "there is nothing at ''"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train_file", "validation_file"])
+def test_data_that_is_not_there_is_named_before_any_row_is_read(
+    tmp_path, plume_folder, hops_folder, monkeypatch, name, place, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "note.pdf").touch()
+    monkeypatch.setattr("plume_train.run.load_records", lambda *args: pytest.fail("rows are read"))
+    args = settings(tmp_path, plume_folder, hops_folder, **{name: [place]})
+    with pytest.raises(SettingsError) as error:
+        train(args)
+    assert str(error.value).startswith(f"{name}: {message}")
 
 
 BAD_FLAGS = {
@@ -95,6 +150,10 @@ def test_help_names_every_setting_of_ours_on_a_page_and_a_half(monkeypatch):
         (["chek", "rows.jsonl"], "plume-train: no command 'chek'; did you mean 'check'?"),
         (["rows.jsonl"], "plume-train: no command 'rows.jsonl'; see --help"),
         (["check", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
+        (["check"], "no data is named; expected for example `plume-train check pairs.jsonl`"),
+        (["check", "nosuch.jsonl"], "train_file: there is nothing at 'nosuch.jsonl'"),
+        (["--model", "", "--train_file", "a.jsonl"], "model: a checkpoint is ''"),
+        (["--model", "--train_file", "a.jsonl"], "--model: expected one argument"),
         (["check", "--lod-media"], "did you mean '--load-media'?"),
         (["merge", "--foo"], "plume-train merge: "),
     ],
@@ -109,6 +168,15 @@ def test_a_command_that_is_wrong_is_named_in_one_line(monkeypatch, capsys, words
     assert "Traceback" not in said
 
 
+def test_names_on_the_hub_are_not_retried_without_a_network(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(program, "stay_offline_without_network", asked.append)
+    (tmp_path / "run.yaml").write_text("model: you/kite\ntrain_file: [birds/pairs]\nlearning_rate: 1e-4\n")
+    program._check_places(["--config", str(tmp_path / "run.yaml")])
+    program._check_places(["check", "some/pairs", "--seed", "4"])
+    assert asked == ["you/kite", "birds/pairs", "some/pairs"]
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"]])
 def test_help_and_version_load_nothing(words):
     code = (
@@ -120,3 +188,18 @@ def test_help_and_version_load_nothing(words):
     said, _, loaded = done.stdout.rpartition("loaded")
     assert "plume-train" in said
     assert not {"torch", "transformers", "numpy"} & set(loaded.split())
+
+
+def test_a_finished_demo_is_not_replaced_and_a_stopped_one_leaves_what_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train")
+    demo = importlib.import_module("demo")
+    sizes = {"num_train": 2, "num_test": 1, "num_symbols": 4, "num_hops": 2}
+    demo.prepare(tmp_path / "demo", 0, sizes)
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    (tmp_path / "demo" / "latent").mkdir()
+    demo.prepare(tmp_path / "demo", 0, sizes)
+    assert (tmp_path / "demo" / "notes.txt").exists()
+    assert not (tmp_path / "demo" / "latent").exists()
+    (tmp_path / "demo" / "results.json").touch()
+    with pytest.raises(SystemExit, match="holds a finished demo; remove it, or name another folder"):
+        demo.prepare(tmp_path / "demo", 0, sizes)

@@ -12,7 +12,7 @@ from plume_train.config import SettingsError
 from plume_train.run import train
 from plume_train.saving import RunError
 from plume_train.trainer import PlumeTrainer
-from tests.plume_train.runs import settings
+from tests.plume_train.runs import settings, stopped_before_its_end
 
 SHORT = {"max_steps": 2}
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -112,3 +112,59 @@ def test_a_run_that_failed_before_its_first_step_may_be_begun_with_other_setting
         train(settings(tmp_path, start, hops_folder, matryoshka_dims=[512], matryoshka_weight=1.0, **SHORT))
     assert (tmp_path / "out" / "run.json").exists()
     train(settings(tmp_path, start, hops_folder, **SHORT))
+
+
+@pytest.mark.usefixtures("untrainable")
+@pytest.mark.parametrize("name", ["log.jsonl", "README.md", "config.json", "training.png"])
+def test_files_of_somebody_else_are_not_replaced(tmp_path, start, hops_folder, name):
+    (out := tmp_path / "out").mkdir()
+    (out / "run.log").write_text("what a shell writes there is no hindrance")
+    (out / name).write_text("{}")
+    before = content(out)
+    with pytest.raises(RunError, match=f"holds a {name} that no run has written there; choose another output_dir"):
+        train(settings(tmp_path, start, hops_folder, **SHORT))
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("setting", ["model", "train_file"])
+def test_overwrite_does_not_remove_what_the_run_needs(tmp_path, start, hops_folder, out, setting):
+    train(settings(tmp_path, start, hops_folder, overwrite=True, **SAVING))
+    (out / "rows.jsonl").write_bytes((hops_folder / "train.jsonl").read_bytes())
+    inside = {"model": str(out / "checkpoint-2"), "train_file": [str(out / "rows.jsonl")]}[setting]
+    with pytest.raises(SettingsError, match="lies in output_dir, which overwrite=true would replace"):
+        train(settings(tmp_path, start, hops_folder, overwrite=True, **{**SAVING, setting: inside}))
+    assert (out / "checkpoint-2").exists()
+    assert (out / "checkpoint-4").exists()
+
+
+def test_overwrite_removes_nothing_before_the_new_run_can_begin(tmp_path, start, hops_folder, out):
+    train(settings(tmp_path, start, hops_folder, overwrite=True, **SAVING))
+    before = content(out)
+    with pytest.raises(ValueError, match="nosuch"):
+        train(settings(tmp_path, start, hops_folder, overwrite=True, lora_rank=2, lora_targets="nosuch", **SAVING))
+    assert content(out) == before
+    assert (out / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_overwrite_without_resuming_leaves_no_checkpoint_of_before(tmp_path, start, hops_folder, out, monkeypatch):
+    train(settings(tmp_path, start, hops_folder, overwrite=True, lora_rank=2, lora_targets=r".*q_proj", **SAVING))
+    assert (out / "adapter").exists()
+    stopped_before_its_end(out)
+    real = PlumeTrainer.train
+
+    def look_and_train(*args, **kwargs):
+        assert not list(out.glob("checkpoint-*"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(PlumeTrainer, "train", look_and_train)
+    train(settings(tmp_path, start, hops_folder, overwrite=True, resume_from_checkpoint="no", **SAVING))
+    assert not (out / "adapter").exists()  # it was learnt for another model
+
+
+def test_checkpoints_without_run_json_are_gone_on_from_and_get_one(tmp_path, start, hops_folder, out):
+    train(settings(tmp_path, start, hops_folder, overwrite=True, **SAVING))
+    for name in ("run.json", "config.json", "model.safetensors"):
+        (out / name).unlink()
+    train(settings(tmp_path, start, hops_folder, **SAVING))
+    with pytest.raises(RunError, match="max_steps was 4, now 5"):
+        train(settings(tmp_path, start, hops_folder, **{**SAVING, "max_steps": 5}))

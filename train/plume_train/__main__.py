@@ -1,8 +1,11 @@
 """`plume-train --config FILE [--SETTING VALUE ...]`, `plume-train check DATA`, `plume-train merge CHECKPOINT DST`."""
 
+import contextlib
+import re
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 from plume.checkpoints.place import check_place, stay_offline_without_network
 from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
@@ -27,7 +30,7 @@ def main() -> None:
         say(f"plume-train {__version__}")
         sys.exit()
 
-    _check_model(words)
+    _check_places(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with plain_warnings("plume-train"):
         quiet_libraries()
@@ -39,15 +42,22 @@ def main() -> None:
             sys.exit(printable(f"plume-train: {what}"))
 
 
-def _check_model(words: list[str]) -> None:
-    """Say that there is no such model before anything is imported for it."""
-    for flag, value in pairwise([part for word in words for part in word.split("=", 1)] + [""]):
-        if flag == "--model":
+def _check_places(words: list[str]) -> None:
+    """Say that there is no such model before anything is imported; look for a network where a name needs one."""
+    words = [part for word in words for part in word.split("=", 1)]
+    for flag, value in pairwise([*words, "--"]):
+        if flag == "--model" and not value.startswith("--"):
             try:
                 check_place(value)
             except ValueError as error:
-                sys.exit(printable(f"plume-train: {error}"))
+                sys.exit(printable(f"plume-train: model: {error}"))
             stay_offline_without_network(value)
+        elif flag == "--config":
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                words += re.findall(r"[\w./-]+", Path(value).read_text(encoding="utf-8"))
+    for word in words:
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", word) and not Path(word.partition("/")[0]).exists():
+            stay_offline_without_network(word)
 
 
 def _run(command: str, words: list[str]) -> None:

@@ -112,7 +112,9 @@ def log_line(logs: Mapping[str, Any], weights: Mapping[str, float]) -> str:
         'loss 2.5 (contrastive 2, 0.1 x balance 5)  recall in batch 0.5  K = 4'
     """
     if "train_runtime" in logs:
-        return f"trained in {logs['train_runtime'] / 60:.1f} minutes, mean loss {logs['train_loss']:.4g}"
+        seconds = logs["train_runtime"]
+        time = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
+        return f"trained in {time}, mean loss {logs['train_loss']:.4g}"
     prefix = "validation_" if "validation_loss" in logs else ""
     if f"{prefix}loss" not in logs:  # of an evaluation
         return "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "step"))

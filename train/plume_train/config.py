@@ -11,8 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from tqdm.auto import tqdm
@@ -22,9 +23,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from plume.checkpoints.place import check_place
 from plume.terminal import Parser, did_you_mean, is_watched, printable
 from plume_train.curriculum import PRESETS, Curriculum, Stage
-
-if TYPE_CHECKING:
-    from plume_train.data.records import Records
+from plume_train.data.records import Records, check_source
 
 
 class SettingsError(ValueError):
@@ -87,11 +86,17 @@ class PlumeTrainingArguments(TrainingArguments):
     media_root_only: bool = False
     """Refuse rows whose media lie outside that folder: absolute paths, `..`, links that lead out of it."""
 
+    num_cached_images: int = 0
+    """Processed images to hold in memory, per data-loader worker."""
+
+    overwrite: bool = False
+    """Whether what another run, or a finished one, left in `output_dir` is replaced."""
+
     task_weights: dict | str | None = field(default_factory=dict)
     """How often a task is seen, relative to once per pass over the data; JSON on the command line."""
 
     mixing_temperature: float = 1.0
-    """T; a task of n rows is seen in proportion to n^(1/T), so larger values make tasks more alike."""
+    """A task of n rows is seen in proportion to n^(1/T), T being this; larger values make tasks more alike."""
 
     plume_config: dict | str | None = field(default_factory=dict)
     """Fields of `PlumeConfig` for a model that starts from a stock checkpoint; JSON on the command line."""
@@ -115,7 +120,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Probability that a row is trained at an earlier stage, each equally likely."""
 
     random_steps: bool = False
-    """Whether fully latent stages draw K from 1 .. M for each batch, so that any K works at inference."""
+    """Whether fully latent stages draw K from 1 to M for each batch, so that any K works at inference."""
 
     advance: Literal["schedule", "settled"] = "schedule"
     """When a stage ends: at its share of the steps, or before that once the validation loss has settled."""
@@ -220,9 +225,6 @@ class PlumeTrainingArguments(TrainingArguments):
     lora_targets: str = LORA_TARGETS
     """Regular expression of the layers that get LoRA; the default names the language model's."""
 
-    num_cached_images: int = 0
-    """Processed images to hold in memory, per data-loader worker."""
-
     evaluation: str = ""
     """What to call during training, "module:name"; called with `evaluation_arguments`, it returns the evaluation."""
 
@@ -231,9 +233,6 @@ class PlumeTrainingArguments(TrainingArguments):
 
     evaluate_every: int = 0
     """Steps between evaluations; 0 never."""
-
-    overwrite: bool = False
-    """Whether what another run, or a finished one, left in `output_dir` is replaced."""
 
     def __post_init__(self):
         self._refuse_not_honoured()
@@ -298,8 +297,8 @@ class PlumeTrainingArguments(TrainingArguments):
         return self.should_save and not self.disable_tqdm and is_watched()
 
     def tell(self, text: str) -> None:
-        """Say something of the run, once for all processes, unless `disable_tqdm` silences it."""
-        if self.should_save and not self.disable_tqdm:
+        """Say something of the run, once for all processes."""
+        if self.should_save:
             tqdm.write(printable(text), file=sys.stderr)
 
     @property
@@ -321,7 +320,12 @@ class PlumeTrainingArguments(TrainingArguments):
         for name in ("model", "train_file"):
             if not getattr(self, name):
                 raise SettingsError(f"{name} is not set; give it in the YAML file or as --{name}")
-        check_place(self.model)
+        if not self.output_dir:
+            raise SettingsError("output_dir is empty; name a folder")
+        try:
+            check_place(self.model)
+        except ValueError as error:
+            raise SettingsError(f"model: {error}") from None
         if Path(self.model).resolve() == self.output_folder.resolve():
             raise SettingsError(f"output_dir and model are both {self.model}; choose another output_dir")
         self._check_reports()
@@ -348,6 +352,25 @@ class PlumeTrainingArguments(TrainingArguments):
                 "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
                 "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
             )
+
+    def check_data(self) -> None:
+        """Refuse data that is not there, or that the run would replace, before any row is read.
+
+        Raises:
+            SettingsError: names the setting and what there is.
+        """
+        for name in ("train_file", "validation_file"):
+            for place in getattr(self, name) or []:
+                try:
+                    check_source(place)
+                except OSError as error:
+                    raise SettingsError(f"{name}: {error}") from None
+        if self.overwrite:
+            needed = [self.model, *(self.train_file or []), *(self.validation_file or [])]
+            if lost := [place for place in needed if self.output_folder.resolve() in Path(place).resolve().parents]:
+                raise SettingsError(
+                    f"{lost[0]} lies in output_dir, which overwrite=true would replace; choose another output_dir"
+                )
 
     def _check_reports(self) -> None:
         """Trackers are otherwise asked for once the model is loaded."""
@@ -513,8 +536,38 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if (base := settings.pop("extends", None)) is not None:
         settings = {**read_yaml(Path(file).parent / base), **settings}
     known = {field.name for field in fields(PlumeTrainingArguments)}
-    for key in settings:
+    for key, value in settings.items():
         if key not in known:
             remedy = did_you_mean(key, known, "`plume-train --help` lists the settings")
             raise SettingsError(f"{file}: unknown key {key!r}; {remedy}")
+        try:
+            settings[key] = _as_a_flag(_flags()[key], value)
+        except SettingsError as error:
+            raise SettingsError(f"{file}: {error}") from None
     return settings
+
+
+@cache
+def _flags() -> dict[str, argparse.Action]:
+    return {action.dest: action for action in settings_parser()._actions}
+
+
+def _as_a_flag(flag: argparse.Action, value: Any) -> Any:
+    """A value of a YAML file as the command line would read it: there 1e-4 is a number, and `no` in quotes is false.
+
+    Raises:
+        SettingsError: it is none of the flag's type.
+    """
+    if isinstance(value, list):
+        return [_as_a_flag(flag, part) for part in value]
+    if value is None or isinstance(value, Mapping) or flag.type in (None, str) or not callable(flag.type):
+        return value
+    try:
+        typed = flag.type(str(value))
+        if flag.choices is None or typed in flag.choices:
+            return typed
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        pass
+    kind = {int: "a whole number", float: "a number"}.get(flag.type, "true or false")  # type: ignore[call-overload]
+    expected = f"one of {', '.join(map(str, flag.choices))}" if flag.choices else kind
+    raise SettingsError(f"{flag.dest} is {value!r}; expected {expected}")

@@ -18,7 +18,7 @@ plume-train merge CHECKPOINT FOLDER                 merge a checkpoint of a LoRA
 
 #: Where each group of `PlumeTrainingArguments` begins.
 _GROUPS = {
-    "model": "Model and data",
+    "model": "Model, data and folder",
     "curriculum": "Curriculum",
     "num_negatives": "Objective",
     "train_vision": "What learns, and in what",
@@ -57,7 +57,9 @@ def _own_settings() -> Iterator[tuple[str, str, str, str]]:
     for setting, text in pairwise(body):
         if isinstance(setting, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             default = ast.unparse(setting.value) if setting.value else ""
-            default = "" if default.startswith("field") or default in ("None", "''") else default.strip("'")
+            # What has no short form is named in the docstring.
+            default = "" if default.startswith("field") or default.isupper() else default.strip("'")
+            default = "" if default == "None" else default
             name = ast.unparse(setting.target)
             yield name, _kind(setting.annotation), default, " ".join(str(text.value.value).split())
 

@@ -52,8 +52,10 @@ class Memory:
     def __str__(self) -> str:
         parts = {"weights": self.weights, "gradients": self.gradients, "optimiser": self.optimizer}
         parts["activations of a pass"] = self.activations
-        listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
-        return f"about {self.total / _GIB:.2f} GiB on each device ({listed})"
+        # With three digits of the whole.
+        size, unit, digits = (_GIB, "GiB", 2) if self.total >= _GIB else (_GIB >> 10, "MiB", 0)
+        listed = ", ".join(f"{name} {count / size:.{digits}f}" for name, count in parts.items())
+        return f"about {self.total / size:.{digits}f} {unit} on each device ({listed})"
 
 
 def expected_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,13 @@ from plume_train.memory import tell_memory
 from plume_train.pictures import draw_run, read_log
 from plume_train.saving import (
     LOG_FILE,
+    begin_run,
     check_output,
     checkpoint_to_resume,
     move_into,
     note_finished,
-    remember_run,
+    settings_of,
+    standing_of,
     whole_or_nothing,
 )
 from plume_train.start import freeze, load_model, widen_what_learns
@@ -47,6 +50,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     """
     _check_processes(args)
     args.check()
+    args.check_data()
     check_output(args)
     set_seed(args.seed)
     records = load_records(args, args.train_file)
@@ -60,18 +64,19 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     if args.max_steps < 0:
         batches = sampler_of(args, records.tasks, curriculum, num_steps=1).batches_per_pass()
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
-    data = {"num_rows": len(records), "data_digest": records.digest}
+    run = settings_of(args) | {"num_rows": len(records), "data_digest": records.digest}
     if held_out is not None:
-        data["validation_digest"] = held_out.digest
-    if remember_run(args, data):
+        run["validation_digest"] = held_out.digest
+    standing = standing_of(args, run)
+    if standing == "finished":
         args.tell(
             f"{args.output_folder} holds the model of this run, which is finished; set overwrite=true to train it "
             "again, or choose another output_dir"
         )
         return PlumeModel.from_pretrained(args.output_folder).eval()
-    checkpoint = checkpoint_to_resume(args)
-    if records.bad_rows:
-        _list_bad_rows(args, records.bad_rows)
+    checkpoint = checkpoint_to_resume(args) if standing != "replaced" else None
+    if standing != "replaced":
+        begin_run(args, run, standing)
     if evaluate is None and args.evaluation:
         evaluate = named_evaluation(args.evaluation, args.evaluation_arguments)  # type: ignore[arg-type]
 
@@ -88,11 +93,15 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         model = add_lora(model, args)
     widen_what_learns(model)
 
-    if held_out is not None and held_out.bad_rows:
-        _list_bad_rows(args, held_out.bad_rows)
     validation = StagedRecords(held_out) if held_out is not None else None
     trainer = PlumeTrainer(model, args, StagedRecords(records), curriculum, evaluate, validation)
     tell_memory(trainer)
+    if standing == "replaced":
+        begin_run(args, run, standing)
+        trainer.accelerator.wait_for_everyone()
+    for read in (records, held_out):
+        if read is not None and read.bad_rows:
+            _list_bad_rows(args, read.bad_rows)
     if checkpoint is not None:
         trainer.go_on_from(checkpoint)
         args.tell(f"going on from {checkpoint}")
@@ -131,24 +140,31 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         trainer.save_whole(args.output_folder)
         model = trainer.bare_model
         model.loss_scalars = None
+        if args.should_save:  # of a run that this one has replaced
+            shutil.rmtree(args.output_folder / ADAPTER_FOLDER, ignore_errors=True)
     if trainer.bad_rows:
         _list_bad_rows(args, trainer.bad_rows)
         skipped = len(set(trainer.bad_rows))
         warnings.warn(f"plume: {skipped} rows were skipped while training; see bad_rows.txt", stacklevel=2)
     if args.should_save:
+        picture = args.output_folder / "training.png"
         note_finished(args.output_folder)
-        _draw(trainer)
+        where = f"the model is in {args.output_folder}"
+        args.tell(f"{where}, its curves in {picture}" if _draw(trainer, picture) else where)
     trainer.accelerator.wait_for_everyone()
     return model.eval()
 
 
-def _draw(trainer: PlumeTrainer) -> None:
+def _draw(trainer: PlumeTrainer, picture: Path) -> bool:
+    """Draw the run; says why where it cannot be drawn."""
     args, stages = trainer.args, [(step, trainer.stage_steps(step)) for step in trainer.progress.borders]
-    picture = args.output_folder / "training.png"
     if not find_spec("matplotlib"):
         args.tell(f"{picture} is not drawn: matplotlib is not installed; pip install 'plume-embed[plot]'")
-    elif not draw_run(read_log(args.output_folder / LOG_FILE), stages, picture):
+        return False
+    if not draw_run(read_log(args.output_folder / LOG_FILE), stages, picture):
         args.tell(f"{picture} is not drawn: nothing was logged; lower logging_steps")
+        return False
+    return True
 
 
 def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:

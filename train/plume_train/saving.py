@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,8 @@ CHECKSUMS_FILE = "checksums.json"
 _BLOCK_BYTES = 1 << 24
 
 _REMEDY = "choose another output_dir, or set overwrite=true, which replaces it"
+# What a run writes beside its checkpoints, and what somebody may have put into the folder before.
+_WRITTEN = (LOG_FILE, "training.png", "README.md", "config.json", "modules.json", "tokenizer.json", "adapter")
 
 # What may differ between the start of a run and its continuation: what changes no result.
 _FREE = {
@@ -81,42 +83,61 @@ def check_output(args: PlumeTrainingArguments) -> None:
         raise RunError(
             f"{folder} holds checkpoints, but resume_from_checkpoint is off; set it to auto to go on, {_REMEDY}"
         )
-    if begun is None and not checkpoints(folder) and _holds_model(folder):
-        raise RunError(f"{folder} holds a model that was not trained there; {_REMEDY}")
+    if begun is None and not checkpoints(folder):
+        if _holds_model(folder):
+            raise RunError(f"{folder} holds a model that was not trained there; {_REMEDY}")
+        if taken := [name for name in _WRITTEN if (folder / name).exists()]:
+            raise RunError(f"{folder} holds a {taken[0]} that no run has written there; {_REMEDY}")
     if begun is not None and _holds_work(folder):
         _check_same(folder, begun, settings_of(args))
 
 
-def remember_run(args: PlumeTrainingArguments, data: dict[str, Any]) -> bool:
-    """Write `run.json`, or compare with it where the folder already holds a run; whether that run is finished.
+Standing = Literal["new", "unfinished", "finished", "replaced"]
+"""Of a run in its folder: whether the folder holds nothing of it, its checkpoints or its model, or work to replace."""
+
+
+def standing_of(args: PlumeTrainingArguments, run: dict[str, Any]) -> Standing:
+    """How far a run is, by what its folder holds; writes nothing.
 
     Args:
         args: of the run.
-        data: what tells its data from others: number and digest of the rows.
+        run: its settings and data, of `settings_of` and the digests of the rows.
 
     Raises:
-        RunError: the folder cannot be written to, or it holds a run with other data.
+        RunError: the folder holds a run with other settings or data.
     """
     folder = args.output_folder
-    wanted = settings_of(args) | data
     begun = read_run(folder) if (folder / RUN_FILE).exists() else None
-    if _holds_work(folder):
-        is_finished = begun is not None and begun.get(_FINISHED, True) and _holds_model(folder)
-        if args.overwrite and (begun is None or _changed(begun, wanted) or is_finished):
-            if args.should_save:
-                _remove_work(folder)
-        elif begun is not None:
-            _check_same(folder, begun, wanted)
-            return is_finished and args.resume_from_checkpoint in (None, "auto", "no")
-        else:  # checkpoints whose run.json was deleted
-            return False
-    if args.should_save:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_run(folder, wanted | {_FINISHED: False})
-        except OSError as error:
-            raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
-    return False
+    if not _holds_work(folder):
+        return "new"
+    is_finished = begun is not None and begun.get(_FINISHED, True) and _holds_model(folder)
+    asked = args.resume_from_checkpoint
+    is_other = begun is None or bool(_changed(begun, run)) or is_finished
+    # A checkpoint that is asked for by name may be one of those that would be replaced.
+    if args.overwrite and (asked in (None, "no") or (asked == "auto" and is_other)):
+        return "replaced"
+    if begun is not None:
+        _check_same(folder, begun, run)
+    # Without run.json, which somebody may delete, checkpoints count as the run's own.
+    return "finished" if is_finished and asked in (None, "auto", "no") else "unfinished"
+
+
+def begin_run(args: PlumeTrainingArguments, run: dict[str, Any], standing: Standing) -> None:
+    """Write `run.json`; first remove what the run replaces, so that nothing is lost before it can begin.
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
+    folder = args.output_folder
+    if not args.should_save or (standing == "unfinished" and (folder / RUN_FILE).exists()):
+        return
+    if standing == "replaced":
+        _remove_work(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_run(folder, run | {_FINISHED: False})
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error.strerror}); choose another output_dir") from None
 
 
 def note_finished(folder: Path) -> None:
@@ -158,7 +179,7 @@ def _remove_work(folder: Path) -> None:
     """Remove what a run would go on from; a model stays until there is another one to take its place."""
     for path in checkpoints(folder):
         shutil.rmtree(path, ignore_errors=True)
-    for path in [folder / RUN_FILE, folder / LOG_FILE, *folder.glob("bad_rows*.txt")]:
+    for path in [*(folder / name for name in (RUN_FILE, LOG_FILE, "training.png")), *folder.glob("bad_rows*.txt")]:
         path.unlink(missing_ok=True)
 
 

@@ -63,11 +63,11 @@ def make_page_task(
         show_progress: whether to draw a progress bar.
 
     Raises:
-        FileExistsError: `out` already holds a data set.
+        FileExistsError: `out` is not empty.
         ValueError: a setting out of range, or more pages than there are different ones.
     """
-    if (out / "task.json").exists():
-        raise FileExistsError(f"{out} already holds a data set; remove it or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; name a new one with --out")
     if num_hops < 1:
         raise ValueError(f"num_hops must be at least 1; received {num_hops}")
     symbols = alphabet(num_symbols)

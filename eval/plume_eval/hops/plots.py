@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 Curve = Sequence[tuple[int, float]]
 """Steps and values."""
 
-_COLOURS = ("#1b6ca8", "#7fb3d5", "#c0392b", "#8e8e8e", "#27ae60", "#8e44ad")
+_COLOURS = ("#1b6ca8", "#e08e0b", "#c0392b", "#8e8e8e", "#27ae60", "#8e44ad")
 
 
 def draw_training(file: Path, curves: Mapping[str, Curve], stages: Sequence[tuple[int, str]], chance: float) -> None:
@@ -38,7 +38,16 @@ def draw_training(file: Path, curves: Mapping[str, Curve], stages: Sequence[tupl
         axes.axvline(step, color="#bbbbbb", linewidth=1, zorder=0)
         axes.text(step + 3, 1.04, label, fontsize=8, color="#555555")
     axes.axhline(chance, color="#bbbbbb", linestyle=":", linewidth=1)
-    axes.text(2, chance + 0.015, "chance", fontsize=8, color="#777777")
+    axes.text(
+        1,
+        chance - 0.012,
+        "chance",
+        fontsize=8,
+        color="#777777",
+        ha="right",
+        va="top",
+        transform=axes.get_yaxis_transform(),
+    )
     axes.set(xlabel="contrastive training step", ylabel="recall@1, held-out pages", ylim=(0, 1.1))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, file)
@@ -56,12 +65,12 @@ def draw_inside(file: Path, inside: Inside) -> None:
     figure, axes = plt.subplots(1, 1 + has_gates, figsize=size, squeeze=False, layout="constrained")
     hops = ["start", *(f"hop {hop}" for hop in range(1, inside.held.shape[1]))]
     states = [f"h{state}" for state in range(len(inside.held))]
-    _matrix(axes[0, 0], inside.held, hops, states, "What each latent state holds", "Blues")
+    _matrix(axes[0, 0], inside.held, hops, states, "Probability of each symbol, read from a state", "Blues")
     axes[0, 0].set(xlabel="symbol on the way", ylabel="latent state")
     if inside.gates is not None:
         experts = [f"expert {expert}" for expert in range(inside.gates.shape[1])]
         steps = [f"step {step}" for step in range(len(inside.gates))]
-        _matrix(axes[0, 1], inside.gates, experts, steps, "Mean of the router's gates", "Greens")
+        _matrix(axes[0, 1], inside.gates, experts, steps, "Gates of the router, mean over questions", "Greens")
         axes[0, 1].set(xlabel="routed expert", ylabel="latent step")
     _save(figure, file)
 

@@ -136,7 +136,7 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> Latency
         ConfigError: no such field, or a value that cannot be measured, named with the file.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path} is no file; expected YAML such as configs/eval/latency_demo.yaml")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

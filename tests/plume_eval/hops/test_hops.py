@@ -84,9 +84,12 @@ def test_a_task_that_cannot_be_made_is_refused(tmp_path, changes, message):
         make_page_task(tmp_path / "x", **{**sizes, **changes})
 
 
-def test_an_existing_data_set_is_not_overwritten(hops_folder):
-    with pytest.raises(FileExistsError, match="already holds a data set"):
-        make_page_task(hops_folder, num_train=1, num_test=1)
+def test_what_stands_in_the_folder_of_a_new_data_set_is_not_overwritten(hops_folder, tmp_path):
+    (tmp_path / "train.jsonl").write_text("mine")
+    for folder in (hops_folder, tmp_path):
+        with pytest.raises(FileExistsError, match="is not an empty folder; name a new one"):
+            make_page_task(folder, num_train=1, num_test=1)
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
 
 
 def test_recall_counts_right_answers_and_a_constant_model_gets_none(plume_folder, hops_folder, monkeypatch):

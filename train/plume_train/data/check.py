@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from plume.inputs.errors import InputError
 from plume.inputs.processor import PlumeProcessor
 from plume.terminal import say
 from plume.tokens import IMAGE, VIDEO, VISION_END, VISION_START
-from plume_train.config import PlumeTrainingArguments, arguments_of, settings_parser
+from plume_train.config import PlumeTrainingArguments, SettingsError, arguments_of, settings_parser
 from plume_train.curriculum import Curriculum
 from plume_train.data.collate import MediaLoader
 from plume_train.data.records import Records
@@ -25,6 +26,15 @@ from plume_train.data.segment import sentences
 from plume_train.data.target import write_target
 
 NUM_SHOWN = 10
+
+_HELP = """\
+plume-train check DATA ... [--load-media] [--SETTING VALUE ...]
+
+Look at training data before a GPU is paid for: bad rows, tasks, lengths, stages, and what the model is to write.
+
+  DATA          files .jsonl, .json, .parquet, a folder that `datasets` has saved, or the name of a data set on the Hub
+  --load-media  decode every image and video, and count its tokens
+  --model, --num_segments, --config and every other setting of a training run (`plume-train --help`) may follow"""
 
 
 def check(argv: Sequence[str]) -> int:
@@ -235,10 +245,16 @@ def _model(args: PlumeTrainingArguments) -> tuple[PlumeConfig, PlumeProcessor | 
 
 def _parse(argv: Sequence[str]) -> tuple[PlumeTrainingArguments, bool]:
     parser = settings_parser("plume-train check")
-    parser.description = "Look at training data; any setting of a training run may follow."
-    parser.add_argument("data", nargs="*", help="JSONL, JSON, parquet, a `datasets` folder or a Hub name")
-    parser.add_argument("--load-media", action="store_true", help="decode every image and video, and count its tokens")
+    if {"-h", "--help"} & set(argv):
+        say(_HELP, keep="\n")
+        sys.exit()
+    parser.add_argument("data", nargs="*")
+    parser.add_argument("--load-media", action="store_true")
     flags = vars(parser.parse_args(argv))
     data, load_media = flags.pop("data"), flags.pop("load_media")
     files: dict[str, Any] = {"train_file": data} if data else {}
-    return arguments_of(flags, use_cpu=True, **files), load_media
+    args = arguments_of(flags, use_cpu=True, **files)
+    if not args.train_file:
+        raise SettingsError("no data is named; expected for example `plume-train check pairs.jsonl`")
+    args.check_data()
+    return args, load_media

@@ -88,6 +88,29 @@ class Table:
         return f"{self.name}:{number}", self.rows[number - 1]
 
 
+_READ_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_DATA_SUFFIXES = (*_READ_SUFFIXES, ".csv", ".tsv", ".txt", ".yaml", ".zip", ".gz")
+_EXPECTED = "expected a file .jsonl, .json or .parquet, a folder that `datasets` has saved, or the name of a data set"
+
+
+def check_source(place: str | Path) -> None:
+    """Refuse training data that is not there, by its name alone; a data set on the Hub is not looked up.
+
+    Raises:
+        FileNotFoundError: says what there is, and what was expected.
+    """
+    path = Path(place)
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(place)):
+        raise FileNotFoundError(f"{place} is an address; download the data, and name the path")
+    is_local = len(path.parts) > 2 or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if not str(place) or (not path.exists() and (is_local or path.suffix in _DATA_SUFFIXES)):
+        raise FileNotFoundError(f"there is nothing at {str(place)!r}; {_EXPECTED}")
+    if path.is_dir() and not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise FileNotFoundError(f"{place} is a folder that `datasets` has not saved; {_EXPECTED}")
+    if path.is_file() and path.suffix not in _READ_SUFFIXES:
+        raise FileNotFoundError(f"{place} is no data that plume knows; {_EXPECTED}")
+
+
 def open_source(place: str | Path) -> Source:
     """Open training data.
 
@@ -96,15 +119,11 @@ def open_source(place: str | Path) -> Source:
             the Hub, "name" or "name:split" (the split is "train" where none is given).
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: see `check_source`.
         RowError: a JSON file that holds no array.
     """
+    check_source(place)
     path = Path(place)
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(place)):
-        raise FileNotFoundError(f"{place} is an address; download the data, and name the path")
-    is_local = len(path.parts) > 2 or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
-    if is_local and not path.exists():
-        raise FileNotFoundError(f"there is nothing at {place}; expected .jsonl, .json, .parquet or a folder")
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)
     if path.suffix == ".json":
@@ -134,8 +153,6 @@ def open_source(place: str | Path) -> Source:
         return Table(_undecoded(data), path.name)
     if path.suffix == ".parquet":
         return Table(_undecoded(datasets.Dataset.from_parquet(str(path))), path.name)
-    if path.suffix in (".csv", ".txt", ".yaml", ".zip", ".gz") or path.exists():
-        raise FileNotFoundError(f"{place} is no data that plume knows; expected .jsonl, .json, .parquet or a folder")
     name, _, split = str(place).partition(":")
     return Table(_undecoded(datasets.load_dataset(name, split=split or "train")), str(place))
 
