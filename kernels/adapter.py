@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.kernels.adapter import adapter_shares
 from plume_eval.report import markdown_table, write_report
 from plume_eval.speed.cases import make_model
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("adapter.py", main)

@@ -9,7 +9,7 @@ import argparse
 
 import triton
 
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.kernels.audit import audit, table
 from plume_eval.kernels.cases import BY_NAME
 
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("audit.py", main)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from plume.engine.fused import ops
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.run import GateError, gate, run, tables, write
 from plume_eval.speed.cases import make_model
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("bench.py", main)

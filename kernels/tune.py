@@ -12,7 +12,7 @@ import sys
 import torch
 
 from plume.engine.fused import reference
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.kernels.cases import BY_NAME
 from plume_eval.kernels.tuning import products, tune
 from plume_kernels import tiles
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("tune.py", main)

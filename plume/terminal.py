@@ -159,6 +159,19 @@ def plain_warnings(program: str, take: Callable[[Any], bool] = lambda warning: F
         yield
 
 
+def run_script(program: str, main: Callable[[], None]) -> None:
+    """Run a script as commands run: warnings are sentences, and what is wrong with a call is one line."""
+    with plain_warnings(program):
+        quiet_libraries()
+        try:
+            main()
+        except (ValueError, OSError, ImportError) as error:
+            what = str(error)
+            if isinstance(error, ImportError) and (what := missing(error)) is None:
+                raise
+            sys.exit(printable(f"{program}: {' '.join(what.split())}"))
+
+
 def quiet_libraries() -> None:
     """Keep progress bars of loading, and notes that ask nothing of the user, out of a command's terminal.
 

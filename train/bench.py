@@ -17,7 +17,7 @@ from PIL import Image
 
 from plume import PlumeModel
 from plume.random_models import SHAPES_2B, random_model, save_tiny_backbone
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.report import header, markdown_header, markdown_table
 from plume_train.config import PlumeTrainingArguments
 from plume_train.data.records import Records
@@ -103,4 +103,4 @@ def write(results: list[dict], fields: dict, name: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("bench.py", main)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plume import PlumeModel
 from plume.random_models import save_tiny_backbone
-from plume.terminal import Parser, counted, is_watched, plain_warnings, quiet_libraries
+from plume.terminal import Parser, counted, is_watched, run_script
 from plume.tracing.pictures import draw_trace
 from plume.tracing.trace import trace
 from plume_eval.baselines import Mode, embed
@@ -310,6 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_warnings("demo"):
-        quiet_libraries()
-        main()
+    run_script("demo", main)

@@ -7,7 +7,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.report import markdown_header, markdown_table
 
 #: What differs between runs; the rest of the header must be equal.
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("demo_results.py", main)

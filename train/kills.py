@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from plume.terminal import Parser
+from plume.terminal import Parser, run_script
 from plume_eval.report import header, markdown_header
 from plume_train.config import arguments_from
 
@@ -121,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("kills.py", main)

@@ -18,7 +18,6 @@ from plume_train.run import train
 from tests.plume_train.runs import settings
 from tests.processes import run
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -60,6 +60,10 @@ class LogFile(TrainerCallback):
             warnings.warn(f"plume: {damaged} lines of {self.file} are damaged and left out", stacklevel=2)
         self.file.write_text("".join(kept), encoding="utf-8")
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # also the steps since the last log
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)

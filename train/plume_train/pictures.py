@@ -80,7 +80,7 @@ def _draw_panel(
         axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker=marker, **style)
         lowest = min(lowest, *(value for _, value in points))
         highest = max(highest, *(value for _, value in points))
-    for step, num_latent_steps in stages:
+    for step, num_latent_steps in dict(stages).items():  # where several begin at a step, the last one counts
         axis.axvline(step, color="0.8", linewidth=0.8, zorder=0)
         place = {"xy": (step, 1), "xycoords": ("data", "axes fraction"), "va": "bottom"}
         axis.annotate(f"K = {num_latent_steps}", **place, fontsize=7, color="0.4")

@@ -9,7 +9,7 @@ from typing import Any
 from plume_eval.report import markdown_table, write_report
 from plume_eval.speed.config import LatencyConfig
 
-_STAGES = ("preparing", "vision", "prefill", "steps or tokens", "suffix")
+_STAGES = ("preparing", "vision", "prefill", "latent steps", "suffix")
 _COLOURS = ("#adb5bd", "#74c0fc", "#1c7ed6", "#f76707", "#ffd43b")
 
 
@@ -193,6 +193,8 @@ def _draw_steps(axes: Any, result: dict[str, Any], name: str, size: int) -> None
     axes.set_xlabel("latent steps K", fontsize=8)
     axes.set_ylabel("ms per batch, logarithmic", fontsize=8)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    low, high = axes.get_ylim()
+    shown = "25" if high > 8 * low else "2345678"  # a narrow scale has few round numbers
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else "")
     axes.tick_params(which="both", labelsize=8)
     axes.set_title(f"{name}: latency against K (20th to 80th percentile)", fontsize=10)
