@@ -199,6 +199,19 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         # Graphs and joined weights belong to one process; another makes its own.
         return {**self.__dict__, "_engine": None, "_vector_cache": None}
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile transformers' layers with `torch.compile`; for `backend="torch"`, arguments as in PyTorch.
+
+        Raises:
+            ValueError: the engine runs the model.
+        """
+        if self._engine_settings is not None:
+            raise ValueError(
+                'compile() is for the layers of transformers; open the model with backend="torch". The engine runs '
+                'fewer operations already, on a GPU as CUDA graphs or with backend="triton" as fused kernels'
+            )
+        super().compile(*args, **kwargs)
+
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embeddings of a batch that `preprocess` has made, by the engine unless gradients are wanted."""
         if (layout := input.get("layout")) is not None:  # from `encode`, which has just refreshed the engine
@@ -334,6 +347,11 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
             kwargs["truncate_dim"], kwargs["normalize_embeddings"] = dim, True  # what is cut is not of unit length
         self.eval()
         self._refresh_engine()
+        if self.device.type == "meta":
+            raise ValueError(
+                "the model was offloaded after it was opened, so that inputs have no device to go to; open it with "
+                'model_kwargs={"device_map": "auto", "offload_folder": ...} instead'
+            )
         cache = None if self._vector_cache is None else self._vector_cache.for_call(kwargs)
         to_cpu = convert_to_numpy and not convert_to_tensor
         with ExitStack() as stack:

@@ -331,7 +331,11 @@ class Engine:
 
     def _load(self) -> None:
         model, backbone = self.model, self.model.backbone
+        if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
+            raise UnsupportedModelError(f"its weights are on several devices ({', '.join(sorted(map(str, devices)))})")
         self.device = model.device
+        if self.device.type == "meta":
+            raise UnsupportedModelError("its weights are offloaded")
         if self._int8 and self.device.type != "cpu":
             raise ValueError(f"int8 runs on a CPU only, and the model is on {self.device}; drop it or move the model")
         linear = JoinedInt8Linear if self._int8 else JoinedLinear

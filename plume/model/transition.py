@@ -93,11 +93,25 @@ class ResidualMLP(TransitionAdapter):
 
 def route(state: Tensor, context: Tensor | None, step_embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Gates of all experts `[B, E]`, summing to 1: equation 4, in float32 whatever the model's dtype."""
+    return _router_logits(_router_features(state, context, step_embedding), weight, bias).softmax(dim=-1)
+
+
+def _router_features(state: Tensor, context: Tensor | None, step_embedding: Tensor) -> Tensor:
     if context is not None:
         state = state + context
-    features = torch.cat([state, step_embedding.expand_as(state)], dim=-1)  # [B, 2D]
-    with torch.autocast(state.device.type, enabled=False):
-        return F.linear(*map(at_least_float32, (features, weight, bias))).softmax(dim=-1)
+    return torch.cat([state, step_embedding.expand_as(state)], dim=-1)  # [B, 2D]
+
+
+def _router_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(*map(at_least_float32, (features, weight, bias)))
+
+
+class Router(nn.Linear):
+    """Logits of the experts in float32; a module that is called, so that offloading and quantisation may replace it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _router_logits(input, self.weight, self.bias)
 
 
 def weigh(gates: Tensor, top_k: int) -> Tensor:
@@ -115,13 +129,14 @@ class MixtureOfExperts(TransitionAdapter):
         self.top_k = config.top_k
         self.ln = nn.LayerNorm(width)
         self.step_embed = nn.Embedding(config.num_step_embeddings, width)
-        self.router = nn.Linear(2 * width, config.num_experts)
+        self.router = Router(2 * width, config.num_experts)
         self.experts = nn.ModuleList([Expert(config) for _ in range(config.num_experts)])
         self.shared_expert = Expert(config) if config.shared_expert else None
 
     def route(self, state: Tensor, step: int, context: Tensor | None) -> Tensor:
         """Gates of all experts, `[B, E]`."""
-        return route(state, context, self.step_embed.weight[step], self.router.weight, self.router.bias)
+        step_embedding = self.step_embed(torch.full((), step, device=state.device))
+        return at_least_float32(self.router(_router_features(state, context, step_embedding))).softmax(dim=-1)
 
     def forward(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         gates = self.route(state, step, context)  # [B, E]
