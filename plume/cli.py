@@ -347,6 +347,21 @@ def trace(
     say(f"{counted(len(traces), 'trace')} in {out}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def run(
+    program: Annotated[str, typer.Argument(help="Any program in Python, for example mteb.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
+) -> None:
+    """Start another program that has imported plume, so that it opens checkpoints which it is given by name."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if (found := shutil.which(program, path=places)) is None:
+        _stop(f"there is no program {program!r}; name one as you would start it, for example `plume run mteb run -m F`")
+    before = os.environ.get("PYTHONPATH")
+    home = str(Path(__file__).parent / "autoload")
+    os.environ["PYTHONPATH"] = home if not before else f"{home}{os.pathsep}{before}"
+    os.execv(found, [program, *(arguments or [])])
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Published PLUME checkpoint: a folder or a Hub name.")],

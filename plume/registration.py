@@ -24,6 +24,8 @@ def register() -> None:
     from plume.inputs.processor import PlumeProcessor
     from plume.model.model import PlumeModel
 
+    # Where sentence-transformers looks for the version of what a folder requires, if that is on the path only.
+    sys.modules.setdefault("plume_embed", sys.modules["plume"])
     AutoConfig.register(PlumeConfig.model_type, PlumeConfig, exist_ok=True)
     AutoModel.register(PlumeConfig, PlumeModel, exist_ok=True)
     AutoProcessor.register(PlumeConfig, PlumeProcessor, exist_ok=True)

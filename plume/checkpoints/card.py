@@ -48,11 +48,9 @@ def model_card(
     return f"""\
 ---
 library_name: plume-embed
-pipeline_tag: feature-extraction
 tags:
 - plume
 - sentence-transformers
-- feature-extraction
 - multimodal
 - latent-reasoning
 ---
@@ -61,9 +59,16 @@ tags:
 
 # {name}
 
-Embeds text, images, video and document pages into one space of unit vectors of length {config.hidden_size}. Before it
-reads the embedding, the model takes {steps} latent steps: hidden states that go back into the model instead of written
-reasoning (PLUME, arXiv 2604.02073).
+Install the package `plume-embed` (the one called `plume` is something else), and `import plume` before anything opens
+this checkpoint:
+
+```bash
+pip install plume-embed
+```
+
+It embeds text, images, video and document pages into one space of unit vectors of length {config.hidden_size}. Before
+it reads the embedding, the model takes {steps} latent steps: hidden states that go back into the model instead of
+written reasoning (PLUME, arXiv 2604.02073).
 
 ```python
 from plume import Plume
@@ -73,8 +78,19 @@ vectors = model.encode(["a red kite", "a kite that is red", "the price of tea"])
 print(model.similarity(vectors[:1], vectors[1:]))
 ```
 
-After `import plume` the checkpoint opens with `AutoModel` and `SentenceTransformer` as well. A path, a PIL image, a
-video, a PDF page or any mixture of them is an input too.
+After `import plume` the checkpoint opens with `AutoModel` and `SentenceTransformer` as well, without
+`trust_remote_code`. A program that is given the name alone, such as `mteb run -m {name}`, is started by
+`plume run mteb run -m {name}`. A path, a PIL image, a video, a PDF page or any mixture of them is an input too.
+
+With transformers alone, the processor writes the prompt (the `feature-extraction` pipeline does not):
+
+```python
+import plume
+from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained("{name}"), AutoProcessor.from_pretrained("{name}")
+print(model(**processor(text=["a red kite", "rain"])).embedding.shape)
+```
 
 | | |
 |---|---|

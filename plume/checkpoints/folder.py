@@ -142,6 +142,9 @@ def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
             "prompts": PRESETS,
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            "requirements": {
+                "plume-embed": {"specifier": ">=0.1", "reason": "Once it is installed, import plume before loading."}
+            },
         },
     }
     settings = Path(folder) / "config_sentence_transformers.json"

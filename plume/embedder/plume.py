@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.decorators import deprecated_kwargs
 
 from plume.checkpoints.damage import naming_damaged_files
+from plume.checkpoints.fingerprint import fingerprint
 from plume.checkpoints.folder import check_is_plume
 from plume.config import PlumeConfig
 from plume.embedder.digests import media_keys
@@ -158,11 +159,32 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
             self._engine_settings = {"backend": backend, **settings}
             self._refresh_engine()  # what cannot be honoured is said now
         self._vector_cache = VectorCache(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
-        self._check_steps(num_latent_steps)
-        self.num_latent_steps = num_latent_steps
         folder = Path(model_name_or_path)
         #: Where the checkpoint came from: a folder, absolute, or a Hub name.
         self.source = str(folder.resolve()) if folder.is_dir() else str(model_name_or_path)
+        is_offloaded = any(weight.is_meta for weight in self.plume_model.parameters())
+        self._fingerprint = "offloaded" if is_offloaded else fingerprint(self.plume_model)
+        self.num_latent_steps = num_latent_steps
+
+    @property
+    def num_latent_steps(self) -> LatentSteps | None:
+        """K of every call that does not say otherwise; None is the checkpoint's own.
+
+        Raises:
+            ValueError: it is set to a K that the checkpoint cannot run.
+        """
+        return self._num_latent_steps
+
+    @num_latent_steps.setter
+    def num_latent_steps(self, steps: LatentSteps | None) -> None:
+        self._check_steps(steps)
+        self._num_latent_steps = steps
+        # mteb keeps results by name and revision, which for it are those of every folder alike, whatever its K.
+        card = self.model_card_data
+        if card.model_name is None:
+            card.model_name = f"local/{Path(self.source).name}" if Path(self.source).is_dir() else self.source
+        counts = dict.fromkeys(map(self.default_steps, ("query", "document")))
+        card.base_model_revision = "-".join([self._fingerprint, *(f"K{count}" for count in counts)])
 
     @property
     def plume_model(self) -> PlumeModel:
