@@ -38,7 +38,7 @@ ORDER = [
     {"search"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},
-    {"__main__"},
+    {"__main__", "autoload"},
 ]
 
 

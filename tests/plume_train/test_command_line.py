@@ -41,13 +41,13 @@ def test_yaml_values_are_read_as_flags_are(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("micro_batch_size: two", "micro_batch_size is 'two'; expected a whole number"),
-        ("lora_rank: 2.5", "lora_rank is 2.5; expected a whole number"),
-        ("learning_rate: fast", "learning_rate is 'fast'; expected a number"),
-        ("learning_rate: true", "learning_rate is True; expected a number"),
-        ("random_steps: maybe", "random_steps is 'maybe'; expected true or false"),
-        ("stage_ratios: [0, half]", "stage_ratios is 'half'; expected a number"),
-        ("curriculum: foo", "curriculum is 'foo'; expected one of paper, published, explicit, direct"),
+        ("micro_batch_size: two", "micro_batch_size must be a whole number; received 'two'"),
+        ("lora_rank: 2.5", "lora_rank must be a whole number; received 2.5"),
+        ("learning_rate: fast", "learning_rate must be a number; received 'fast'"),
+        ("learning_rate: true", "learning_rate must be a number; received True"),
+        ("random_steps: maybe", "random_steps must be true or false; received 'maybe'"),
+        ("stage_ratios: [0, half]", "stage_ratios must be a number; received 'half'"),
+        ("curriculum: foo", "curriculum must be one of 'paper', 'published', 'explicit', 'direct'; received 'foo'"),
     ],
 )
 def test_a_yaml_value_of_another_type_is_named_with_file_and_key(tmp_path, line, message):

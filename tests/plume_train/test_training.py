@@ -130,7 +130,7 @@ def test_an_unknown_key_of_a_yaml_file_is_named_with_a_hint(tmp_path):
         ("on_bad_row: raise", "on_bad_row must be one of 'error', 'skip'; received 'raise'"),
         ("last_state_predicts: next-word", "last_state_predicts must be one of"),
         ("curriculum: papr", "curriculum must be one of 'paper'"),
-        ("balance_weight: 1e-1", "balance_weight must be a number; received '1e-1'"),
+        ("balance_weight: much", "balance_weight must be a number; received 'much'"),
     ],
 )
 def test_a_setting_that_does_not_exist_is_refused(tmp_path, setting, message):

@@ -271,9 +271,7 @@ class PlumeTrainingArguments(TrainingArguments):
                 listed = ", ".join(map(repr, get_args(hint)))
                 raise SettingsError(f"{name} must be one of {listed}; received {value!r}")
             if hint in (int, float) and not isinstance(value, (int, float)):
-                raise SettingsError(
-                    f"{name} must be a number; received {value!r} (YAML reads 1e-1 as text, 1.0e-1 not)"
-                )
+                raise SettingsError(f"{name} must be a number; received {value!r}")
 
     def _refuse_not_honoured(self) -> None:
         for setting in fields(TrainingArguments):
@@ -569,5 +567,5 @@ def _as_a_flag(flag: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         pass
     kind = {int: "a whole number", float: "a number"}.get(flag.type, "true or false")  # type: ignore[call-overload]
-    expected = f"one of {', '.join(map(str, flag.choices))}" if flag.choices else kind
-    raise SettingsError(f"{flag.dest} is {value!r}; expected {expected}")
+    expected = f"one of {', '.join(map(repr, flag.choices))}" if flag.choices else kind
+    raise SettingsError(f"{flag.dest} must be {expected}; received {value!r}")

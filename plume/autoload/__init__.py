@@ -1,0 +1,1 @@
+"""What `plume run` puts on the path of another program."""
