@@ -24,7 +24,7 @@ $(STAMP):
 
 # Trains and compares; ABLATIONS=1 adds three ablations, SEED=1 takes another seed.
 demo: $(STAMP)
-	$(BIN)/python train/demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
+	$(BIN)/python train/plume_demo.py --out $(RUN) $(if $(SEED),--seed $(SEED)) $(if $(ABLATIONS),--ablations)
 
 # Two processes of one thread each: most tests wait for Python, not for products. Kernels are interpreted apart from them,
 # since Triton decides that once for a process.

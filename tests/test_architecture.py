@@ -28,6 +28,7 @@ MAY_IMPORT = {
 #: Rooms and modules of `plume/`: each imports only from those before it. Rooms of one line do not know each other.
 ORDER = [
     {"version", "terminal", "threads"},
+    {"configurations"},
     {"tokens"},
     {"config"},
     {"inputs"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import fields
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -12,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from plume import PlumeConfig
 from plume_eval.speed.config import LatencyConfig, read_config
 from plume_train.config import arguments_from, read_yaml
+from tests.processes import run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
@@ -64,3 +68,24 @@ def test_an_accelerate_configuration_loads(file):
     stage = (getattr(config, "deepspeed_config", None) or {}).get("zero_stage")
     assert file.stem in ("single", "ddp", "fsdp2", f"zero{stage}")
     assert (getattr(config, "fsdp_config", None) or {}).get("fsdp_activation_checkpointing", False) is False
+
+
+def test_an_installed_package_has_the_configurations_by_name(tmp_path):
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    assert run([*wheel, CONFIGS.parent]).returncode == 0
+    with ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from plume.configurations import find_config\n"
+        "from plume_train.config import read_yaml\n"
+        "import plume_demo\n"
+        "print(find_config('accelerate', 'ddp'), plume_demo.__file__, read_yaml('demo')['learning_rate'], sep='\\n')"
+    )
+    packages = [place for place in sys.path if place.endswith("-packages")]  # whose path files are not read again
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+    done = run([sys.executable, "-S", "-c", code, tmp_path / "site"], cwd=tmp_path, env=environment)
+    ddp, demo, rate = done.stdout.splitlines()
+    assert Path(ddp) == tmp_path / "site" / "plume" / "_configs" / "accelerate" / "ddp.yaml"
+    assert Path(demo) == tmp_path / "site" / "plume_demo.py"
+    assert float(rate) == arguments_from("demo", use_cpu=True, train_file="x").learning_rate  # of its `extends`

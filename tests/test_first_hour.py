@@ -50,7 +50,7 @@ class Shell:
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
     shell = Shell(tmp_path_factory.mktemp("hour"))
-    demo = run([sys.executable, ROOT / "train" / "demo.py"], cwd=shell.folder, env=shell.environment)
+    demo = run([sys.executable, ROOT / "train" / "plume_demo.py"], cwd=shell.folder, env=shell.environment)
     assert demo.returncode == 0, demo.stderr
     assert "Part 5 of 5" in demo.stdout
     assert (shell.folder / "runs" / "demo" / "trace.png").exists()

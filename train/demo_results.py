@@ -60,7 +60,7 @@ def task_table(reports: list[dict]) -> str:
 def main() -> None:
     """Parse, join, write."""
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of train/demo.py; pictures are the first one's")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of plume-demo; pictures are the first one's")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     options = parser.parse_args()
     common, by_task = join(options.runs)

@@ -194,7 +194,7 @@ def overhead(
 
 @app.command()
 def latency(
-    config: Annotated[Path, typer.Option(help="What to measure; see configs/eval/.")],
+    config: Annotated[Path, typer.Option(help="What to measure: a YAML file, or a name such as latency_demo.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint, instead of the configuration's.", callback=_checked)

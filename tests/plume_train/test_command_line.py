@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -17,8 +16,6 @@ from plume_train.help import settings_help
 from plume_train.run import train
 from tests.plume_train.runs import settings
 from tests.processes import run
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -91,7 +88,8 @@ BAD_FLAGS = {
     "--eval_strategy steps": "eval_strategy='steps' is not available here: set validation_file",
     "--task_weights birds=1": """which is not JSON (Expecting value: line 1 column 1 (char 0)); expected an object""",
     "--config": "--config: expected one argument",
-    "--config gone.yaml": "gone.yaml cannot be read (No such file or directory)",
+    "--config gone.yaml": "gone.yaml is no file of settings; those that come with plume are demo, ",
+    "--config demoo": "demoo is no file of settings; did you mean 'demo'?",
     "--bf16 maybe": "--bf16: Truthy value expected",
 }
 
@@ -155,6 +153,8 @@ def test_help_names_every_setting_of_ours_on_a_page_and_a_half(monkeypatch):
         (["--model", "--train_file", "a.jsonl"], "--model: expected one argument"),
         (["check", "--lod-media"], "did you mean '--load-media'?"),
         (["merge", "--foo"], "plume-train merge: "),
+        (["accelerate", "zero4"], "zero4 is no file of settings; did you mean 'zero"),
+        (["accelerate"], "those that come with plume are ddp, fsdp2, single, zero1, zero2, zero3"),
     ],
     ids=" ".join,
 )
@@ -190,8 +190,7 @@ def test_help_and_version_load_nothing(words):
 
 
 def test_a_finished_demo_is_not_replaced_and_a_stopped_one_leaves_what_is_not_its_own(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "train")
-    demo = importlib.import_module("demo")
+    demo = importlib.import_module("plume_demo")
     sizes = {"num_train": 2, "num_test": 1, "num_symbols": 4, "num_hops": 2}
     demo.prepare(tmp_path / "demo", 0, sizes)
     (tmp_path / "demo" / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""`plume-train --config FILE [--SETTING VALUE ...]`, `plume-train check DATA`, `plume-train merge CHECKPOINT DST`."""
+"""`plume-train --config FILE [--SETTING VALUE ...]`, and `check DATA`, `merge CHECKPOINT DST`, `accelerate NAME`."""
 
 import contextlib
 import re
@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from plume.checkpoints.place import check_place, stay_offline_without_network
+from plume.configurations import find_config
 from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
 
-_COMMANDS = ("check", "merge")
+_COMMANDS = ("check", "merge", "accelerate")
 
 
 def main() -> None:
@@ -24,6 +25,12 @@ def main() -> None:
 
         say(settings_help(), keep="\n")
         sys.exit(0 if words else 2)
+    if command == "accelerate":
+        try:
+            print(find_config("accelerate", " ".join(words[1:])))  # noqa: T201
+            sys.exit()
+        except ValueError as error:
+            sys.exit(printable(f"plume-train: {error}"))
     if words == ["--version"]:
         from plume.version import __version__
 

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from plume.checkpoints.place import check_place
+from plume.configurations import find_config
 from plume.terminal import Parser, did_you_mean, is_watched, printable
 from plume_train.curriculum import PRESETS, Curriculum, Stage
 from plume_train.data.records import Records, check_source
@@ -505,7 +506,7 @@ class SettingsParser(HfArgumentParser, Parser):
 def settings_parser(program: str = "plume-train") -> SettingsParser:
     """Parses flags into the settings that were given, and no others."""
     parser = SettingsParser(PlumeTrainingArguments, prog=program)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="YAML file with any of the settings below")
+    parser.add_argument("--config", help="YAML file with any of the settings below, or a name: demo, lora, paper")
     for action in parser._actions:
         if action.dest != "help":
             action.default = argparse.SUPPRESS
@@ -518,13 +519,17 @@ def arguments_from(config: str | Path, **overrides: Any) -> PlumeTrainingArgumen
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file, checked; `extends: FILE` takes the keys of another file beside it first.
+    """The keys of a YAML file, or of one that comes with plume; `extends: FILE` takes those of a file beside it first.
 
     Raises:
         SettingsError: names file, key and the nearest known key.
     """
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        file = find_config("train", file)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise SettingsError(f"{file} cannot be read ({error.strerror}); expected a YAML file of settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -532,7 +537,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SettingsError(f"{file} holds a {type(settings).__name__}; expected lines such as learning_rate: 1.0e-4")
     if (base := settings.pop("extends", None)) is not None:
-        settings = {**read_yaml(Path(file).parent / base), **settings}
+        settings = {**read_yaml(file.parent / base), **settings}
     known = {field.name for field in fields(PlumeTrainingArguments)}
     for key, value in settings.items():
         if key not in known:

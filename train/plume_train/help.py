@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 _USAGE = """\
-plume-train [--config FILE] [--SETTING VALUE ...]   train; a flag wins over the same key in the YAML file
+plume-train [--config FILE] [--SETTING VALUE ...]   train; a flag wins over the same key in the YAML file, which is one
+                                                    of yours, or comes with plume: demo, lora, paper, published
 plume-train check DATA [--SETTING VALUE ...]        look at training data before a GPU is paid for
 plume-train merge CHECKPOINT FOLDER                 merge a checkpoint of a LoRA run into a plain model
+plume-train accelerate NAME                         where a configuration of accelerate is: single, ddp, zero2, ...
 """
 
 #: Where each group of `PlumeTrainingArguments` begins.

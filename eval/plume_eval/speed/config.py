@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from plume.configurations import find_config
 from plume.terminal import did_you_mean
 
 ImplementationName = Literal["reference", "transformers", "compiled", "eager", "graph", "triton", "dependent", "int8"]
@@ -135,8 +136,10 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> Latency
     Raises:
         ConfigError: no such field, or a value that cannot be measured, named with the file.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path} is no file; expected YAML such as configs/eval/latency_demo.yaml")
+    try:
+        path = find_config("eval", path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

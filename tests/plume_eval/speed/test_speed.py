@@ -287,4 +287,4 @@ def test_the_command_prints_a_table_and_one_json_object_and_writes_a_picture(tmp
     assert "| text, 20 tokens | 1 | eager |" in picture.with_suffix(".md").read_text()
     failed = CliRunner().invoke(app, ["latency", "--config", str(tmp_path / "none.yaml")])
     assert failed.exit_code == 1
-    assert "none.yaml is no file; expected YAML" in failed.stderr
+    assert "none.yaml is no file of settings" in failed.stderr

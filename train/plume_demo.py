@@ -1,7 +1,7 @@
 """The demo: a small Qwen2-VL learns to reason about pictures, in words and then in latent steps.
 
 Makes pages, pre-trains a small backbone to read them, trains an explicit, a latent and a single-pass embedder, and
-compares them on held-out pages. `make demo` runs it.
+compares them on held-out pages. `make demo` runs it in a clone, `plume-demo` anywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plume import PlumeModel
+from plume.configurations import find_config
 from plume.random_models import save_tiny_backbone
 from plume.terminal import Parser, counted, is_watched, run_script
 from plume.tracing.pictures import draw_trace
@@ -28,7 +29,6 @@ from plume_eval.report import header, markdown_header, markdown_table
 from plume_train.config import PlumeTrainingArguments, arguments_from
 from plume_train.run import train
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "train"
 MARKER = "demo.json"
 
 #: Name of a system, its checkpoint, how it reasons.
@@ -106,7 +106,8 @@ def say(title: str) -> None:
 
 def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArguments:
     """`configs/train/demo_<name>.yaml` with its paths under `out`; one segment and one latent step per hop."""
-    args = arguments_from(CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"))
+    config = find_config("train", f"demo_{name}" if name else "demo")
+    args = arguments_from(config)
     moved: dict = {key: getattr(args, key).replace("runs/demo", str(out)) for key in ("model", "output_dir")}
     moved["train_file"] = [file.replace("runs/demo", str(out)) for file in args.train_file]
     stages = {}
@@ -116,10 +117,10 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
             "stage_ratios": [(hop + 1) / num_hops for hop in range(num_hops)],
             "stage_shares": [(1 - last) / (num_hops - 1)] * (num_hops - 1) + [last],
         }
-    config = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
+    fields = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
     return arguments_from(
-        CONFIGS / (f"demo_{name}.yaml" if name else "demo.yaml"),
-        **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": config},
+        config,
+        **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": fields},
         evaluate_every=0 if name == "read" else 50 if name in ("single_pass", "no_curriculum") else 25,
     )
 
@@ -269,7 +270,7 @@ def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
 
 def main() -> None:
     """Parse, run, report."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="plume-demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and training")
     parser.add_argument("--ablations", action="store_true", help="also train three ablations")
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--num-hops", type=int, default=4, help="how often the table is followed")
     options = parser.parse_args()
     out, started = options.out, time.perf_counter()
-    fields = header(" ".join(["train/demo.py", *sys.argv[1:]]))
+    fields = header(" ".join(["plume-demo", *sys.argv[1:]]))
 
     sizes = {
         "num_train": 4000,
@@ -309,5 +310,10 @@ def main() -> None:
     print(f"Try next, and open {out}/trace/000.png:\n  {command}")  # noqa: T201
 
 
+def start() -> None:
+    """The command `plume-demo`."""
+    run_script("plume-demo", main)
+
+
 if __name__ == "__main__":
-    run_script("demo", main)
+    start()
