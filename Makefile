@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 OUT ?= eval/results
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow check gpu gpu-kernels gpu-latency gpu-train gpu-tune gpu-more sanitize format
+.PHONY: demo test test-slow test-clients check docs gpu gpu-kernels gpu-latency gpu-train gpu-tune gpu-more sanitize format
 .DEFAULT_GOAL := test
 
 # torch comes first, so that no other package chooses a build of its own. Its CUDA builds bring their own triton; beside
@@ -36,10 +36,25 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# Libraries that embed with a saved folder, at the versions that the tests have been run with; they are not in $(VENV),
+# since each of them has wishes of its own.
+CLIENTS := .venv-clients
+test-clients: $(STAMP)
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --constraint constraints.txt hatchling torch
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	$(CLIENTS)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -m clients tests/clients
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/mkdocs build --strict --quiet
+
+# Pages of the public classes, from their docstrings; opens them on this machine.
+docs: $(STAMP)
+	$(BIN)/mkdocs serve
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -78,9 +78,10 @@ def test_an_installed_package_has_the_configurations_by_name(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from plume.configurations import find_config\n"
+        "from importlib.util import find_spec\n"
         "from plume_train.config import read_yaml\n"
-        "import plume_demo\n"
-        "print(find_config('accelerate', 'ddp'), plume_demo.__file__, read_yaml('demo')['learning_rate'], sep='\\n')"
+        "demo = find_spec('plume_demo').origin\n"
+        "print(find_config('accelerate', 'ddp'), demo, read_yaml('demo')['learning_rate'], sep='\\n')"
     )
     packages = [place for place in sys.path if place.endswith("-packages")]  # whose path files are not read again
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}

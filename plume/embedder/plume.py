@@ -148,7 +148,8 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         if truncate is not None:
             self._processor.truncate = truncate
         if self.device.type == "cpu":
-            if not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
+            is_quantised = hasattr(self.plume_config, "quantization_config")
+            if not is_quantised and not {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {}):
                 self.plume_model.float()
             if warning := slow_on_cpu(self.plume_model):
                 warnings.warn(f"plume: {warning}", stacklevel=2)

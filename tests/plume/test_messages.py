@@ -12,6 +12,7 @@ from PIL import Image
 
 from plume import cli
 from plume.checkpoints.place import check_place, stay_offline_without_network
+from plume.terminal import missing
 from plume_eval import __main__ as evaluation
 from tests.processes import run
 
@@ -208,23 +209,27 @@ def test_python_m_plume_is_the_command(files):
 _WITHOUT = """
 import sys
 sys.modules[sys.argv.pop(1)] = None  # as if it were not installed
-from {module} import main
-sys.argv[0] = {program!r}
+from plume.cli import main
+sys.argv[0] = "plume"
 main()
 """
 
 
+def test_a_package_that_is_missing_is_named_with_its_extra(files):
+    words = ["index", "notes", "--model", "runs/latent"]
+    done = run([sys.executable, "-c", _WITHOUT, "filelock", *words], cwd=files)
+    assert done.returncode == 1
+    assert done.stderr == "plume: the package filelock is missing; pip install 'plume-embed[index]'\n"
+
+
 @pytest.mark.parametrize(
-    ("package", "call", "what", "extra"),
+    ("name", "message"),
     [
-        ("filelock", "plume index notes --model runs/latent", "the package filelock is missing", "index"),
-        ("lancedb", "plume index notes --model runs/latent", "an index needs LanceDB", "index"),
-        ("peft", "plume-train merge a b", "the package peft is missing", "train"),
+        ("peft", "the package peft is missing; pip install 'plume-embed[train]'"),
+        ("matplotlib.pyplot", "the package matplotlib is missing; pip install 'plume-embed[plot]'"),
+        ("torch", None),
+        (None, "drawing needs matplotlib"),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(files, package, call, what, extra):
-    program, *words = call.split()
-    module = {"plume": "plume.cli", "plume-train": "plume_train.__main__"}[program]
-    done = run([sys.executable, "-c", _WITHOUT.format(module=module, program=program), package, *words], cwd=files)
-    assert done.returncode == 1
-    assert done.stderr == f"{program}: {what}; pip install 'plume-embed[{extra}]'\n"
+def test_only_packages_of_extras_are_called_missing(name, message):
+    assert missing(ImportError("drawing needs matplotlib", name=name)) == message

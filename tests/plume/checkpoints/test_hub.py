@@ -99,8 +99,10 @@ def test_the_card_tells_steps_router_use_and_limits_and_its_example_runs(plume_f
             gates = model.transition.route(torch.zeros(1, 64), step, None)[0]
             assert [float(gate) for gate in row.split("|")] == pytest.approx(gates.tolist(), abs=0.006)
     monkeypatch.chdir(plume_folder.parent)
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "card", "exec"), {})
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "card", "exec"), {})
 
 
 def test_a_card_that_somebody_wrote_is_kept(model, tmp_path):

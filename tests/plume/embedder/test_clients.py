@@ -328,12 +328,9 @@ def test_dynamic_quantisation_runs_and_leaves_the_router_exact(plume_folder, ope
 
 
 def test_a_program_that_knows_a_name_alone_is_run_with_plume(plume_folder):
-    code = (
-        "import sys; from sentence_transformers import SentenceTransformer\n"
-        "print(SentenceTransformer(sys.argv[1], device='cpu').encode('red').shape)"
-    )
+    code = "import sys, transformers as t; print(type(t.AutoConfig.from_pretrained(sys.argv[1])).__name__)"
     done = run([sys.executable, "-m", "plume", "run", sys.executable, "-c", code, plume_folder])
-    assert done.stdout == "(64,)\n"
+    assert done.stdout == "PlumeConfig\n"
     wrong = run([sys.executable, "-m", "plume", "run", "nosuch", "--model", "F"])
     assert wrong.stderr.startswith("plume: there is no program 'nosuch'")
 
@@ -344,21 +341,3 @@ def test_a_folder_says_what_must_be_installed(plume_folder):
     card = (plume_folder / "README.md").read_text()
     assert card.index("pip install plume-embed") < card.index("from plume import Plume")
     assert "pipeline_tag" not in card
-
-
-def test_a_type_checker_sees_what_is_wrong_with_a_call(tmp_path):
-    (tmp_path / "script.py").write_text(
-        "import numpy as np\n"
-        "import torch\n"
-        "from plume import Plume\n"
-        "model = Plume('kite')\n"
-        "a: np.ndarray = model.encode(['red', {'text': 'blue'}], num_latent_steps=4, instruction='Find:')\n"
-        "b: torch.Tensor = model.encode('red', convert_to_tensor=True, truncate_dim=8)\n"
-        "model.encode('red', num_latent_step=4)\n"
-        "model.encode(3)\n"
-        "c: int = model.encode('red')\n"
-    )
-    pyright = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
-    done = run([*pyright, str(tmp_path / "script.py")], cwd=tmp_path)
-    errors = [fault for fault in json.loads(done.stdout)["generalDiagnostics"] if fault["severity"] == "error"]
-    assert sorted({fault["range"]["start"]["line"] + 1 for fault in errors}) == [7, 8, 9]

@@ -139,6 +139,7 @@ def test_a_step_is_what_eight_more_steps_take(small, monkeypatch):
     assert ops.gate_up is not own
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_states_of_a_plain_one(small, captured):
     compiled = step.Steps(small, "compiled", 2, 20, lambda *both: 1.0, compile_backend="aot_eager")
     plain = step.Steps(small, "graph", 2, 20)
