@@ -347,7 +347,7 @@ def trace(
     say(f"{counted(len(traces), 'trace')} in {out}")
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     program: Annotated[str, typer.Argument(help="Any program in Python, for example mteb.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,

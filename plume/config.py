@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from PIL import ImageColor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from plume.terminal import did_you_mean
 from plume.tokens import ANCHOR, LATENT_END, LATENT_START, READ_OUT, token_id
@@ -215,7 +215,7 @@ class PlumeConfig(PreTrainedConfig):
             raise OSError(f"{pretrained_model_name_or_path} holds no config.json; save the model with save_pretrained")
         base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
         try:
-            return super().get_config_dict(base, **{**kwargs, "revision": None})
+            return cls.get_config_dict(base, **{**kwargs, "revision": None})
         except OSError as error:
             reason = "there is no such folder" if Path(base).is_absolute() else str(error).partition("\n")[0]
             raise ValueError(

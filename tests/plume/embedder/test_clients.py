@@ -333,6 +333,9 @@ def test_a_program_that_knows_a_name_alone_is_run_with_plume(plume_folder):
     assert done.stdout == "PlumeConfig\n"
     wrong = run([sys.executable, "-m", "plume", "run", "nosuch", "--model", "F"])
     assert wrong.stderr.startswith("plume: there is no program 'nosuch'")
+    code = "import sys; print(*sys.argv[1:])"
+    passed_on = run([sys.executable, "-m", "plume", "run", sys.executable, "-c", code, "--help", "--model", "F"])
+    assert passed_on.stdout == "--help --model F\n"
 
 
 def test_a_folder_says_what_must_be_installed(plume_folder):

@@ -199,6 +199,7 @@ for step in range(1, 5):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.launching
 def test_an_index_can_be_made_wherever_its_creation_was_killed(plume, plume_folder, notes, tmp_path):
     done = run_command([sys.executable, "-c", _STOPPED_WHILE_MADE, tmp_path, plume_folder])

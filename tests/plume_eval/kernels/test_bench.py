@@ -80,6 +80,7 @@ def test_a_kernel_that_rounds_its_probabilities_is_right_in_bfloat16_and_one_tha
         assert all(one.is_green for one in checks) == is_green, checks
 
 
+@pytest.mark.slow
 def test_every_kernel_is_timed_in_every_way_against_the_bytes_it_moves(monkeypatch, small, tmp_path):
     monkeypatch.setattr(ops, "unsupported_reason", lambda device, **options: None)
     checks = bench.gate(cases.Shapes(), dtype=torch.float32, device="cpu")

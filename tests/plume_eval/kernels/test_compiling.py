@@ -57,6 +57,7 @@ def test_a_kernel_compiles_at_the_shapes_of_2b(name, num_rows, num_new):
             assert "cp.async" in one.asm["ptx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_a_kernel_compiles_for_older_devices(name):
     args = arguments(BY_NAME["2b"], [300], num_slots=512, dtype=torch.bfloat16, device="meta")[name]
@@ -64,6 +65,7 @@ def test_a_kernel_compiles_for_older_devices(name):
         assert resources(compile_call(call, 80)).shared_bytes <= MOST_SHARED[86]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slots", [64, 128, 384, 512, 640, 32768])
 def test_attention_over_any_cache_compiles(num_slots):
     for name in ("attention", "out"):
@@ -71,12 +73,14 @@ def test_attention_over_any_cache_compiles(num_slots):
             assert resources(one).shared_bytes <= MOST_SHARED[90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qkv", "attention", "down", "experts_first"])
 def test_a_kernel_compiles_at_the_shapes_of_7b(name):
     for one in compiled(name, "7b", 1, 1):
         assert one.metadata.shared <= MOST_SHARED[90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_a_dependent_kernel_waits_before_it_reads_what_others_write(name):
     for one in compiled(name, "2b", 1, 1, uses_pdl=True):

@@ -44,6 +44,7 @@ def test_stall_counts_waits_and_loops_are_found():
     assert found[0].cycles_with_waits == 30 + 5 + 5  # the addition waits for what is read from shared memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
 def test_every_kernel_has_bounds(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
