@@ -167,6 +167,14 @@ def test_a_command_that_is_wrong_is_named_in_one_line(monkeypatch, capsys, words
     assert "Traceback" not in said
 
 
+def test_one_of_several_processes_says_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plume-train", "--learning_rat", "1"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 1
+
+
 def test_names_on_the_hub_are_not_retried_without_a_network(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(program, "stay_offline_without_network", asked.append)

@@ -1,6 +1,7 @@
 """`plume-train --config FILE [--SETTING VALUE ...]`, and `check DATA`, `merge CHECKPOINT DST`, `accelerate NAME`."""
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -85,7 +86,9 @@ def _run(command: str, words: list[str]) -> None:
         folder = args.output_folder
         train(args)
     except (ValueError, OSError, RunError) as error:
-        sys.exit(printable(f"plume-train: {reason(error)}", keep="\n"))
+        # Processes that were launched together meet the same error; one of them says it.
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        sys.exit(printable(f"plume-train: {reason(error)}", keep="\n") if is_first else 1)
     except KeyboardInterrupt:
         sys.exit(f"plume-train: stopped; {state_of(folder)}")
 
