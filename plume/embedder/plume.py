@@ -144,7 +144,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         with naming_damaged_files(model_name_or_path):
             super().__init__(str(model_name_or_path), **kwargs)
         self._check_truncate_dim(self.truncate_dim)
-        self.plume_model.processor = self._processor  # one of two that were loaded
+        self.plume_model.processor = self._processor.adopt(self.plume_config)  # one of two that were loaded
         if truncate is not None:
             self._processor.truncate = truncate
         if self.device.type == "cpu":
