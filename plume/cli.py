@@ -419,7 +419,7 @@ def _check_model(name_or_path: str) -> None:
         check_place(name_or_path)
     except ValueError as error:
         is_default = name_or_path == _DEMO
-        _stop(f"{error}" + "; that is the default of --model, which `make demo` makes" * is_default)
+        _stop(f"{error}" + "; that is the default of --model, which `plume-demo` makes" * is_default)
     stay_offline_without_network(name_or_path)
 
 

@@ -27,7 +27,7 @@ def find_config(use: Use, name_or_path: str | Path) -> Path:
         'demo.yaml'
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # also what a shell hands over as a file
         return path
     known = {file.stem: file for home in _HOMES[::-1] for file in sorted((home / use).glob("*.yaml"))}
     if str(name_or_path) in known:

@@ -306,7 +306,9 @@ def main() -> None:
         print(f"  {name:13} {what}")  # noqa: T201
     first = HopsTask(out / "data", limit=1)
     page, asked = first.rows[0]["qry"]["image"][0], first.queries()[0].text
-    command = f'.venv/bin/plume trace {out}/data/{page} --instruction "{asked}" --model {out}/latent --out {out}/trace'
+    beside = Path(sys.executable).parent / "plume"
+    plume = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else "plume"
+    command = f'{plume} trace {out}/data/{page} --instruction "{asked}" --model {out}/latent --out {out}/trace'
     print(f"Try next, and open {out}/trace/000.png:\n  {command}")  # noqa: T201
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
@@ -14,6 +15,7 @@ from plume_train import __main__ as program
 from plume_train.config import PlumeTrainingArguments, SettingsError, parse_arguments
 from plume_train.help import settings_help
 from plume_train.run import train
+from plume_train.saving import RunError
 from tests.plume_train.runs import settings
 from tests.processes import run
 
@@ -173,6 +175,18 @@ def test_one_of_several_processes_says_what_is_wrong(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 1
+
+
+def test_what_fails_in_one_of_several_processes_is_said_by_it(monkeypatch):
+    def fail(args):
+        raise RunError("row 7 made the loss infinite")
+
+    monkeypatch.setattr("plume_train.run.train", fail)
+    monkeypatch.setattr("plume_train.config.parse_arguments", lambda words: SimpleNamespace(output_folder=None))
+    monkeypatch.setattr("sys.argv", ["plume-train", "--use_cpu"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="row 7 made the loss infinite"):
+        program.main()
 
 
 def test_names_on_the_hub_are_not_retried_without_a_network(tmp_path, monkeypatch):

@@ -61,15 +61,15 @@ def _check_places(words: list[str]) -> None:
                 sys.exit(printable(f"plume-train: model: {error}"))
             stay_offline_without_network(value)
         elif flag == "--config":
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                words += re.findall(r"[\w./-]+", Path(value).read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError):  # said where it is read
+                words += re.findall(r"[\w./-]+", find_config("train", value).read_text(encoding="utf-8"))
     for word in words:
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", word) and not Path(word.partition("/")[0]).exists():
             stay_offline_without_network(word)
 
 
 def _run(command: str, words: list[str]) -> None:
-    from plume_train.config import parse_arguments, settings_parser
+    from plume_train.config import SettingsError, parse_arguments, settings_parser
     from plume_train.data.check import check
     from plume_train.lora import merge
     from plume_train.run import train
@@ -86,9 +86,9 @@ def _run(command: str, words: list[str]) -> None:
         folder = args.output_folder
         train(args)
     except (ValueError, OSError, RunError) as error:
-        # Processes that were launched together meet the same error; one of them says it.
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        sys.exit(printable(f"plume-train: {reason(error)}", keep="\n") if is_first else 1)
+        # Settings are wrong in all processes alike, and one of them says it; what fails later may fail in one alone.
+        is_said = isinstance(error, SettingsError) and os.environ.get("LOCAL_RANK", "0") != "0"
+        sys.exit(1 if is_said else printable(f"plume-train: {reason(error)}", keep="\n"))
     except KeyboardInterrupt:
         sys.exit(f"plume-train: stopped; {state_of(folder)}")
 
