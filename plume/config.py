@@ -24,12 +24,22 @@ Transition = Literal["moe", "mlp", "projector", "identity"]
 LatentPositions = Literal["mrope", "kv_length"]
 RouterContext = Literal["anchor", "prefix_last", "none"]
 VisionPositions = Literal["all_axes", "height_width"]
+Latents = Literal["sequential", "parallel"]
+LatentScale = Literal["state", "embedding"]
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 EMBEDDING_PROMPT = (
     "Represent the above input text, images, videos, or any combination of the three as embeddings. "
     "First output the thinking process in <think> </think> tags and then summarize the entire input in a "
     "word or sentence. Finally, use the <gen_emb> tag to represent the entire input."
+)
+
+
+#: Fields that say how latent inputs come about. Another choice leaves backbone, prompt and processor as they are.
+TRANSITION_FIELDS = (
+    *("latents", "refinements", "latent_scale", "transition", "num_experts", "top_k", "shared_expert"),
+    *("expert_hidden_size", "expert_dropout", "num_step_embeddings", "router_context", "step_embedding"),
+    "num_latent_steps",
 )
 
 
@@ -54,6 +64,18 @@ class PlumeConfig(PreTrainedConfig):
     num_latent_steps: int = 8
     """K, latent steps of an encoding unless the caller says otherwise; 0 is a single pass. Paper, table 4."""
 
+    latents: Latents = "sequential"
+    """How the inputs of latent steps come about: each from the state before it ("sequential", PLUME), or all at once
+    ("parallel"): learnt inputs behind the prefix, read in its own pass (LaME, RGLT)."""
+
+    refinements: int = 0
+    """T, how often the inputs of parallel latents are computed anew from all states (Jacobi, PCCoT): T + 2 passes
+    instead of one. From T = K - 1 on the result is that of sequential latents, to rounding."""
+
+    latent_scale: LatentScale = "state"
+    """Length of the inputs of latent steps: as the adapter gives them ("state"), or a learnt number that begins as the
+    mean length of a token's embedding ("embedding"). States are several times longer than embeddings."""
+
     transition: Transition = "moe"
     """The map from a hidden state to the next input: "moe" (PLUME), "mlp" (its ablation), "projector" (CODI),
     "identity" (Coconut)."""
@@ -74,10 +96,13 @@ class PlumeConfig(PreTrainedConfig):
     """Dropout inside the experts while training, in [0, 1); as in the published multi-node training."""
 
     num_step_embeddings: int = 32
-    """Rows of the router's step table, hence the largest K that "moe" can run."""
+    """Rows of the router's step table and of the inputs of parallel latents, hence the largest K of both."""
 
     router_context: RouterContext = "anchor"
     """What the router sees beside the state: the anchor (paper), the state at `<bot>`, or nothing."""
+
+    step_embedding: bool = True
+    """Whether the router of "moe" sees which step it is; without, its step table is zero and does not learn."""
 
     latent_positions: LatentPositions = "mrope"
     """Rotary position of latent step 0: one after `<bot>` ("mrope", as in the paper), or the number of prefix
@@ -161,7 +186,12 @@ class PlumeConfig(PreTrainedConfig):
     @property
     def max_latent_steps(self) -> int | None:
         """The largest K that the adapter can run; None means any."""
-        return self.num_step_embeddings if self.transition == "moe" else None
+        return self.num_step_embeddings if self.transition == "moe" or self.latents == "parallel" else None
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether latent inputs are known before the prefix has been read, so that no adapter runs."""
+        return self.latents == "parallel" and self.refinements == 0
 
     def check_num_latent_steps(self, num_latent_steps: int) -> None:
         """Refuse a number of latent steps that this checkpoint cannot run.
@@ -229,6 +259,8 @@ class PlumeConfig(PreTrainedConfig):
             ("latent_positions", get_args(LatentPositions)),
             ("router_context", get_args(RouterContext)),
             ("vision_positions", get_args(VisionPositions)),
+            ("latents", get_args(Latents)),
+            ("latent_scale", get_args(LatentScale)),
         ):
             if (value := getattr(self, name)) not in choices:
                 listed = ", ".join(map(repr, choices))
@@ -236,6 +268,12 @@ class PlumeConfig(PreTrainedConfig):
         for name in ("num_experts", "num_step_embeddings", "video_num_frames", "video_max_frames", "video_min_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; received {getattr(self, name)}")
+        if isinstance(self.refinements, bool) or not isinstance(self.refinements, int) or self.refinements < 0:
+            raise ValueError(f"refinements must be a whole number >= 0; received {self.refinements!r}")
+        if self.refinements and self.latents == "sequential":
+            raise ValueError(
+                f"refinements={self.refinements} belongs to parallel latents; set latents='parallel', or refinements=0"
+            )
         if self.blank_image_size is not None and self.blank_image_size < 28:
             raise ValueError(f"blank_image_size must be None or at least 28; received {self.blank_image_size}")
         if self.background is not None:

@@ -14,7 +14,7 @@ from PIL import Image
 from plume import PlumeModel
 from plume.engine import graphs
 from plume.random_models import SHORT_STRINGS, save_tiny_backbone, tiny_tokenizer
-from plume_eval.hops.make import make_page_task
+from plume_eval.hops.make import Sizes, make_task
 
 if not torch.cuda.is_available():
     # Else deepspeed, which others import where it is installed, prints that it found no accelerator.
@@ -66,7 +66,8 @@ def plume_folder(backbone_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def hops_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hops")
-    make_page_task(folder, num_train=12, num_test=6, num_symbols=4, num_hops=2, show_progress=False)
+    sizes = Sizes(num_train=12, num_validation=6, num_test=6, num_symbols=6, min_hops=2, max_hops=2, forms=("tiles",))
+    make_task(folder, "page", sizes, show_progress=False)
     return folder
 
 

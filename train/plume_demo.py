@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from plume import PlumeModel
 from plume.configurations import find_config
@@ -21,7 +22,7 @@ from plume.tracing.pictures import draw_trace
 from plume.tracing.trace import trace
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.inside import look_inside
-from plume_eval.hops.make import make_page_task, write_examples
+from plume_eval.hops.make import Sizes, make_task, write_examples
 from plume_eval.hops.plots import draw_inside, draw_search, draw_training
 from plume_eval.hops.run import HopsTask, evaluate
 from plume_eval.latency import latency_ms
@@ -117,7 +118,7 @@ def settings(name: str, out: Path, seed: int, num_hops: int) -> PlumeTrainingArg
             "stage_ratios": [(hop + 1) / num_hops for hop in range(num_hops)],
             "stage_shares": [(1 - last) / (num_hops - 1)] * (num_hops - 1) + [last],
         }
-    fields = args.plume_config and {**args.plume_config, "num_latent_steps": num_hops}
+    fields = {**args.plume_config, "num_latent_steps": num_hops} if name == "read" else args.plume_config
     return arguments_from(
         config,
         **{**moved, **stages, "seed": seed, "num_segments": num_hops, "plume_config": fields},
@@ -145,15 +146,6 @@ class Watch:
         return {f"recall_{name}": value for name, value in numbers.items()}
 
 
-def without_adapter(source: Path, out: Path) -> None:
-    """Save a checkpoint with the identity in place of its adapter; at stage 0 no adapter has run yet."""
-    model = PlumeModel.from_pretrained(source)
-    model.config.transition = "identity"
-    bare = PlumeModel(model.config, model.backbone, model.lm_head)
-    bare.processor = model.processor
-    bare.save_pretrained(out)
-
-
 def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict[str, list[tuple[int, float]]]:
     """Train every system; returns recall curves by name."""
     runs = RUNS + (ABLATION_RUNS if with_ablations else [])
@@ -164,8 +156,6 @@ def train_all(out: Path, seed: int, num_hops: int, with_ablations: bool) -> dict
     train(settings("read", out, seed, num_hops))
     for name, modes in runs:
         pace.begin(name)
-        if name == "no_adapter":
-            without_adapter(out / "explicit", out / "no_adapter_explicit")
         args = settings(name, out, seed, num_hops)
         continues = "explicit" in Path(args.model).name
         watch = Watch(watched, settings("explicit", out, seed, num_hops).max_steps * continues, modes)
@@ -233,28 +223,25 @@ def draw_all(out: Path, curves: dict, num_hops: int) -> None:
     scores = embed(model, [query], "latent").embedding @ embed(model, candidates, "latent").embedding.T
     order = scores[0].argsort(descending=True).tolist()
     ranking = [(task.symbols[i], scores[0, i].item(), candidates[i].images[0]) for i in order]
-    answer = task.symbols[task.paths[0, -1]]
+    answer = task.symbols[task.answers[0]]
     draw_search(out / "search.png", query.images[0], query.text, ranking, answer)
 
-    # A page on whose way no symbol comes twice, so that each state can be told from the others.
-    place = next((place for place, path in enumerate(task.paths) if len(set(path)) == len(path)), 0)
-    way = [task.symbols[symbol] for symbol in task.paths[place]]
-    (steps,) = trace(model, [task.queries()[place]], candidates=list(dict.fromkeys(way)))
+    (steps,) = trace(model, [task.queries()[0]], candidates=[task.symbols[symbol] for symbol in task.paths[0]])
     draw_trace(steps, out / "trace.png")
 
 
-def prepare(out: Path, seed: int, sizes: dict[str, int]) -> None:
+def prepare(out: Path, seed: int, sizes: dict[str, Any]) -> None:
     """An empty folder with data and a backbone; what a demo that was stopped has left there is removed."""
     if (out / "results.json").exists():
         sys.exit(f"{out} holds a finished demo; remove it, or name another folder: --out, or `make demo RUN=...`")
     if out.exists() and any(out.iterdir()):
         if not (out / MARKER).exists():
             sys.exit(f"{out} is not empty and holds no earlier demo; choose another --out")
-        for name in ("data", "files", "backbone", "no_adapter_explicit", *OUTPUTS):
+        for name in ("data", "files", "backbone", *OUTPUTS):
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(json.dumps({"seed": seed, **sizes}) + "\n", encoding="utf-8")
-    make_page_task(out / "data", seed=seed, show_progress=is_watched(), **sizes)
+    make_task(out / "data", "page", Sizes(**sizes), seed=seed, show_progress=is_watched())
     write_examples(out / "files", out / "data")
     words = json.loads((out / "data" / "task.json").read_text(encoding="utf-8"))["words"]
     save_tiny_backbone(
@@ -281,10 +268,10 @@ def main() -> None:
     fields = header(" ".join(["plume-demo", *sys.argv[1:]]))
 
     sizes = {
-        "num_train": 4000,
-        "num_test": 512,
         "num_symbols": options.num_symbols,
-        "num_hops": options.num_hops,
+        "min_hops": options.num_hops,
+        "max_hops": options.num_hops,
+        "forms": ("tiles",),
     }
     prepare(out, options.seed, sizes)
     curves = train_all(out, options.seed, options.num_hops, options.ablations)
@@ -305,7 +292,7 @@ def main() -> None:
     for name, what in PICTURES.items():
         print(f"  {name:13} {what}")  # noqa: T201
     first = HopsTask(out / "data", limit=1)
-    page, asked = first.rows[0]["qry"]["image"][0], first.queries()[0].text
+    page, asked = first.rows[0]["query"]["image"][0], first.queries()[0].text
     beside = Path(sys.executable).parent / "plume"
     plume = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else "plume"
     command = f'{plume} trace {out}/data/{page} --instruction "{asked}" --model {out}/latent --out {out}/trace'

@@ -1,7 +1,7 @@
-"""`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead`."""
+"""`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead` and others."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,7 @@ from plume.terminal import is_watched, plain_warnings, quiet_libraries, run_app,
 from plume.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-hops = typer.Typer(no_args_is_help=True, help="The built-in task: pictures that must be reasoned over.")
+hops = typer.Typer(no_args_is_help=True, help="The built-in tasks: what is shown must be followed hop by hop.")
 app.add_typer(hops, name="hops")
 
 
@@ -46,61 +46,99 @@ def _plume_eval(
 @hops.command("make")
 def make(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    task: Annotated[Literal["page"], typer.Option(help="Which task.")] = "page",
-    num_train: Annotated[int, typer.Option(help="Training pages.", min=1)] = 4000,
-    num_test: Annotated[int, typer.Option(help="Test pages; no training row shows one of them.", min=1)] = 512,
+    task: Annotated[
+        Literal["page", "image", "video", "text", "all"], typer.Option(help="Which family; all: a folder for each.")
+    ] = "page",
+    num_train: Annotated[int, typer.Option(help="Training records.", min=1)] = 4000,
+    num_validation: Annotated[int, typer.Option(help="Records to tune with.", min=1)] = 256,
+    num_test: Annotated[int, typer.Option(help="Test records; no other record shows the same.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    num_symbols: Annotated[int, typer.Option(help="Keys on a page.")] = 9,
-    num_hops: Annotated[int, typer.Option(help="How often the table is followed.")] = 4,
+    min_hops: Annotated[int, typer.Option(help="The fewest hops to an answer.")] = 1,
+    max_hops: Annotated[int, typer.Option(help="The most; as many records of each number.")] = 6,
+    num_symbols: Annotated[
+        int | None, typer.Option(help="Symbols to choose from; the family's number if not given.")
+    ] = None,
+    num_distractors: Annotated[
+        int | None, typer.Option(help="Symbols or frames that no path touches; the family's number if not given.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(help="A form of the family; can be repeated; all if not given.")
+    ] = None,
 ) -> None:
-    """Write pictures, training rows and test rows."""
-    from plume_eval.hops.make import make_page_task
+    """Write what is shown, and rows to train, to tune and to test with."""
+    from plume_eval.hops.make import FAMILIES, Sizes, make_task
 
+    sizes = Sizes(
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=num_test,
+        min_hops=min_hops,
+        max_hops=max_hops,
+        num_symbols=num_symbols,
+        num_distractors=num_distractors,
+        forms=tuple(form) if form else None,
+    )
+    folders = {name: out / name for name in FAMILIES} if task == "all" else {task: out}
     try:
-        make_page_task(
-            out,
-            num_train=num_train,
-            num_test=num_test,
-            seed=seed,
-            num_symbols=num_symbols,
-            num_hops=num_hops,
-            show_progress=is_watched(),
-        )
+        for name, folder in folders.items():
+            make_task(folder, name, sizes, seed=seed, show_progress=is_watched())
+            typer.echo(f"{name}: {num_train} training and {num_test} test records in {folder}")
     except (ValueError, FileExistsError) as error:
         raise typer.Exit(_fail(error)) from None
-    typer.echo(f"{task}: {num_train} training and {num_test} test pages in {out}")
 
 
 @hops.command("run")
 def run(
     model: Model,
     data: Data,
-    mode: Annotated[Literal["latent", "single_pass", "explicit"], typer.Option(help="How to reason.")] = "latent",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="latent, single_pass or explicit; can be repeated; latent if not given.")
+    ] = None,
     num_latent_steps: Annotated[int | None, typer.Option(help="K; the checkpoint's own if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files and the picture.")] = None,
 ) -> None:
-    """Measure recall@1 and MRR; the last line of the output is one JSON object."""
+    """Measure recall@1 by number of hops; the last line of the output is one JSON object."""
     import json
 
     from plume import PlumeModel
-    from plume_eval.hops.run import HopsTask, evaluate
+    from plume_eval.baselines import MODES
+    from plume_eval.hops.run import HopsTask, evaluate, evaluate_control, hops_table
+    from plume_eval.report import markdown_table, write_report
 
-    if mode == "single_pass" and num_latent_steps:
-        raise typer.Exit(_fail(ValueError("--num-latent-steps has no effect on a single pass; drop it")))
+    known: Any = list(MODES)
+    modes = [one for one in known if one in (mode or ["latent"])]
+    if unknown := set(mode or ()) - set(modes):
+        raise typer.Exit(_fail(ValueError(f"there is no mode {sorted(unknown)[0]!r}; expected {', '.join(known)}")))
+    if "latent" not in modes and num_latent_steps:
+        raise typer.Exit(_fail(ValueError(f"--num-latent-steps has no effect on {', '.join(modes)}; drop it")))
     quiet_libraries()
     try:
-        loaded = PlumeModel.from_pretrained(model, dtype="float32").eval()
-        result = evaluate(
-            loaded,
-            HopsTask(data),
-            mode,
-            num_latent_steps=num_latent_steps,
-            batch_size=batch_size,
-            show_progress=is_watched(),
-        )
+        loaded, task = PlumeModel.from_pretrained(model, dtype="float32").eval(), HopsTask(data)
+        results = []
+        for one in modes:
+            steps = num_latent_steps if one == "latent" else None
+            settings = {"num_latent_steps": steps, "batch_size": batch_size}
+            result = evaluate(loaded, task, one, **settings, show_progress=is_watched())
+            results.append({**result, "control": evaluate_control(loaded, task, one, **settings)})
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
-    typer.echo(json.dumps({"model": model, "data": str(data), **result}))
+    table = markdown_table(*hops_table(results))
+    typer.echo(table)
+    whole = {"model": model, "data": str(data), "settings": {**task.settings, "words": None}, "results": results}
+    if out is not None:
+        from plume_eval.hops.plots import draw_hops
+
+        command = f"plume-eval hops run --model {model} --data {data} " + " ".join(f"--mode {one}" for one in modes)
+        control = "; ".join(f"{one['mode']} {one['control']['recall_at_1']['mean']:.3f}" for one in results)
+        counted = f"{results[0]['num_candidates']} symbols, {results[0]['num_queries']} questions"
+        text = f"recall@1 [95 %] over {counted}.\n\n{table}\n\nControl (caption to picture, no reasoning): {control}."
+        name = f"hops_{task.settings['task']}_{Path(model).name}"
+        path = write_report(out, name, f"Hops, {task.settings['task']}", command, text, whole)
+        lines = {one["mode"]: one["by_hops"]["name"] for one in results}
+        draw_hops(path.with_suffix(".png"), lines, results[0]["best_rule"])
+        typer.echo(f"written: {path}.{{md,json,png}}")
+    typer.echo(json.dumps(whole))
 
 
 @hops.command("settings")

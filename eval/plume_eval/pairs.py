@@ -71,7 +71,7 @@ class PairsEvaluation:
             if "query" not in row or "target" not in row:
                 raise ValueError(f"{path.name}:{number}: no 'query' and 'target'; see train/README.md for the format")
             query, target = (
-                _input(row[name], path.parent, f"{path.name}:{number}: {name!r}") for name in ("query", "target")
+                read_side(row[name], path.parent, f"{path.name}:{number}: {name!r}") for name in ("query", "target")
             )
             key = json.dumps(target, sort_keys=True, default=str)
             if key not in known:
@@ -111,7 +111,7 @@ class PairsEvaluation:
         return [model.processor.parse(raw, f"input {index}") for index, raw in enumerate(inputs)]
 
 
-def _input(side: Any, root: Path, where: str) -> Any:
+def read_side(side: Any, root: Path, where: str) -> Any:
     """What `Item.parse` takes: media before text, paths made absolute."""
     if isinstance(side, str):
         return side
@@ -119,7 +119,8 @@ def _input(side: Any, root: Path, where: str) -> Any:
         raise ValueError(f"{where} has the unknown key {sorted(unknown)[0]!r}; expected text, image or video")
     media = {_MEDIA[name]: value for name, value in side.items() if name in _MEDIA and value}
     found: dict[str, Any] = {}
-    for kind, value in media.items():
+    for kind in sorted(media):  # images before videos, as the trainer puts them
+        value = media[kind]
         paths = [str(root / one) for one in (value if isinstance(value, list) else [value])]
         found[kind] = paths if isinstance(value, list) else paths[0]
     return found | ({"text": side["text"]} if side.get("text") else {})

@@ -97,6 +97,7 @@ print(model(**processor(text=["a red kite", "rain"])).embedding.shape)
 | backbone | {backbone.model_type}, {backbone.get_text_config().num_hidden_layers} layers |
 | parameters | {num_parameters:,} |
 | latent steps | {steps} by default; `num_latent_steps=0` is a single pass{_most(config.max_latent_steps)} |
+| inputs of latent steps | {_latents(config)} |
 | transition adapter | {_ADAPTERS[config.transition]} |
 | positions of latent steps | `{config.latent_positions}` |
 | video | {_video(config)} |
@@ -137,6 +138,14 @@ def _router(config: PlumeConfig, gates: Tensor | None) -> str:
         "",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _latents(config: PlumeConfig) -> str:
+    if config.latents == "sequential":
+        return "sequential: each from the state before it"
+    if config.is_one_pass:
+        return "parallel: learnt, and read in the pass of the prefix; the adapter does not run"
+    return f"parallel: learnt, then computed from all states {config.refinements} times"
 
 
 def _most(max_latent_steps: int | None) -> str:

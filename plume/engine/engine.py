@@ -49,6 +49,7 @@ from plume.model.backbone import vision_features
 from plume.model.interface import Media, PlumeOutput, Segment, normalize, read_out_column
 from plume.model.model import PlumeModel
 from plume.model.rollout import Rollout, rollout
+from plume.model.transition import scaled
 
 _MIN_SLOTS = 512
 _MAX_ROWS = 128
@@ -130,6 +131,8 @@ class Engine:
             raise ValueError(f'dependent_launch belongs to backend="triton"; received backend={backend!r}')
         if exit_tolerance is not None and not exit_tolerance >= 0:
             raise ValueError(f"exit_tolerance must be at least 0; received {exit_tolerance}")
+        if exit_tolerance is not None and model.config.latents == "parallel":
+            raise ValueError("exit_tolerance is for sequential latents; this checkpoint's are parallel; drop it")
         self.model, self.exit_tolerance = model, exit_tolerance
         self._requested: Backend = backend
         self._int8, self._dependent_launch = int8, dependent_launch
@@ -197,13 +200,14 @@ class Engine:
     def embed(self, layout: BatchLayout, features: Tensor | None) -> PlumeOutput:
         """Read the prefixes, take the latent steps and embed; features from `vision_features`."""
         embeds = self.embed_prefix(layout, features)
-        if layout.max_latent_steps == 0:
-            states = self.read_prefix(layout, embeds)
+        if layout.is_one_pass:
+            states, steps = self.read_prefix(layout, embeds), layout.num_latent_steps.to(self.device)
+            is_own_state = torch.arange(layout.max_latent_steps + 1, device=self.device) <= steps[:, None]
             return PlumeOutput(
-                embedding=normalize(states[:, 2]),
+                embedding=normalize(states[:, -1]),
                 anchor_embedding=normalize(states[:, 0]),
-                states=states[:, 1:2].clone(),
-                num_latent_steps=layout.num_latent_steps.to(self.device),
+                states=states[:, 1:-1].masked_fill(~is_own_state[..., None], 0),
+                num_latent_steps=steps,
             )
         size, steps = len(embeds), layout.max_latent_steps
         buffers = self.rollout_buffers(size, embeds.shape[1] + steps + len(self._suffix_ids))
@@ -219,12 +223,16 @@ class Engine:
         )
 
     def embed_prefix(self, layout: BatchLayout, features: Tensor | None) -> Tensor:
-        """Input embeddings of the prefixes with their vision features in place, `[B, L, D]`."""
+        """Input embeddings of what is read first, vision features and known latent inputs in place, `[B, L, D]`."""
         ids = layout.ids.to(self.device, non_blocking=True)
         embeds = self.layers.embed_tokens(ids)
         if features is not None:
             columns = layout.media.columns.to(self.device, non_blocking=True)
             embeds.flatten(end_dim=1).index_copy_(0, columns, features.to(embeds.dtype))
+        if self.model.latent_inputs is not None and layout.is_one_pass:
+            inputs = self.model.latent_inputs(layout.latent_steps.to(self.device, non_blocking=True))
+            columns = layout.latent_columns.to(self.device, non_blocking=True)
+            embeds.flatten(end_dim=1).index_copy_(0, columns, inputs)
         return embeds
 
     def read_prefix(self, layout: BatchLayout, embeds: Tensor, buffers: RolloutBuffers | None = None) -> Tensor:
@@ -277,6 +285,8 @@ class Engine:
                 anchor_column=torch.zeros_like(buffers.start),
                 start=buffers.start,
                 router_context=self.model.config.router_context,
+                latent_inputs=self.model.embed_latents(steps),
+                refinements=self.model.config.refinements,
                 exit_tolerance=self.exit_tolerance,
                 ends_early=not buffers.is_reused,
             )
@@ -348,7 +358,8 @@ class Engine:
         )
         #: What runs: "eager", "graph" or "triton".
         self.backend: Backend = choice.name
-        self.layers, self.adapter = choice.layers, choice.adapter
+        norm = model.latent_norm
+        self.layers, self.adapter = choice.layers, choice.adapter if norm is None else scaled(choice.adapter, norm)
         if choice.warning:
             self._warn(choice.warning)
         try:

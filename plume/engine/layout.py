@@ -4,8 +4,8 @@ Left padding becomes right padding here (`plume.inputs.processor` says why it is
 in the first column: its cache has no gaps, its causal mask alone hides padding, and an input takes the same columns
 whatever its neighbours are.
 
-Letters: B batch, L prefix length (K = 0: with the suffix), S suffix length, M visual tokens, m hidden states that are
-read: 2, and 3 with K = 0.
+Letters: B batch, L prefix length (in one pass: with latents and suffix), S suffix length, K latent steps, M visual
+tokens, m hidden states that are read: 2, and K + 3 in one pass.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ MediaKeys = Sequence[tuple[Sequence[str], Sequence[str]]]
 class BatchLayout:
     """A batch, on the CPU, its rows without gaps and padded on the right.
 
-    ids `[B, L]`: prefixes; with K = 0 each is followed by the suffix.
+    ids `[B, L]`: prefixes; in one pass each is followed by a place for each latent input, and by the suffix.
     lengths `[B]`: tokens of each row.
     positions `[3, B, L]`: rotary positions.
-    columns `[B, m]`: the hidden states that are read: at the anchor, at `<bot>`, and with K = 0 at `<gen_emb>`.
+    columns `[B, m]`: the hidden states that are read: at the anchor and at `<bot>`; in one pass also at each latent
+    input (beyond a row's own K at its last) and at `<gen_emb>`.
+    is_one_pass: whether nothing follows, since K = 0 or since latent inputs are known before (`PlumeConfig.latents`).
+    latent_columns `[N]`: where latent inputs go in one pass, in the flattened ids; latent_steps `[N]`: their steps.
     start `[B]`: rotary position of latent step 0.
     num_latent_steps `[B]`: K of each row; max_latent_steps: the largest.
     media: of all rows, and what the caches ask of them.
@@ -51,6 +54,9 @@ class BatchLayout:
     lengths: Tensor
     positions: Tensor
     columns: Tensor
+    is_one_pass: bool
+    latent_columns: Tensor
+    latent_steps: Tensor
     start: Tensor
     num_latent_steps: Tensor
     max_latent_steps: int
@@ -117,9 +123,13 @@ def lay_out(
     rows = _without_padding(model, batch)
     last = rows.positions[0].gather(1, rows.columns[:, 1:])[:, 0]
     start = latent_start(last, rows.lengths, config.latent_positions)
-    if max_steps == 0:
-        rows = _with_suffix(model, rows, start, suffix_ids)
+    is_one_pass = max_steps == 0 or config.is_one_pass
+    latent_columns = rows.lengths[:, None] + torch.arange(max_steps)  # [B, K]
+    if is_one_pass:
+        rows = _with_suffix(model, rows, start, steps, latent_columns, suffix_ids)
     longest = int(rows.lengths.max())
+    is_latent = (torch.arange(max_steps) < steps[:, None]) & is_one_pass
+    in_flattened = latent_columns + longest * torch.arange(len(latent_columns))[:, None]
     is_real = torch.arange(longest) < rows.lengths[:, None]
     ids = rows.ids[:, :longest].masked_fill(~is_real, 0)
     return BatchLayout(
@@ -127,6 +137,9 @@ def lay_out(
         lengths=rows.lengths,
         positions=rows.positions[:, :, :longest],
         columns=rows.columns,
+        is_one_pass=is_one_pass,
+        latent_columns=in_flattened[is_latent],
+        latent_steps=is_latent.nonzero()[:, 1],
         start=start,
         num_latent_steps=steps,
         max_latent_steps=max_steps,
@@ -147,21 +160,32 @@ def _without_padding(model: PlumeModel, batch: Mapping[str, Tensor]) -> _Rows:
     return _Rows(ids, positions.gather(2, order.expand(3, -1, -1)), lengths, columns)
 
 
-def _with_suffix(model: PlumeModel, rows: _Rows, start: Tensor, suffix_ids: Tensor | None) -> _Rows:
-    """Each prefix followed by the suffix; also reads its `<gen_emb>`, or the last token of a suffix that was given."""
+def _with_suffix(
+    model: PlumeModel, rows: _Rows, start: Tensor, steps: Tensor, latent_columns: Tensor, suffix_ids: Tensor | None
+) -> _Rows:
+    """Each prefix followed by its latent inputs and the suffix.
+
+    Also reads the states of latents, and of `<gen_emb>` or the last token of a suffix that was given.
+    """
     config, num_rows = model.config, len(rows.ids)
     given = None if suffix_ids is None else suffix_ids.expand(num_rows, -1)
     suffix, is_suffix = resolve_suffix(config, num_rows, rows.ids.device, given, None)
-    length = suffix.shape[1]
-    read_out = read_out_column(config, suffix, is_suffix) if suffix_ids is None else length - 1
-    new_columns = rows.lengths[:, None] + torch.arange(length)  # [B, S]
-    positions = suffix_positions(start, torch.zeros_like(start), length)
-    return _Rows(
-        ids=F.pad(rows.ids, (0, length)).scatter(1, new_columns, suffix),
-        positions=F.pad(rows.positions, (0, length)).scatter(2, new_columns.expand(3, -1, -1), positions),
-        lengths=rows.lengths + length,
-        columns=torch.cat([rows.columns, (rows.lengths + read_out)[:, None]], dim=1),
-    )
+    most, length = latent_columns.shape[1], suffix.shape[1]
+    lengths = rows.lengths + steps
+    suffix_columns = lengths[:, None] + torch.arange(length)  # [B, S]
+    behind = start[:, None] + torch.arange(most)  # [B, K]
+    new_columns = torch.cat([latent_columns, suffix_columns], dim=1)  # the suffix overwrites latents that a row lacks
+    new_ids = torch.cat([torch.zeros_like(latent_columns), suffix], dim=1)
+    new_positions = torch.cat([behind.expand(3, -1, -1), suffix_positions(start, steps, length)], dim=2)
+    ids, positions = F.pad(rows.ids, (0, most + length)), F.pad(rows.positions, (0, most + length))
+    for part in (slice(0, most), slice(most, None)):
+        columns = new_columns[:, part]
+        ids = ids.scatter(1, columns, new_ids[:, part])
+        positions = positions.scatter(2, columns.expand(3, -1, -1), new_positions[:, :, part])
+    read = torch.minimum(latent_columns, lengths[:, None] - 1)
+    last = torch.full_like(start, length - 1)
+    read_out = lengths[:, None] + (read_out_column(config, suffix, is_suffix) if given is None else last)[:, None]
+    return _Rows(ids, positions, lengths + length, torch.cat([rows.columns, read, read_out], dim=1))
 
 
 def _media(

@@ -21,6 +21,7 @@ _JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
 _PHONE_SUFFIXES = {".avif", ".heic", ".heif", ".hif"}
 IMAGE_SUFFIXES = {".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm"}
 IMAGE_SUFFIXES |= _JPEG_SUFFIXES | _PHONE_SUFFIXES
+ANIMATION_SUFFIXES = {".gif", ".webp"}
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
 PDF_SUFFIXES = {".pdf"}
 SUFFIXES = TEXT_SUFFIXES | IMAGE_SUFFIXES | VIDEO_SUFFIXES | PDF_SUFFIXES
@@ -34,7 +35,7 @@ def kind_of(path: Path) -> Kind | None:
         ('image', None)
     """
     suffix = path.suffix.lower()
-    if suffix in (".gif", ".webp") and path.is_file():
+    if suffix in ANIMATION_SUFFIXES and path.is_file():
         from plume.inputs.video import is_animated
 
         try:

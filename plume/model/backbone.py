@@ -77,6 +77,14 @@ class CachedDecoder(Decoder):
         )
         return torch.stack(output.hidden_states) if with_layers else output.last_hidden_state
 
+    def forget(self, segment: Segment) -> None:
+        assert self.mask is not None
+        self.mask = self.mask[:, : self.mask.shape[1] - len(segment)]
+        if self.is_checkpointing:
+            self._read = [ReplayableLayer(layer.past) for layer in self._read]
+        else:
+            self.cache.crop(-len(segment))
+
     def _attention_mask(self, segment: Segment) -> Tensor:
         """What transformers makes its own mask from, or the whole mask `[B, 1, n, cache + n]` where that would fail.
 

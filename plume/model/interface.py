@@ -216,6 +216,10 @@ class Decoder(ABC):
             Hidden states after the final norm, `[B, n, D]`.
         """
 
+    @abstractmethod
+    def forget(self, segment: Segment) -> None:
+        """Drop from the cache the segment that was read last."""
+
     def latent_step(
         self, segment: Segment, adapter: Adapter, step: int, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

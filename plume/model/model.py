@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plume.config import PlumeConfig
+from plume.config import TRANSITION_FIELDS, PlumeConfig
 from plume.inputs.processor import PlumeProcessor
 from plume.model import positions
 from plume.model.backbone import (
@@ -27,10 +27,19 @@ from plume.model.backbone import (
     logits,
     vision_features,
 )
-from plume.model.interface import ModelInputs, PlumeOutput, Segment, normalize, read_inputs, read_out_column
+from plume.model.interface import (
+    Adapter,
+    Decoder,
+    ModelInputs,
+    PlumeOutput,
+    Segment,
+    normalize,
+    read_inputs,
+    read_out_column,
+)
 from plume.model.loading import PlumePreTrainedModel
 from plume.model.rollout import Rollout, rollout
-from plume.model.transition import build_adapter
+from plume.model.transition import build_adapter, mean_row_norm, scaled
 
 
 class PlumeModel(PlumePreTrainedModel):
@@ -65,11 +74,21 @@ class PlumeModel(PlumePreTrainedModel):
         # Wrappers that shard by layer want the classes that are there, and all of them.
         self._no_split_modules = layer_names(backbone)
         self.transition = build_adapter(config)
+        self.latent_inputs = (
+            nn.Embedding(config.num_step_embeddings, config.hidden_size) if config.latents == "parallel" else None
+        )
+        self.latent_norm: nn.Parameter | None = None
+        if config.latent_scale == "embedding":
+            self.latent_norm = nn.Parameter(mean_row_norm(backbone.get_input_embeddings().weight))
         self.processor: PlumeProcessor | None = None
         self.loss_scalars: nn.Module | None = (
             None  # set by the trainer; called in `forward`, so that wrappers see its parameters
         )
         self.post_init()
+        if config.transition == "moe" and not config.step_embedding:
+            table: Any = self.transition.step_embed
+            nn.init.zeros_(table.weight)
+            table.requires_grad_(False)
 
     def forward(
         self,
@@ -167,23 +186,29 @@ class PlumeModel(PlumePreTrainedModel):
         return read_inputs(self.config, batch, **settings)
 
     def roll_out(
-        self, inputs: ModelInputs, vision: Vision | None = None, *, keep_layers: bool = False
-    ) -> tuple[CachedDecoder, Rollout]:
+        self,
+        inputs: ModelInputs,
+        vision: Vision | None = None,
+        *,
+        keep_layers: bool = False,
+        decoder: Decoder | None = None,
+    ) -> tuple[Decoder, Rollout]:
         """Run prefix, latent steps and suffix, without reading an embedding.
 
         Args:
             inputs: from `read_inputs`.
             vision: features of the media; None runs the vision tower.
             keep_layers: see `forward`.
+            decoder: reads the text model instead of transformers' layers over a growing cache; empty.
 
         Returns:
             The decoder, whose cache holds all that was read, so that more can be written; and the rollout.
         """
-        decoder = CachedDecoder(self.backbone)
+        decoder = CachedDecoder(self.backbone) if decoder is None else decoder
         prefix, start = self.embed_prefix(inputs, vision)
         result = rollout(
             decoder,
-            self.transition,
+            self.adapter,
             prefix,
             self.embed_tokens(inputs.suffix_ids),
             inputs.suffix_mask,
@@ -193,8 +218,53 @@ class PlumeModel(PlumePreTrainedModel):
             start=start,
             router_context=self.config.router_context,
             keep_layers=keep_layers,
+            latent_inputs=self.embed_latents(inputs.max_latent_steps),
+            refinements=self.config.refinements,
         )
         return decoder, result
+
+    def reconfigured(self, **fields: Any) -> tuple[PlumeModel, list[str]]:
+        """The same weights under another way to make latent inputs; what it needs and this model lacks begins anew.
+
+        Args:
+            fields: some of `plume.config.TRANSITION_FIELDS`.
+
+        Returns:
+            A model that shares the backbone with this one, and the names of its parts that are new.
+
+        Raises:
+            ValueError: a field that says something else, or a value that it cannot have.
+
+        Example:
+            >>> model = getfixture("model")
+            >>> parallel, new = model.reconfigured(latents="parallel", refinements=1)
+            >>> new
+            ['latent_inputs']
+        """
+        self.config.check_field_names(list(fields))
+        if other := [name for name in fields if name not in TRANSITION_FIELDS]:
+            raise ValueError(
+                f"{other[0]} belongs to the checkpoint, whose prompt and weights go with it; what may change is "
+                f"{', '.join(TRANSITION_FIELDS)}"
+            )
+        config = PlumeConfig(**(self.config.to_dict() | fields))
+        config.backbone_config = self.backbone.config
+        model = PlumeModel(config, self.backbone, self.lm_head)
+        nn.Module.to(model, self.device)
+        model.transition.to(self.dtype)
+        mine, its = self.state_dict(), model.state_dict()
+        kept = {name: weight for name, weight in mine.items() if name in its and its[name].shape == weight.shape}
+        if not config.step_embedding:
+            kept.pop("transition.step_embed.weight", None)
+        model.load_state_dict(kept, strict=False)
+        model.processor = self.processor
+        new = dict.fromkeys(name.partition(".")[0] for name in its if name not in kept)
+        return model.train(self.training), list(new)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The transition adapter, its outputs as long as `PlumeConfig.latent_scale` says."""
+        return self.transition if self.latent_norm is None else scaled(self.transition, self.latent_norm)
 
     def embed_prefix(self, inputs: ModelInputs, vision: Vision | None = None) -> tuple[Segment, Tensor]:
         """The prefix with its vision features in place, and the rotary position of latent step 0, `[B]`."""
@@ -205,11 +275,19 @@ class PlumeModel(PlumePreTrainedModel):
         last = prefix.positions[0, :, -1]
         return prefix, positions.latent_start(last, mask.sum(dim=1), self.config.latent_positions)
 
+    def embed_latents(self, num_latent_steps: int) -> Tensor | None:
+        """Learnt inputs of the first latent steps, `[K, D]`; None where latents are sequential."""
+        if self.latent_inputs is None:
+            return None
+        return self.latent_inputs(torch.arange(num_latent_steps, device=self.latent_inputs.weight.device))
+
     def _zero_through_unused_parts(self, hidden: Tensor, inputs: ModelInputs, *, head_runs: bool) -> Tensor:
         """A zero that depends on the parts that this pass has not run."""
         zero = hidden.new_zeros(())
-        if inputs.max_latent_steps == 0:
-            zero = zero + 0 * self.transition(hidden, 0, None)[0].sum()
+        if inputs.max_latent_steps == 0 or self.config.is_one_pass:
+            zero = zero + 0 * self.adapter(hidden, 0, None)[0].sum()
+        if self.latent_inputs is not None:
+            zero = zero + 0 * self.latent_inputs.weight.sum()
         if self.lm_head is not None and not head_runs:
             zero = zero + 0 * self.lm_head(hidden[:1]).sum()
         return zero

@@ -11,12 +11,19 @@ The last latent input and the suffix are both known before h_K is, so they share
 makes exact: K + 1 passes of the backbone in all. Nothing is detached: gradients run through every step, the
 cache and the anchor.
 
+Parallel latents take one pass instead: inputs p_1 .. p_K are learnt, not computed, and prefix, latents and suffix are
+read together. T refinements turn the inputs into those of the sequential rollout from the front, by Jacobi iteration
+(PCCoT, arXiv 2506.18582), with T + 2 passes; T = K - 1 is exact:
+
+    h_0 = B(prefix)[<bot>]      x = T(h_0, 0, c), p_2, .., p_K
+    h_1 .. h_K = B(x)           x_{k+1} = T(h_k, k, c) for k = 1 .. K-1      T times
+
 Letters: B batch, D hidden size, K latent steps, E experts, S suffix length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,6 +70,8 @@ def rollout(
     start: Tensor,
     router_context: RouterContext = "anchor",
     keep_layers: bool = False,
+    latent_inputs: Tensor | None = None,
+    refinements: int = 0,
     exit_tolerance: float | None = None,
     ends_early: bool = True,
 ) -> Rollout:
@@ -83,48 +92,38 @@ def rollout(
         start: rotary position of latent step 0, `[B]`.
         router_context: what the router sees beside the state.
         keep_layers: whether to return the suffix's states of all layers.
-        exit_tolerance: a row stops at the first step that changes its state by at most this share of its norm.
+        latent_inputs: learnt inputs of parallel latents, `[M, D]` with M >= K; None takes sequential ones.
+        refinements: T, of parallel latents.
+        exit_tolerance: of sequential latents: a row stops at the first step that changes its state by at most this
+            share of its norm.
         ends_early: whether to ask the device then if all rows have stopped, and end; a CUDA graph cannot.
     """
     rows = torch.arange(len(start), device=start.device)
-    pending, states, gates = prefix, [], []
-    anchor = context = None
+    run = _Run(decoder, adapter, prefix, anchor_column, start, router_context)
+    if max_latent_steps == 0:
+        steps = _Steps(prefix, 1, num_latent_steps)
+    elif latent_inputs is None:
+        steps = _take_steps(run, num_latent_steps, max_latent_steps, exit_tolerance, ends_early)
+    elif refinements == 0:
+        latents = run.segment(latent_inputs[:max_latent_steps].expand(len(start), -1, -1), num_latent_steps)
+        steps = _Steps(prefix.followed_by(latents), 1 + max_latent_steps, num_latent_steps)
+    else:
+        steps = _refine(run, num_latent_steps, latent_inputs[:max_latent_steps], refinements)
 
-    for step in range(max_latent_steps):
-        if step == 0:
-            hidden = decoder.feed(prefix)
-            anchor, state = hidden[rows, anchor_column], hidden[:, -1]
-            context = {"anchor": anchor, "prefix_last": state, "none": None}[router_context]
-            next_input, gate = adapter(state, step, context)
-        else:
-            state, next_input, gate = decoder.latent_step(pending, adapter, step, context)
-        states.append(state)
-        if step and exit_tolerance is not None:
-            is_settled = (states[-1] - states[-2]).norm(dim=-1) <= exit_tolerance * states[-1].norm(dim=-1)
-            num_latent_steps = torch.where(is_settled, num_latent_steps.clamp(max=step), num_latent_steps)
-            if ends_early and (step >= num_latent_steps).all():
-                pending = pending.empty_like()
-                break
-        gates.append(gate)
-        is_active = step < num_latent_steps
-        pending = Segment(next_input[:, None], is_active[:, None], positions.latent_positions(start, step))
-
+    pending, num_latent_steps = steps.pending, steps.num_latent_steps
     suffix_positions = positions.suffix_positions(start, num_latent_steps, suffix_embeds.shape[1])
     suffix = Segment(suffix_embeds, suffix_mask, suffix_positions)
     hidden = decoder.feed(pending.followed_by(suffix), with_layers=keep_layers)
     layers = hidden[:, :, len(pending) :] if keep_layers else None
     hidden = hidden[-1] if keep_layers else hidden
-    if len(pending):
-        states.append(hidden[:, len(pending) - 1])
-    if anchor is None:  # K = 0: prefix and suffix were the one pass
-        anchor = hidden[rows, anchor_column]
+    states = [*steps.states, *hidden[:, len(pending) - steps.num_states : len(pending)].unbind(dim=1)]
+    anchor = hidden[rows, anchor_column] if run.anchor is None else run.anchor
 
     stacked = torch.stack(states, dim=1)  # [B, K+1, D]
-    steps = torch.arange(len(states), device=start.device)
-    is_own_state = steps <= num_latent_steps[:, None]  # [B, K+1]
+    is_own_state = torch.arange(len(states), device=start.device) <= num_latent_steps[:, None]  # [B, K+1]
     return Rollout(
         states=stacked.masked_fill(~is_own_state[..., None], 0),
-        gates=_stack_gates(gates, is_own_state[:, 1:]),
+        gates=_stack_gates(steps.gates, is_own_state[:, 1:]),
         anchor=anchor,
         last_state=stacked[rows, num_latent_steps],
         suffix=hidden[:, len(pending) :],
@@ -132,6 +131,88 @@ def rollout(
         num_latent_steps=num_latent_steps,
         next_position=suffix_positions[0, :, -1] + 1,
     )
+
+
+@dataclass
+class _Steps:
+    """Latent steps up to the pass that reads the suffix.
+
+    pending: what that pass reads before the suffix; its last `num_states` hidden states are latent states.
+    num_latent_steps: of each row, `[B]`; fewer than were asked for where a row stopped early.
+    states: those of earlier passes, `[B, D]` each. gates: of each step.
+    """
+
+    pending: Segment
+    num_states: int
+    num_latent_steps: Tensor
+    states: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """What all ways to take latent steps need; `anchor` and `context` are there once the prefix has been read."""
+
+    decoder: Decoder
+    adapter: Adapter
+    prefix: Segment
+    anchor_column: Tensor
+    start: Tensor
+    router_context: RouterContext
+    anchor: Tensor | None = None
+    context: Tensor | None = None
+
+    def read_prefix(self) -> Tensor:
+        """h_0, `[B, D]`."""
+        hidden = self.decoder.feed(self.prefix)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        self.anchor, state = hidden[rows, self.anchor_column], hidden[:, -1]
+        self.context = {"anchor": self.anchor, "prefix_last": state, "none": None}[self.router_context]
+        return state
+
+    def segment(self, inputs: Tensor, num_latent_steps: Tensor, first_step: int = 0) -> Segment:
+        """Inputs `[B, n, D]` of consecutive steps where they stand; masked beyond a row's own K."""
+        steps = torch.arange(first_step, first_step + inputs.shape[1], device=inputs.device)
+        places = [positions.latent_positions(self.start, first_step + step) for step in range(inputs.shape[1])]
+        return Segment(inputs, steps < num_latent_steps[:, None], torch.cat(places, dim=2))
+
+
+def _take_steps(
+    run: _Run, num_latent_steps: Tensor, max_latent_steps: int, exit_tolerance: float | None, ends_early: bool
+) -> _Steps:
+    """One pass per step; the last latent input is left for the suffix's."""
+    pending, states, gates = run.prefix, [], []
+    for step in range(max_latent_steps):
+        if step == 0:
+            state = run.read_prefix()
+            next_input, gate = run.adapter(state, step, run.context)
+        else:
+            state, next_input, gate = run.decoder.latent_step(pending, run.adapter, step, run.context)
+        states.append(state)
+        if step and exit_tolerance is not None:
+            is_settled = (states[-1] - states[-2]).norm(dim=-1) <= exit_tolerance * states[-1].norm(dim=-1)
+            num_latent_steps = torch.where(is_settled, num_latent_steps.clamp(max=step), num_latent_steps)
+            if ends_early and (step >= num_latent_steps).all():
+                return _Steps(pending.empty_like(), 0, num_latent_steps, states, gates)
+        gates.append(gate)
+        pending = run.segment(next_input[:, None], num_latent_steps, step)
+    return _Steps(pending, 1, num_latent_steps, states, gates)
+
+
+def _refine(run: _Run, num_latent_steps: Tensor, latent_inputs: Tensor, refinements: int) -> _Steps:
+    """Passes over all latents at once; their inputs become what the adapter makes of the states before them."""
+    state = run.read_prefix()
+    first, gate = run.adapter(state, 0, run.context)
+    inputs = [first, *(row.expand_as(first) for row in latent_inputs[1:])]
+    gates = [gate]
+    for _ in range(refinements):
+        latents = run.segment(torch.stack(inputs, dim=1), num_latent_steps)
+        hidden = run.decoder.feed(latents)
+        run.decoder.forget(latents)
+        moved = [run.adapter(hidden[:, step - 1], step, run.context) for step in range(1, len(inputs))]
+        inputs, gates = [first, *(one for one, _ in moved)], [gate, *(one for _, one in moved)]
+    pending = run.segment(torch.stack(inputs, dim=1), num_latent_steps)
+    return _Steps(pending, len(inputs), num_latent_steps, [state], gates)
 
 
 def _stack_gates(gates: list[Tensor | None], is_own_step: Tensor) -> Tensor | None:

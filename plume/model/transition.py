@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plume.config import PlumeConfig
-from plume.model.interface import at_least_float32
+from plume.model.interface import Adapter, at_least_float32
 
 
 class TransitionAdapter(nn.Module):
@@ -149,6 +149,21 @@ class MixtureOfExperts(TransitionAdapter):
         for expert, weight in zip(self.experts, weights.unbind(dim=-1), strict=True):
             next_input = next_input + weight[:, None] * expert(normed)
         return next_input, gates
+
+
+def scaled(adapter: Adapter, norm: Tensor) -> Adapter:
+    """The adapter with outputs of one length, `norm [1]`."""
+
+    def scaled_adapter(state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        next_input, gates = adapter(state, step, context)
+        return F.normalize(next_input, dim=-1) * norm.to(next_input.dtype), gates
+
+    return scaled_adapter
+
+
+def mean_row_norm(weight: Tensor) -> Tensor:
+    """Mean length of the rows of an embedding matrix `[V, D]`, as a tensor `[1]`."""
+    return at_least_float32(weight.detach()).norm(dim=-1).mean(dim=0, keepdim=True)
 
 
 ADAPTERS = {"moe": MixtureOfExperts, "mlp": ResidualMLP, "projector": Projector}

@@ -81,16 +81,42 @@ def test_the_engine_gives_what_the_model_gives(tmp_path_factory, captured, famil
         {"router_context": "prefix_last"},
         {"latent_positions": "kv_length"},
         {"prompt_template": SHORT_STRINGS["prompt_template"] + "", "blank_image_size": 56},
+        {"latents": "parallel"},
+        {"latents": "parallel", "refinements": 1},
+        {"latents": "parallel", "refinements": 4},
+        {"latent_scale": "embedding"},
+        {"step_embedding": False},
     ],
-    ids=lambda fields: next(iter(fields.values())),
+    ids=str,
 )
 def test_every_kind_of_model_runs(tmp_path_factory, captured, fields):
     model = built(tmp_path_factory, **fields)
     batch = model.processor.encode(items())
-    with torch.no_grad():
-        expected = model(**batch)
     for backend in ("eager", "graph"):
-        assert max(errors(Engine(model, backend=backend)(dict(batch)), expected).values()) < 1e-5
+        engine = Engine(model, backend=backend)
+        for steps in (None, torch.tensor([0, 3, 5, 1, 2]), 0):
+            with torch.no_grad():
+                expected = model(**batch, num_latent_steps=steps)
+            assert max(errors(engine(dict(batch), steps), expected).values()) < 1e-5
+
+
+def test_parallel_latents_are_one_launch_and_share_prefixes(tmp_path_factory, captured):
+    model = built(tmp_path_factory, latents="parallel")
+    batch = dict(model.processor.encode(items()))
+    engine = Engine(model, backend="graph")
+    engine(batch)
+    before = engine.num_captures
+    engine(dict(model.processor.encode(items()[:1])))
+    assert engine.num_captures == before + 1  # the prefix with latents and suffix; there is no rollout behind it
+    sharing = Engine(model, prefix_cache_bytes=1 << 24)
+    expected = model(**batch).embedding
+    for _ in range(2):
+        assert (sharing(batch, media_keys=media_keys(items())).embedding - expected).abs().max() < 1e-5
+
+
+def test_stopping_early_is_for_sequential_latents(tmp_path_factory):
+    with pytest.raises(ValueError, match="exit_tolerance is for sequential latents"):
+        Engine(built(tmp_path_factory, latents="parallel"), exit_tolerance=0.1)
 
 
 def test_padding_on_either_side_and_rows_alone_give_the_same(model, captured):

@@ -168,6 +168,81 @@ def test_gradients_through_the_cache_equal_those_of_full_recomputation(backbone_
     assert reached > 40
 
 
+def count_passes(model) -> list[int]:
+    passes: list[int] = []
+    model.backbone.language_model.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize("steps", [1, 4, torch.tensor([3, 0, 4, 1])], ids=["1", "4", "mixed"])
+def test_enough_refinements_of_parallel_latents_are_the_sequential_ones(model, picture, steps):
+    model = model.double()
+    batch = exact(model, mixed_items(picture))
+    expected = model(**batch, num_latent_steps=steps)
+    most = int(torch.as_tensor(steps).max())
+    for refinements in (max(most - 1, 1), most + 2):
+        parallel, new = model.reconfigured(latents="parallel", refinements=refinements)
+        assert new == ["latent_inputs"]
+        found = parallel(**batch, num_latent_steps=steps)
+        for name in ("embedding", "anchor_embedding", "states", "gates"):
+            assert torch.allclose(found[name], expected[name], atol=1e-10), name
+    if most > 2:
+        fewer, _ = model.reconfigured(latents="parallel", refinements=most - 2)
+        assert (fewer(**batch, num_latent_steps=steps).embedding - expected.embedding).abs().max() > 1e-4
+
+
+def test_each_refinement_makes_one_more_state_exact(model):
+    model = model.double()
+    batch = exact(model, [Item.parse("a red kite")])
+    expected = model(**batch, num_latent_steps=5).states[0]
+    for refinements in (1, 2, 3):
+        parallel, _ = model.reconfigured(latents="parallel", refinements=refinements)
+        error = (parallel(**batch, num_latent_steps=5).states[0] - expected).norm(dim=-1)
+        assert (error[: refinements + 2] < 1e-10).all()
+        assert (error[refinements + 2 :] > 1e-4).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("refinements", [0, 1])
+def test_parallel_latents_do_not_depend_on_neighbours_padding_or_other_rows_steps(
+    model, picture, refinements, attention
+):
+    model, _ = model.double().reconfigured(latents="parallel", refinements=refinements)
+    model.set_attn_implementation(attention)
+    items, steps = mixed_items(picture), torch.tensor([3, 0, 4, 1])
+    together = model(**exact(model, items), num_latent_steps=steps)
+    for row, item in enumerate(items):
+        count = int(steps[row])
+        alone = model(**exact(model, [item]), num_latent_steps=count)
+        for name in ("embedding", "anchor_embedding"):
+            assert torch.allclose(together[name][row], alone[name][0], atol=1e-6), name
+        assert torch.allclose(together.states[row, : count + 1], alone.states[0], atol=1e-5)
+        assert not together.states[row, count + 1 :].any()
+
+
+def test_parallel_latents_take_one_pass_and_refined_ones_two_more_than_refinements(model):
+    batch = model.processor.encode([Item.parse("red")])
+    for refinements, expected in ((0, 1), (1, 3), (2, 4)):
+        parallel, _ = model.reconfigured(latents="parallel", refinements=refinements)
+        passes = count_passes(parallel)
+        parallel(**batch, num_latent_steps=4)
+        assert len(passes) == expected
+        passes.clear()
+        assert torch.equal(
+            parallel(**batch, num_latent_steps=0).embedding, model(**batch, num_latent_steps=0).embedding
+        )
+        model.backbone.language_model._forward_hooks.clear()
+
+
+def test_latent_inputs_are_as_long_as_embeddings_where_that_is_asked_for(model):
+    scaled, new = model.reconfigured(latent_scale="embedding")
+    assert new == ["latent_norm"]
+    expected = model.get_input_embeddings().weight.norm(dim=-1).mean()
+    next_input, gates = scaled.adapter(torch.randn(3, 64), 1, None)
+    assert torch.allclose(next_input.norm(dim=-1), expected.expand(3))
+    assert gates.shape == (3, 4)
+
+
 class RunningMean(Decoder):
     """A differentiable stand-in for the backbone: each position sees the mean of what it may see so far."""
 
@@ -185,12 +260,17 @@ class RunningMean(Decoder):
             hidden.append(torch.tanh(total / count + segment.embeds[:, column] + 0.01 * place))
         return torch.stack(hidden, dim=1)
 
+    def forget(self, segment: Segment) -> None:
+        del self.seen[len(self.seen) - len(segment) :]
 
-def test_gradients_of_the_rollout_match_finite_differences_in_float64():
+
+@pytest.mark.parametrize("refinements", [None, 0, 1], ids=["sequential", "one pass", "refined"])
+def test_gradients_of_the_rollout_match_finite_differences_in_float64(refinements):
     config = PlumeConfig(backbone_config=Qwen2VLConfig(text_config={"hidden_size": 5}), num_latent_steps=3)
     adapter = build_adapter(config).double().eval()
     mask = torch.tensor([[False, True, True], [True, True, True]])
     steps = torch.tensor([1, 3])
+    learnt = torch.randn(4, 5, dtype=torch.double)
 
     def run(prefix: Tensor, suffix: Tensor) -> tuple[Tensor, ...]:
         result = rollout(
@@ -203,8 +283,11 @@ def test_gradients_of_the_rollout_match_finite_differences_in_float64():
             max_latent_steps=3,
             anchor_column=torch.tensor([1, 0]),
             start=torch.tensor([3, 3]),
+            latent_inputs=None if refinements is None else learnt,
+            refinements=refinements or 0,
         )
-        return result.states, result.gates, result.anchor, result.last_state, result.suffix
+        gates = () if result.gates is None else (result.gates,)
+        return result.states, result.anchor, result.last_state, result.suffix, *gates
 
     prefix = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
     suffix = torch.randn(2, 2, 5, dtype=torch.double, requires_grad=True)

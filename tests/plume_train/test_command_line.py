@@ -213,7 +213,7 @@ def test_help_and_version_load_nothing(words):
 
 def test_a_finished_demo_is_not_replaced_and_a_stopped_one_leaves_what_is_not_its_own(tmp_path, monkeypatch):
     demo = importlib.import_module("plume_demo")
-    sizes = {"num_train": 2, "num_test": 1, "num_symbols": 4, "num_hops": 2}
+    sizes = {"num_train": 2, "num_validation": 1, "num_test": 1, "num_symbols": 4, "min_hops": 2, "max_hops": 2}
     demo.prepare(tmp_path / "demo", 0, sizes)
     (tmp_path / "demo" / "notes.txt").write_text("mine")
     (tmp_path / "demo" / "latent").mkdir()

@@ -44,6 +44,12 @@ def test_more_sentences_than_segments_fill_the_first_ones():
     assert segments("A. B. C. D. E.", 4) == ["A. B. ", "C. ", "D. ", "E."]
 
 
+def test_fewer_sentences_than_segments_can_stay_whole():
+    assert segments("A b. C d.", 4, whole_sentences=True) == ["A b. ", "C d.", "", ""]
+    assert segments("A. B. C. D. E.", 4, whole_sentences=True) == segments("A. B. C. D. E.", 4)
+    assert segments("", 2, whole_sentences=True) == ["", ""]
+
+
 def test_fewer_sentences_than_segments_are_cut_at_white_space():
     parts = segments("one two three four five six.", 3)
     assert parts == ["one two ", "three four ", "five six."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +24,9 @@ from plume_train.data.records import Records
 from plume_train.memory import expected_memory
 from plume_train.progress import Progress
 from plume_train.run import train
+from plume_train.saving import RunError
 from tests.mixed import write_clip
-from tests.plume_train.runs import settings
+from tests.plume_train.runs import settings, stopped_before_its_end
 
 
 def log_of(folder):
@@ -63,7 +65,7 @@ def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hop
         "step_cosine",
         "tokens_per_second",
         "peak_memory_gib",
-        "recall_in_batch/hops/page-name",
+        "recall_in_batch/hops/page-tiles-name",
     } <= names
     late = [line for line in log if line.get("num_latent_steps") == 2]
     assert all(0 <= line["gate_entropy"] <= 1 for line in late)
@@ -106,6 +108,51 @@ def test_a_stage_that_has_settled_ends_early_and_a_resumed_run_remembers(tmp_pat
     resumed = train(settings(tmp_path, start, hops_folder, **changes)).state_dict()
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
     assert {line["step"]: line["stage"] for line in log_of(tmp_path) if "loss" in line} == stages
+
+
+@pytest.mark.parametrize(
+    ("reached_at", "steps_of_k"), [(6, {0: 6, 1: 7, 2: 7}), (None, {0: 20})], ids=["reached", "never"]
+)
+def test_latent_stages_wait_for_recall_after_the_written_rationale(
+    tmp_path, start, hops_folder, recwarn, reached_at, steps_of_k
+):
+    def evaluate(model, step, num_latent_steps):
+        return {"recall_at_1_explicit": 0.95 if step == reached_at else 0.5}
+
+    changes = {"advance": "explicit_recall", "evaluate_every": 2, "max_steps": 20, "dataloader_num_workers": 0}
+    model = train(settings(tmp_path, start, hops_folder, **changes), evaluate)
+    steps = Counter(line["num_latent_steps"] for line in log_of(tmp_path) if "loss" in line)
+    assert steps.keys() == steps_of_k.keys()
+    assert 0 <= steps[0] - steps_of_k[0] <= 2  # batches may have been prepared
+    assert abs(steps[1] - steps[2]) <= 1
+    assert model.config.num_latent_steps == max(steps_of_k)
+    told = " ".join(str(warning.message) for warning in recwarn)
+    assert ("no latent stage was trained: recall after the written rationale reached 0.500" in told) == (not reached_at)
+
+
+def test_a_resumed_run_goes_on_waiting_for_recall(tmp_path, start, hops_folder):
+    def evaluate(model, step, num_latent_steps):
+        return {"recall_at_1_explicit": 0.95 if step == 12 else 0.5}
+
+    changes = {"advance": "explicit_recall", "evaluate_every": 2, "max_steps": 20, "save_steps": 8}
+    changes |= {"save_strategy": "steps", "save_total_limit": 5}
+    whole = train(settings(tmp_path, start, hops_folder, **changes), evaluate).state_dict()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-20")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-16")
+    stopped_before_its_end(tmp_path / "out")
+    resumed = train(settings(tmp_path, start, hops_folder, **changes), evaluate).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
+def test_recall_that_cannot_decide_is_refused(tmp_path, start, hops_folder):
+    changes = {"advance": "explicit_recall", "evaluate_every": 2}
+    with pytest.raises(SettingsError, match="needs an evaluation, whose recall decides; set evaluation"):
+        train(settings(tmp_path, start, hops_folder, **changes))
+    one = {"stage_ratios": [1.0], "stage_shares": [1.0]}
+    with pytest.raises(SettingsError, match=r"its first stage must be explicit \(ratio 0\) and not the only one"):
+        train(settings(tmp_path, start, hops_folder, **changes, **one), lambda *_: {})
+    with pytest.raises(RunError, match='which the evaluation did not give; name the mode "explicit"'):
+        train(settings(tmp_path, start, hops_folder, **changes), lambda *_: {"recall_at_1_latent": 1.0})
 
 
 def test_a_border_moves_only_to_steps_that_nobody_has_prepared():

@@ -156,9 +156,21 @@ def test_objects_are_json_on_the_command_line(tmp_path):
 
 
 def test_a_checkpoint_is_not_silently_changed_by_new_settings(tmp_path, plume_folder, hops_folder):
-    args = settings(tmp_path, plume_folder, hops_folder, plume_config={"top_k": 1})
-    with pytest.raises(ValueError, match=r"plume_config\.top_k=1, but the checkpoint .* was made with 2"):
+    args = settings(tmp_path, plume_folder, hops_folder, plume_config={"read_out": "<gen_emb>!"})
+    with pytest.raises(ValueError, match=r"plume_config\.read_out='<gen_emb>!', but the checkpoint .* was made with"):
         load_model(args)
+
+
+def test_a_checkpoint_can_get_another_way_to_make_latent_inputs(tmp_path, plume_folder, hops_folder, capsys):
+    old = PlumeModel.from_pretrained(plume_folder)
+    changed = {"latents": "parallel", "refinements": 1, "transition": "mlp"}
+    model = load_model(settings(tmp_path, plume_folder, hops_folder, plume_config=changed))
+    assert "what it lacked begins anew: transition, latent_inputs" in capsys.readouterr().err
+    assert {name: getattr(model.config, name) for name in changed} == changed
+    for name, weight in old.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], weight)
+    with pytest.raises(ValueError, match="refinements=1 belongs to parallel latents"):
+        load_model(settings(tmp_path, plume_folder, hops_folder, plume_config={"refinements": 1}))
 
 
 def test_the_throughput_of_every_way_is_measured_at_every_number_of_steps(plume_folder, hops_folder):

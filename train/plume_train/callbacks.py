@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from plume.model.model import PlumeModel
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.progress import Progress
+from plume_train.saving import RunError
 
 Evaluate = Callable[[PlumeModel, int, int], dict[str, float]]
 """Given the model, the step and the latent steps of the stage, returns numbers for the log."""
+
+#: What an evaluation calls recall@1 after the model's own written rationale; `plume_eval.pairs` does.
+EXPLICIT_RECALL = "recall_at_1_explicit"
 
 Log = Callable[[dict[str, float]], None]
 """Logs numbers that are not the training's own."""
@@ -154,6 +159,7 @@ class EvaluationHook(TrainerCallback):
         stage_steps: Callable[[int], int],
         log: Log,
         barrier: Callable[[], None],
+        see_recall: Callable[[int, float], None] | None = None,
     ):
         """Set up.
 
@@ -164,13 +170,15 @@ class EvaluationHook(TrainerCallback):
             stage_steps: gives K of the stage of a step.
             log: logs what the evaluation returns.
             barrier: waits for the other processes.
+            see_recall: called on every process with the step and `recall_at_1_explicit` of the numbers.
         """
-        self.evaluate, self.every = evaluate, every
+        self.evaluate, self.every, self.see_recall = evaluate, every, see_recall
         self.bare_model, self.stage_steps, self.log, self.barrier = bare_model, stage_steps, log, barrier
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
+        told: list[float | None] = [None]
         if state.is_world_process_zero:
             model = self.bare_model()
             was_training = model.training
@@ -179,7 +187,17 @@ class EvaluationHook(TrainerCallback):
                 numbers = self.evaluate(model, state.global_step, self.stage_steps(state.global_step - 1))
             model.train(was_training)
             self.log(numbers)
+            told = [numbers.get(EXPLICIT_RECALL)]
         self.barrier()
+        if self.see_recall is None:
+            return
+        (recall,) = broadcast_object_list(told)
+        if recall is None:
+            raise RunError(
+                f"advance=explicit_recall needs {EXPLICIT_RECALL}, which the evaluation did not give; name the mode "
+                '"explicit" in evaluation_arguments'
+            )
+        self.see_recall(state.global_step, recall)
 
 
 class Validation(TrainerCallback):

@@ -117,14 +117,21 @@ class PlumeTrainingArguments(TrainingArguments):
     steps_per_segment: int = 1
     """c, latent steps that stand for one segment; the largest K is S c."""
 
+    whole_sentences: bool = False
+    """Whether a rationale with fewer sentences than segments leaves the last ones empty, instead of being cut."""
+
     mix_earlier: float = 0.0
     """Probability that a row is trained at an earlier stage, each equally likely."""
 
     random_steps: bool = False
     """Whether fully latent stages draw K from 1 to M for each batch, so that any K works at inference."""
 
-    advance: Literal["schedule", "settled"] = "schedule"
-    """When a stage ends: at its share of the steps, or before that once the validation loss has settled."""
+    advance: Literal["schedule", "settled", "explicit_recall"] = "schedule"
+    """When a stage ends: at its share of the steps; or before that once the validation loss has settled; or, for the
+    explicit one, not before recall after the model's own written rationale is good enough, in an evaluation."""
+
+    explicit_recall: float = 0.9
+    """What `recall_at_1_explicit` of the evaluation must reach with advance=explicit_recall."""
 
     settle_patience: int = 3
     """Validations in a row without improvement after which a stage counts as settled."""
@@ -456,6 +463,7 @@ class PlumeTrainingArguments(TrainingArguments):
                 stages=stages,
                 num_segments=self.num_segments,
                 steps_per_segment=self.steps_per_segment,
+                whole_sentences=self.whole_sentences,
                 mix_earlier=self.mix_earlier,
                 random_steps=self.random_steps,
             )

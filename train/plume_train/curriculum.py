@@ -49,6 +49,9 @@ class Curriculum:
     steps_per_segment: int = 1
     """c, latent steps that stand for one segment; 0 leaves segments out without any, which trains a single pass."""
 
+    whole_sentences: bool = False
+    """Whether a rationale with fewer sentences than segments leaves the last ones empty, instead of being cut."""
+
     mix_earlier: float = 0.0
     """Probability that a row is trained at an earlier stage, each equally likely (Coconut's `uniform_prob`)."""
 

@@ -1,7 +1,9 @@
-"""Where a run stands in its curriculum, and what may move it on: the schedule, or a validation loss that has settled.
+"""Where a run stands in its curriculum, and what may move it on: the schedule, a validation loss, or recall.
 
 A stage ends at its share of the steps. With `advance=settled` it ends before that once the loss on held-out rows has
-not improved for some validations. Data-loader workers prepare batches ahead of time, so a decision takes effect a few
+not improved for some validations. With `advance=explicit_recall` the explicit stage ends when retrieval after the
+model's own written rationale is good enough, however long that takes, and the others share what is left. Data-loader
+workers prepare batches ahead of time, so a decision takes effect a few
 steps later, at the first batch that nobody has begun; the borders are saved with every checkpoint.
 """
 
@@ -14,7 +16,7 @@ from pathlib import Path
 from plume_train.curriculum import Curriculum
 
 PROGRESS_FILE = "progress.json"
-_SAVED = ("borders", "stage", "best", "num_waited")
+_SAVED = ("borders", "stage", "best", "num_waited", "best_recall", "is_held")
 
 
 class Progress:
@@ -27,6 +29,43 @@ class Progress:
         self.stage = 0
         self.best = math.inf
         self.num_waited = 0
+        self.num_steps, self._shares = num_steps, [stage.share for stage in curriculum.stages]
+        self._ratios = [stage.ratio for stage in curriculum.stages]
+        self.best_recall = 0.0
+        self.is_held = False
+        """Whether the explicit stage goes on until its recall is good enough."""
+
+    def hold_explicit_stage(self) -> None:
+        """Begin no latent stage before `note_recall` allows it.
+
+        Raises:
+            ValueError: the run does not begin with an explicit stage and go on with another.
+        """
+        if self._ratios[0] != 0 or len(self._ratios) == 1:
+            raise ValueError("its first stage must be explicit (ratio 0) and not the only one")
+        self.borders[1:] = [self.num_steps] * (len(self.borders) - 1)
+        self.is_held = True
+
+    def note_recall(self, step: int, recall: float, least: float) -> bool:
+        """Take recall after the model's own written rationale into account.
+
+        Args:
+            step: steps that were taken.
+            recall: of held-out pairs.
+            least: what ends the explicit stage.
+
+        Returns:
+            Whether the explicit stage ends on its account.
+        """
+        self.best_recall = max(self.best_recall, recall)
+        if not self.is_held or recall < least:
+            return False
+        self.is_held = False
+        start = min(step + self.lead, self.num_steps)
+        left, whole = self.num_steps - start, sum(self._shares[1:])
+        before = [sum(self._shares[1:stage]) for stage in range(1, len(self._shares))]
+        self.borders[1:] = [start + round(left * share / whole) for share in before]
+        return True
 
     def stage_at(self, step: int) -> int:
         """Index of the stage of a step."""

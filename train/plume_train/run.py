@@ -129,6 +129,14 @@ def _check_processes(args: PlumeTrainingArguments) -> None:
 def finish(trainer: PlumeTrainer) -> PlumeModel:
     """Save the trained model as one plain folder, list bad rows, draw the summary."""
     args = trainer.args
+    trainer.bare_model.config.num_latent_steps = trainer.stage_steps(args.max_steps - 1)
+    if trainer.progress.is_held:
+        warnings.warn(
+            f"plume: no latent stage was trained: recall after the written rationale reached "
+            f"{trainer.progress.best_recall:.3f}, and explicit_recall={args.explicit_recall} was asked for; raise "
+            "max_steps, or lower it",
+            stacklevel=2,
+        )
     if args.lora_rank:
         trainer.save_whole(args.output_folder / ADAPTER_FOLDER)
         model = merged(trainer.accelerator.unwrap_model(trainer.model), args.base_dtype)

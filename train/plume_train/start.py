@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from plume.checkpoints.folder import read_config
-from plume.config import PlumeConfig
+from plume.config import TRANSITION_FIELDS, PlumeConfig
 from plume.model.model import PlumeModel
 from plume_train.config import PlumeTrainingArguments, SettingsError
 
 
 def load_model(args: PlumeTrainingArguments) -> PlumeModel:
-    """A plume checkpoint as it is, or a stock one with a new adapter.
+    """A plume checkpoint, or a stock one with a new adapter.
+
+    `plume_config` may give a plume checkpoint another way to make latent inputs; parts that it lacks begin anew.
 
     Raises:
         SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
@@ -22,12 +24,21 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
     if read_config(args.model).get("model_type") != PlumeConfig.model_type:
         return PlumeModel.from_backbone(args.model, dtype=args.base_dtype, **args.plume_config)
     model = PlumeModel.from_pretrained(args.model, dtype=args.base_dtype)
-    for name, value in args.plume_config.items():
-        if (saved := getattr(model.config, name, None)) != value:
+    changed = {name: value for name, value in args.plume_config.items() if getattr(model.config, name, None) != value}
+    for name, value in changed.items():
+        if name not in TRANSITION_FIELDS:
             raise SettingsError(
-                f"plume_config.{name}={value!r}, but the checkpoint {args.model} was made with {saved!r}; remove it "
-                "from plume_config, or start from a stock backbone"
+                f"plume_config.{name}={value!r}, but the checkpoint {args.model} was made with "
+                f"{getattr(model.config, name, None)!r}; remove it from plume_config, or start from a stock backbone"
             )
+    if not changed:
+        return model
+    try:
+        model, new = model.reconfigured(**changed)
+    except ValueError as error:
+        raise SettingsError(f"plume_config: {error}") from None
+    if new:
+        args.tell(f"plume_config changes the checkpoint {args.model}; what it lacked begins anew: {', '.join(new)}")
     return model
 
 

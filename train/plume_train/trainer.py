@@ -117,8 +117,23 @@ class PlumeTrainer(Trainer):
                     stage_steps=self.stage_steps,
                     log=self.log_beside,
                     barrier=self.accelerator.wait_for_everyone,
+                    see_recall=self._see_recall if args.advance == "explicit_recall" else None,
                 )
             )
+        if args.advance == "explicit_recall":
+            if evaluate is None or not args.evaluate_every:
+                raise SettingsError(
+                    "advance=explicit_recall needs an evaluation, whose recall decides; set evaluation: "
+                    "plume_eval.pairs:PairsEvaluation, its arguments with modes: [explicit], and evaluate_every"
+                )
+            try:
+                self.progress.hold_explicit_stage()
+            except ValueError as error:
+                raise SettingsError(f"advance=explicit_recall does not suit the curriculum: {error}") from None
+
+    def _see_recall(self, step: int, recall: float) -> None:
+        if self.progress.note_recall(step, recall, self.args.explicit_recall):
+            self.args.tell(f"explicit recall is {recall:.3f} at step {step}; the latent stages begin")
 
     def _shares_out_weights(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin

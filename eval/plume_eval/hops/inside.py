@@ -16,7 +16,8 @@ from plume_eval.hops.run import HopsTask
 class Inside:
     """Means over questions.
 
-    held `[K+1, hops+1]`: probability that the output head gives, among the symbols, to the symbol met at each hop.
+    held `[K+1, hops+1]`: probability that the output head gives, among the symbols, to the symbol met at each hop, over
+    the questions that have that hop; NaN where none has.
     gates `[K, E]`: the router's softmax; None without a router.
     """
 
@@ -38,8 +39,7 @@ def look_inside(model: PlumeModel, task: HopsTask, limit: int = 256) -> Inside:
     ids = model.processor.tokenizer.convert_tokens_to_ids(task.symbols)
     logits = model.logits(output.states)[..., ids]  # [B, K+1, symbols]
     probability = logits.float().softmax(dim=-1)
-    paths = torch.from_numpy(task.paths[:limit])  # [B, hops+1]
-    index = paths[:, None].expand(-1, probability.shape[1], -1)
-    held = reduce(probability.gather(-1, index), "b state hop -> state hop", "mean")
-    gates = None if output.gates is None else reduce(output.gates, "b step expert -> step expert", "mean")
-    return Inside(held.numpy(), None if gates is None else gates.numpy())
+    paths = torch.from_numpy(task.paths[:limit])[:, None].expand(-1, probability.shape[1], -1)  # [B, K+1, hops+1]
+    held = probability.gather(-1, paths.clamp(min=0)).masked_fill(paths < 0, torch.nan).nanmean(dim=0)
+    gates = None if output.gates is None else reduce(output.gates, "b step expert -> step expert", "mean").numpy()
+    return Inside(held.numpy(), gates)

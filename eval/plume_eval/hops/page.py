@@ -1,86 +1,116 @@
-"""The task "page": follow a table of symbols several times.
+"""The family "page": follow a table of symbols several times.
 
-A page is a picture of tiles. Each tile shows a key symbol and a value symbol side by side. A question names a start
-and how often to follow the table; the answer is the symbol reached. Values are drawn independently, so a symbol may
-be the value of several keys and a path may run into a cycle; what a guess is worth depends on the page. Without a
-picture and without tensors this file is the task's logic; `draw_page` is its picture.
+A page shows keys, each with a value. The values of the keys that can be reached from a start form one cycle, so that a
+path meets no symbol twice, every symbol is a value once, and nothing but following tells them apart; distractors form
+cycles of their own. Three forms:
+
+    tiles   a tile per row, key and value side by side, in two to five columns
+    words   the same in writing, in one of several fonts
+    chart   bars: keys along the bottom, values along the left, a bar as high as the value of its key
 """
 
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
+from random import Random
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from plume_eval.hops.symbols import BACKGROUND, TILE, Symbol, draw_symbol
+from plume_eval.hops.puzzle import Difficulty, Family, Puzzle, Shown, need_symbols
+from plume_eval.hops.symbols import BACKGROUND, FONTS, TILE, Symbol, alphabet, written
 
+QUESTIONS = (
+    "start at {start} and follow the table %d times",
+    "follow the table %d times from {start}",
+    "which one is %d rows on from {start}",
+)
+_BAR = (180, 176, 168)
 
-@dataclass(frozen=True)
-class Page:
-    """A table: its rows in the order in which the tiles are drawn."""
-
-    rows: tuple[tuple[Symbol, Symbol], ...]
-
-    def path(self, start: Symbol, num_hops: int) -> list[Symbol]:
-        """The symbols met, `num_hops + 1` of them, the start included."""
-        table = dict(self.rows)
-        path = [start]
-        for _ in range(num_hops):
-            path.append(table[path[-1]])
-        return path
+Rows = list[tuple[Symbol, Symbol]]
+"""Key and value, in the order in which they are drawn."""
 
 
-def make_page(symbols: list[Symbol], rng: random.Random) -> Page:
-    """A page of all keys in random order, with values drawn independently."""
-    keys = rng.sample(symbols, len(symbols))
-    return Page(tuple((key, rng.choice(symbols)) for key in keys))
+def check(difficulty: Difficulty) -> None:
+    """Refuse a page without a path long enough."""
+    need_symbols(difficulty, difficulty.max_hops + 2 + difficulty.num_distractors)
+    if difficulty.num_distractors == 1:
+        raise ValueError("num_distractors must not be 1, since a row of a page leads to another; ask for 0 or for 2")
 
 
-def question(start: Symbol, num_hops: int) -> str:
-    """What is asked of a page.
-
-    Example:
-        >>> question(Symbol("disc", "red"), 4)
-        'start at red-disc and follow the table 4 times'
-    """
-    return f"start at {start.name} and follow the table {num_hops} times"
-
-
-def rationale(path: list[Symbol]) -> str:
-    """The reasoning, one sentence per hop; it begins with the symbol reached.
-
-    Example:
-        >>> rationale([Symbol("disc", "red"), Symbol("ring", "blue"), Symbol("disc", "blue")])
-        'blue-ring follows red-disc. blue-disc follows blue-ring.'
-    """
-    return " ".join(f"{reached.name} follows {left.name}." for left, reached in pairwise(path))
-
-
-def words(symbols: list[Symbol]) -> list[str]:
-    """Every word that questions, rationales and answers use."""
-    return [symbol.name for symbol in symbols] + [
-        "start",
-        "at",
-        "and",
-        "follow",
-        "read",
-        "the",
-        "table",
-        "times",
-        "follows",
-    ]
+def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:
+    """A page of all symbols."""
+    order = rng.sample(list(symbols), len(symbols))
+    cut = len(order) - difficulty.num_distractors
+    follows = {a: b for cycle in (order[:cut], order[cut:]) for a, b in pairwise([*cycle, *cycle[:1]])}
+    rows: Rows = [(key, follows[key]) for key in rng.sample(list(symbols), len(symbols))]  # type: ignore[arg-type]
+    path = order[: difficulty.num_hops + 2]
+    columns, font = rng.randint(2, min(5, len(rows))), rng.choice(FONTS)
+    pictures = {
+        "tiles": lambda: draw_tiles(rows, columns),
+        "words": lambda: draw_words(rows, font),
+        "chart": lambda: draw_chart(rows, symbols),
+    }
+    return Puzzle(
+        form=form,
+        key=frozenset((key.name, value.name) for key, value in rows),
+        draw=lambda: [pictures[form]()],
+        facts="",
+        question=rng.choice(QUESTIONS) % difficulty.num_hops,
+        path=tuple(symbol.name for symbol in path[:-1]),
+        beyond=path[-1].name,
+        places=tuple(value.name for _, value in rows),
+        reading=tuple(f"{key.name} {value.name}." for key, value in rng.sample(rows, len(rows))),
+    )
 
 
-def draw_page(page: Page) -> Image.Image:
-    """The picture: tiles of 28 x 28 pixels in a square grid, key on the left half, value on the right."""
-    columns = math.ceil(math.sqrt(len(page.rows)))
-    lines = math.ceil(len(page.rows) / columns)
+def draw_tiles(rows: Rows, columns: int) -> Image.Image:
+    """Tiles of 28 x 28 pixels, key on the left half, value on the right."""
+    lines = math.ceil(len(rows) / columns)
     picture = Image.new("RGB", (columns * TILE, lines * TILE), BACKGROUND)
-    for place, row in enumerate(page.rows):
+    for place, row in enumerate(rows):
         left, top = place % columns * TILE, place // columns * TILE
         for side, symbol in enumerate(row):
-            picture.paste(draw_symbol(symbol, TILE // 2, TILE), (left + side * TILE // 2, top))
+            picture.paste(symbol.draw(TILE // 2, TILE), (left + side * TILE // 2, top))
     return picture
+
+
+def draw_words(rows: Rows, font: tuple[float, float]) -> Image.Image:
+    """A table in two columns of rows; a symbol is its colour over its shape, 56 x 28 pixels."""
+    lines = math.ceil(len(rows) / 2)
+    picture = Image.new("RGB", (8 * TILE, lines * TILE), BACKGROUND)
+    for place, row in enumerate(rows):
+        left, top = place // lines * 4 * TILE, place % lines * TILE
+        for side, symbol in enumerate(row):
+            picture.paste(written((symbol.colour, symbol.shape), 2 * TILE, TILE, font), (left + side * 2 * TILE, top))
+    return picture
+
+
+def draw_chart(rows: Rows, symbols: Sequence[Shown]) -> Image.Image:
+    """Bars over the keys; units of 14 x 14 pixels, the first value is the lowest."""
+    unit = TILE // 2
+    side = math.ceil((len(rows) + 1) * unit / TILE) * TILE
+    picture = Image.new("RGB", (side, side), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    heights = {symbol: place for place, symbol in enumerate(symbols)}
+    for symbol, place in heights.items():
+        picture.paste(symbol.draw(unit, unit), (0, side - (place + 2) * unit))  # type: ignore[call-arg]
+    for place, (key, value) in enumerate(rows, start=1):
+        picture.paste(key.draw(unit, unit), (place * unit, side - unit))
+        top = side - (heights[value] + 2) * unit
+        draw.rectangle((place * unit + 2, top, (place + 1) * unit - 3, side - unit - 1), fill=_BAR)
+    return picture
+
+
+PAGE = Family(
+    name="page",
+    forms=("tiles", "words", "chart"),
+    medium="image",
+    symbols=alphabet,
+    make=make,
+    check=check,
+    num_symbols=9,
+    num_distractors=0,
+    words=("start", "at", "and", "follow", "the", "table", "times", "from", "which", "one", "is", "rows", "on"),
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -75,6 +77,28 @@ def draw_inside(file: Path, inside: Inside) -> None:
     _save(figure, file)
 
 
+def draw_hops(file: Path, lines: Mapping[str, Mapping[str, Mapping[str, float]]], rule: Mapping[str, Any]) -> None:
+    """Recall against hops, a line per system, its interval as a band.
+
+    Args:
+        file: a PNG to write.
+        lines: of each system, by number of hops, an estimate with mean, low and high.
+        rule: what answers best without following the path, from `plume_eval.hops.run.best_rule`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for (name, by_hops), colour in zip(lines.items(), itertools.cycle(_COLOURS)):
+        hops = [int(count) for count in by_hops]
+        mean, low, high = ([one[key] for one in by_hops.values()] for key in ("mean", "low", "high"))
+        axes.plot(hops, mean, label=name, color=colour, linewidth=2, marker="o", markersize=4)
+        axes.fill_between(hops, low, high, color=colour, alpha=0.15, linewidth=0)
+    hops = [int(count) for count in rule["by_hops"]]
+    guessed = [one["recall_at_1"] for one in rule["by_hops"].values()]
+    axes.plot(hops, guessed, label="best shallow rule", color="#999999", linestyle=":", linewidth=1.5)
+    axes.set(xlabel="hops to the answer", ylabel="recall@1", ylim=(0, 1.05), xticks=hops)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, file)
+
+
 def draw_search(
     file: Path,
     page: Image.Image,
@@ -118,6 +142,8 @@ def _matrix(
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.set_title(title, fontsize=11)
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         shade = "white" if value > 0.6 else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=shade)
 

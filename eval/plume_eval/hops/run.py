@@ -3,58 +3,113 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from plume.engine.engine import Engine
 from plume.inputs.item import Item
 from plume.model.model import PlumeModel
 from plume_eval.baselines import Mode, embed
 from plume_eval.hops.make import TargetForm
-from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1
+from plume_eval.metrics import Estimate, bootstrap, mean_reciprocal_rank, ranks, recall_at_1
+from plume_eval.pairs import read_side
+
+#: Answers by one hop are reasoned; rules are what answers without.
+_ONE_HOP = "one hop"
 
 
 class HopsTask:
-    """The test half of a data set: questions about pages, and the symbols to choose from."""
+    """The held-out half of a data set: questions, and the symbols to choose from."""
 
-    def __init__(self, folder: str | Path, limit: int | None = None):
+    def __init__(self, folder: str | Path, limit: int | None = None, split: str = "test"):
         """Read a folder that `plume-eval hops make` wrote.
 
         Args:
-            folder: holds `task.json` and `test.jsonl`.
+            folder: holds `task.json` and the rows.
             limit: number of questions; None is all.
+            split: "test" or "validation".
 
         Raises:
             FileNotFoundError: the folder holds no data set.
         """
         self.folder = Path(folder)
         if not (self.folder / "task.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no task.json; make a data set with `plume-eval hops make --task page --out {folder}`"
+            families = sorted(file.parent.name for file in self.folder.glob("*/task.json"))
+            remedy = (
+                f"but {', '.join(families)} below it do; name one of them"
+                if families
+                else f"make a data set with `plume-eval hops make --task page --out {folder}`"
             )
+            raise FileNotFoundError(f"{folder} holds no task.json; {remedy}")
         self.settings = json.loads((self.folder / "task.json").read_text(encoding="utf-8"))
         self.symbols: list[str] = self.settings["symbols"]
-        lines = (self.folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
-        self.rows = [json.loads(line) for line in lines[:limit]]
+        self.rows = _read(self.folder / f"{split}.jsonl")[:limit]
 
     @property
     def paths(self) -> np.ndarray:
-        """Index of the symbol met at each hop, the start first, `[Q, hops + 1]`."""
-        return np.array([[self.symbols.index(name) for name in row["path"]] for row in self.rows])
+        """Index of the symbol met at each hop, the start first, `[Q, hops + 1]`; -1 where there is none."""
+        index = {name: place for place, name in enumerate(self.symbols)}
+        paths = np.full((len(self.rows), max(row["num_hops"] for row in self.rows) + 1), -1)
+        for row, path in zip(self.rows, paths, strict=True):
+            path[: len(row["path"])] = [index.get(name, -1) for name in row["path"]]
+        return paths
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Index of the right symbol, `[Q]`."""
+        return np.array([self.symbols.index(row["path"][-1]) for row in self.rows])
+
+    @property
+    def num_hops(self) -> np.ndarray:
+        """Hops of each question, `[Q]`."""
+        return np.array([row["num_hops"] for row in self.rows])
+
+    @property
+    def forms(self) -> np.ndarray:
+        """Form of each question, `[Q]`."""
+        return np.array([row["form"] for row in self.rows])
 
     def queries(self) -> list[Item]:
-        """The questions with their pages."""
-        texts = [row["qry"]["conversations"][0]["value"].removeprefix("<image>\n") for row in self.rows]
-        images = [self.folder / row["qry"]["image"][0] for row in self.rows]
-        return [Item.parse({"text": text, "image": image}) for text, image in zip(texts, images, strict=True)]
+        """The questions with what they are about."""
+        return [_item(row["query"], self.folder) for row in self.rows]
 
     def candidates(self, form: TargetForm) -> list[Item]:
         """Every symbol, by name or as a picture."""
         if form == "name":
             return [Item.parse(name) for name in self.symbols]
-        return [Item.parse(self.folder / "images" / "symbols" / f"{name}.png") for name in self.symbols]
+        return [Item.parse(self.folder / "media" / "symbols" / f"{name}.png") for name in self.symbols]
+
+    def rules(self) -> dict[str, np.ndarray]:
+        """Which questions each rule answers rightly without following the path, `[Q]`.
+
+        "one hop" is such a rule for questions of more hops only.
+        """
+        names = list(self.rows[0]["guesses"])
+        right = {
+            name: np.array([row["guesses"][name] == row["path"][-1] for row in self.rows], dtype=float)
+            for name in names
+        }
+        right[_ONE_HOP] *= self.num_hops > 1
+        counts = np.bincount(self.answers, minlength=len(self.symbols))
+        return right | {"most frequent answer": (self.answers == counts.argmax()).astype(float)}
+
+    def captions(self) -> tuple[list[Item], list[Item]]:
+        """The control: captions, and the pictures of what they name."""
+        rows = _read(self.folder / "control_test.jsonl")
+        return [_item(row["query"], self.folder) for row in rows], [_item(row["target"], self.folder) for row in rows]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _item(side: Any, folder: Path) -> Item:
+    return Item.parse(read_side(side, folder, "a row"))
 
 
 def evaluate(
@@ -83,8 +138,11 @@ def evaluate(
         engine: runs the model instead of transformers' layers.
 
     Returns:
-        Plain numbers: `recall_at_1` and `mrr` by form, `num_queries`, `reasoning_steps` (mean per query) and
-        `num_incomplete` (explicit rationales that reached the limit).
+        Plain numbers: `recall_at_1` and `mrr` by form of the target; `by_hops` and `by_form`, recall@1 by form of the
+        target and number of hops, or form of the question; `hard_errors`, the share of the wrong answers that are hard
+        negatives (on the path, or one hop further); `best_rule`, what answers best without following the path
+        (`plume_eval.hops.run.best_rule`); `num_queries`, `reasoning_steps` (mean per query) and `num_incomplete`
+        (explicit rationales that reached the limit); `num_layers` of the text model.
     """
     settings = {
         "num_latent_steps": num_latent_steps,
@@ -93,19 +151,80 @@ def evaluate(
         "engine": engine,
     }
     queries = embed(model, task.queries(), mode, **settings)
-    labels = task.paths[:, -1]
     result: dict = {
         "mode": mode,
-        "num_queries": len(labels),
+        "num_queries": len(task.rows),
         "num_candidates": len(task.symbols),
+        "num_layers": model.config.backbone_config.get_text_config().num_hidden_layers,
         "reasoning_steps": queries.num_reasoning_steps.float().mean().item(),
         "num_incomplete": int((~queries.is_complete).sum()),
         "recall_at_1": {},
         "mrr": {},
+        "by_hops": {},
+        "by_form": {},
+        "hard_errors": {},
+        "best_rule": best_rule(task),
     }
     for form in forms:
         candidates = embed(model, task.candidates(form), mode, **settings)
-        rank = ranks((queries.embedding @ candidates.embedding.T).cpu().numpy(), labels)
+        rank = ranks((queries.embedding @ candidates.embedding.T).cpu().numpy(), task.answers)
         result["recall_at_1"][form] = asdict(recall_at_1(rank))
         result["mrr"][form] = asdict(mean_reciprocal_rank(rank))
+        result["by_hops"][form] = _by(rank == 1, task.num_hops)
+        result["by_form"][form] = _by(rank == 1, task.forms)
+        result["hard_errors"][form] = _share_of_hard_errors(task, queries.embedding @ candidates.embedding.T, rank)
     return result
+
+
+def _share_of_hard_errors(task: HopsTask, scores: Tensor, rank: np.ndarray) -> float | None:
+    best = scores.argmax(dim=1).tolist()
+    wrong = [place for place in range(len(rank)) if rank[place] > 1]
+    hard = [task.symbols[best[place]] in task.rows[place]["hard_negatives"] for place in wrong]
+    return float(np.mean(hard)) if hard else None
+
+
+def best_rule(task: HopsTask) -> dict:
+    """The rule with the highest recall@1 over all questions, and what it and the best of each number of hops reach."""
+    rules = task.rules()
+    best = max(rules, key=lambda name: rules[name].mean())
+    by_hops = {}
+    for hops in np.unique(task.num_hops):
+        chosen = task.num_hops == hops
+        name = max(rules, key=lambda rule: rules[rule][chosen].mean())
+        by_hops[str(hops)] = {"rule": name, "recall_at_1": float(rules[name][chosen].mean())}
+    return {"rule": best, "recall_at_1": float(rules[best].mean()), "by_hops": by_hops}
+
+
+def evaluate_control(
+    model: PlumeModel,
+    task: HopsTask,
+    mode: Mode = "latent",
+    *,
+    num_latent_steps: int | None = None,
+    batch_size: int = 64,
+) -> dict:
+    """Recall@1 of pictures by their captions, which needs no reasoning; arguments as in `evaluate`."""
+    vectors = [
+        embed(model, side, mode, num_latent_steps=num_latent_steps, batch_size=batch_size).embedding
+        for side in task.captions()
+    ]
+    rank = ranks((vectors[0] @ vectors[1].T).cpu().numpy(), np.arange(len(vectors[0])))
+    return {"num_queries": len(rank), "recall_at_1": asdict(recall_at_1(rank))}
+
+
+def _by(is_right: np.ndarray, label: np.ndarray) -> dict[str, dict]:
+    return {str(value): asdict(bootstrap(is_right[label == value])) for value in np.unique(label)}
+
+
+def hops_table(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table: one row per result of `evaluate`, one column per number of hops."""
+    hops = list(dict.fromkeys(count for one in results for form in one["by_hops"].values() for count in form))
+    rows = []
+    for one in results:
+        for form, counts in one["by_hops"].items():
+            cells = [str(Estimate(**counts[count])) if count in counts else "" for count in hops]
+            rows.append([one["mode"], form, *cells, str(Estimate(**one["recall_at_1"][form]))])
+    rule = results[0]["best_rule"]
+    shown = [f"{rule['by_hops'][count]['recall_at_1']:.3f}" if count in rule["by_hops"] else "" for count in hops]
+    rows.append([f"best rule ({rule['rule']})", "", *shown, f"{rule['recall_at_1']:.3f}"])
+    return ["mode", "target", *(f"{count} hops" for count in hops), "all"], rows

@@ -27,7 +27,6 @@ from plume.model.backbone import vision_features
 from plume.model.interface import Decoder, Media, Segment, normalize, read_out_column
 from plume.model.model import PlumeModel
 from plume.model.positions import latent_positions
-from plume.model.rollout import rollout
 from plume_eval.baselines import embed_batch
 from plume_eval.speed.config import ImplementationName, LatencyConfig
 from plume_eval.speed.reference import embed_one, write_one
@@ -165,6 +164,9 @@ class _StaticDecoder(Decoder):
         ).last_hidden_state
         return hidden.clone()  # the next run of a compiled graph writes to the same memory
 
+    def forget(self, segment: Segment) -> None:
+        raise ImplementationError("the static cache cannot be cut back, as refinements of parallel latents need")
+
 
 class Compiled(Implementation):
     """transformers' layers over its static cache, compiled; the prefix and the vision tower are not."""
@@ -201,21 +203,10 @@ class Compiled(Implementation):
     def _embed(self, batch: Batch, num_latent_steps: int) -> Tensor:
         model = self.model
         inputs = model.read_inputs(self._on_device(batch), num_latent_steps=num_latent_steps)
-        prefix, start = model.embed_prefix(inputs)
-        result = rollout(
-            self._decoder(len(start), len(prefix)),
-            model.transition,
-            prefix,
-            model.embed_tokens(inputs.suffix_ids),
-            inputs.suffix_mask,
-            num_latent_steps=inputs.num_latent_steps,
-            max_latent_steps=inputs.max_latent_steps,
-            anchor_column=inputs.anchor_column,
-            start=start,
-            router_context=model.config.router_context,
-        )
+        decoder = self._decoder(len(inputs.prefix_ids), inputs.prefix_ids.shape[1])
+        _, result = model.roll_out(inputs, decoder=decoder)
         column = read_out_column(model.config, inputs.suffix_ids, inputs.suffix_mask)
-        return normalize(result.suffix[torch.arange(len(start), device=start.device), column])
+        return normalize(result.suffix[torch.arange(len(column), device=column.device), column])
 
     @torch.inference_mode()
     def _write(self, batch: Batch, num_tokens: int, stops: bool) -> tuple[Tensor, int]:

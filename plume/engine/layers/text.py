@@ -373,6 +373,9 @@ class StaticDecoder(Decoder):
             return states
         return self.layers.read_next(segment, self.cache)
 
+    def forget(self, segment: Segment) -> None:
+        self.cache.lengths -= segment.mask.sum(dim=1)
+
 
 def weights_of_all(weights: Tensor, has_shared: bool) -> Tensor:
     """Weights `[B, E]` of all experts, from those of the routed ones."""

@@ -20,14 +20,13 @@ from torch.utils.data import Dataset
 
 from plume.config import PlumeConfig
 from plume.inputs.errors import InputError
-from plume.inputs.file_kinds import VIDEO_SUFFIXES
 from plume.inputs.images import load_image
 from plume.inputs.item import Item
 from plume.inputs.processor import PlumeProcessor
 from plume.inputs.video import Video, load_video
 from plume_train.curriculum import Curriculum
 from plume_train.data.records import OnBadRow, Records
-from plume_train.data.rows import EMPTY, Record, RowError, Side, VideoSource
+from plume_train.data.rows import EMPTY, Record, RowError, Side, VideoSource, is_video_file
 from plume_train.data.sampler import Draw
 from plume_train.data.target import write_target
 
@@ -299,7 +298,7 @@ class MediaLoader:
     def _load_video(self, video: VideoSource, where: str) -> Video:
         """A file, sampled as the checkpoint says, or all frames of a list."""
         limits = self.processor.limits
-        if len(video) == 1 and video[0].suffix.lower() in VIDEO_SUFFIXES:
+        if len(video) == 1 and is_video_file(video[0], alone=True):
             return load_video(video[0], limits.sampling, where, limits.background)
         all_frames = replace(limits.sampling, num_frames=len(video), fps=None)
         return load_video(list(video), all_frames, where, limits.background)

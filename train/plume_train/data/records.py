@@ -175,7 +175,7 @@ class Records:
     Example:
         >>> records = Records(getfixture("hops_folder") / "train.jsonl")
         >>> records[0].target.text != "", sorted(set(records.tasks))
-        (True, ['hops/page-name', 'hops/page-picture'])
+        (True, ['hops/page-tiles-name', 'hops/page-tiles-picture'])
     """
 
     def __init__(

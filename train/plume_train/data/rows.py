@@ -25,7 +25,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from plume.inputs.errors import InputError
-from plume.inputs.file_kinds import VIDEO_SUFFIXES
+from plume.inputs.file_kinds import ANIMATION_SUFFIXES, VIDEO_SUFFIXES
 from plume.inputs.images import BYTES, check_image_file, open_image
 from plume.inputs.item import check_unicode
 from plume.tokens import ANCHOR, READ_OUT, RESERVED
@@ -290,7 +290,7 @@ def _clips(value: Any, where: str) -> list[tuple[str, ...]]:
     listed = _listed(value)
     if listed and all(isinstance(clip, (list, tuple)) for clip in listed):
         clips = [tuple(clip) for clip in listed]
-    elif all(isinstance(clip, str) and Path(clip).suffix.lower() in VIDEO_SUFFIXES for clip in listed):
+    elif all(isinstance(clip, str) and is_video_file(clip, alone=len(listed) == 1) for clip in listed):
         clips = [(clip,) for clip in listed]
     else:
         clips = [tuple(listed)]
@@ -300,6 +300,12 @@ def _clips(value: Any, where: str) -> list[tuple[str, ...]]:
         for path in clip:
             check_unicode(path, f"{where}: the path of a video")
     return clips
+
+
+def is_video_file(path: str | Path, *, alone: bool) -> bool:
+    """Whether a path of a video is a file that holds it, not one of its frames; a GIF is one where it is `alone`."""
+    suffix = Path(path).suffix.lower()
+    return suffix in VIDEO_SUFFIXES or (alone and suffix in ANIMATION_SUFFIXES)
 
 
 def _turns(turns: list, where: str) -> tuple[str, str]:

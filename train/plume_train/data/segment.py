@@ -38,7 +38,7 @@ def sentences(text: str) -> list[str]:
     return found
 
 
-def segments(rationale: str, num_segments: int) -> list[str]:
+def segments(rationale: str, num_segments: int, *, whole_sentences: bool = False) -> list[str]:
     """Exactly `num_segments` consecutive parts of a rationale, whole sentences where there are enough.
 
     With more sentences than segments, the first ones get one more. With fewer, the text is cut at white space into
@@ -47,12 +47,15 @@ def segments(rationale: str, num_segments: int) -> list[str]:
     Args:
         rationale: may be empty, which gives empty segments.
         num_segments: S, at least 1.
+        whole_sentences: with fewer sentences than segments, leave the last segments empty instead (Coconut).
 
     Example:
         >>> segments("A. B. C. D. E.", 4)
         ['A. B. ', 'C. ', 'D. ', 'E.']
     """
     parts = sentences(rationale)
+    if len(parts) < num_segments and whole_sentences:
+        return parts + [""] * (num_segments - len(parts))
     if len(parts) < num_segments:
         parts = [piece for piece in re.split(r"(?<=\s)(?=\S)", rationale) if piece]
         if len(parts) < num_segments:

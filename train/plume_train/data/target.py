@@ -89,7 +89,7 @@ def write_target(
         answer: the written answer; may be empty.
         num_latent_steps: latent steps, where they are not the stage's.
     """
-    parts = segments(rationale, curriculum.num_segments)
+    parts = segments(rationale, curriculum.num_segments, whole_sentences=curriculum.whole_sentences)
     remaining = "".join(parts[curriculum.num_replaced_segments(stage) :])
     answer = "" if stage.drop_answer else answer
     steps = curriculum.num_latent_steps(stage) if num_latent_steps is None else num_latent_steps
