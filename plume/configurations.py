@@ -17,7 +17,7 @@ def find_config(use: Use, name_or_path: str | Path) -> Path:
 
     Args:
         use: what it is for.
-        name_or_path: a path, or a name without suffix.
+        name_or_path: a path, or a name without suffix, such as "demo" or "hops/latent".
 
     Raises:
         ValueError: there is neither; names the nearest one.
@@ -29,7 +29,11 @@ def find_config(use: Use, name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.exists() and not path.is_dir():  # also what a shell hands over as a file
         return path
-    known = {file.stem: file for home in _HOMES[::-1] for file in sorted((home / use).glob("*.yaml"))}
+    known = {
+        file.relative_to(home / use).with_suffix("").as_posix(): file
+        for home in _HOMES[::-1]
+        for file in sorted((home / use).rglob("*.yaml"))
+    }
     if str(name_or_path) in known:
         return known[str(name_or_path)]
     near = did_you_mean(str(name_or_path), known, f"those that come with plume are {', '.join(sorted(known))}")

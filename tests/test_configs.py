@@ -18,7 +18,7 @@ from plume_train.config import arguments_from, read_yaml
 from tests.processes import run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
+TRAIN = sorted((CONFIGS / "train").rglob("*.yaml"))
 EVAL = sorted((CONFIGS / "eval").glob("*.yaml"))
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 

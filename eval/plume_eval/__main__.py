@@ -87,6 +87,46 @@ def make(
         raise typer.Exit(_fail(error)) from None
 
 
+@hops.command("babi")
+def babi(
+    data: Annotated[Path, typer.Option(help="Folder with the published files qa<task>_*_{train,test}.txt.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    task: Annotated[list[int], typer.Option(help="Number of a task; can be repeated.")],
+    max_facts: Annotated[int | None, typer.Option(help="Tell the last so many facts of a story; else all.")] = None,
+    num_validation: Annotated[int, typer.Option(help="Training questions per task to tune with.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+) -> None:
+    """Write bAbI as a hops data set; the test rows are the official ones."""
+    from plume_eval.hops.public import make_babi
+
+    try:
+        counts = make_babi(out, data, task, max_facts=max_facts, num_validation=num_validation, seed=seed)
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    for number, of_task in counts.items():
+        typer.echo(
+            f"task {number}: {of_task['train']} questions to train, {of_task['validation']} to tune and "
+            f"{of_task['test']} to test with; {of_task['share_told']:.1%} of these are told all that they need"
+        )
+
+
+@hops.command("prosqa")
+def prosqa(
+    file: Annotated[Path, typer.Option(help="prosqa_valid.json as published.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    num_train: Annotated[int, typer.Option(help="Graphs to train on.", min=1)] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of these graphs.")] = 0,
+) -> None:
+    """Write ProsQA as a hops data set: one half of the file to tune with, one to test with, graphs to train on."""
+    from plume_eval.hops.public import make_prosqa
+
+    try:
+        counts = make_prosqa(out, file, num_train=num_train, seed=seed)
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(", ".join(f"{count} {split} rows" for split, count in counts.items()) + f" in {out}")
+
+
 @hops.command("run")
 def run(
     model: Model,
@@ -120,7 +160,8 @@ def run(
             steps = num_latent_steps if one == "latent" else None
             settings = {"num_latent_steps": steps, "batch_size": batch_size}
             result = evaluate(loaded, task, one, **settings, show_progress=is_watched())
-            results.append({**result, "control": evaluate_control(loaded, task, one, **settings)})
+            control = evaluate_control(loaded, task, one, **settings) if task.has_control else None
+            results.append({**result, "control": control})
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
     table = markdown_table(*hops_table(results))
@@ -130,9 +171,15 @@ def run(
         from plume_eval.hops.plots import draw_hops
 
         command = f"plume-eval hops run --model {model} --data {data} " + " ".join(f"--mode {one}" for one in modes)
-        control = "; ".join(f"{one['mode']} {one['control']['recall_at_1']['mean']:.3f}" for one in results)
         counted = f"{results[0]['num_candidates']} symbols, {results[0]['num_queries']} questions"
-        text = f"recall@1 [95 %] over {counted}.\n\n{table}\n\nControl (caption to picture, no reasoning): {control}."
+        text = f"recall@1 [95 %] over {counted}.\n\n{table}"
+        if task.has_control:
+            control = "; ".join(f"{one['mode']} {one['control']['recall_at_1']['mean']:.3f}" for one in results)
+            text += f"\n\nControl (caption to picture, no reasoning): {control}."
+        for one in results:
+            for form, among in one["of_choices"].items():
+                listed = ", ".join(f"{name} {value['mean']:.3f}" for name, value in among.items())
+                text += f"\n\nAmong the answers that a question offers, {one['mode']}, {form}: {listed}."
         name = f"hops_{task.settings['task']}_{Path(model).name}"
         path = write_report(out, name, f"Hops, {task.settings['task']}", command, text, whole)
         lines = {one["mode"]: one["by_hops"]["name"] for one in results}

@@ -184,6 +184,7 @@ class _Writer:
             "form": puzzle.form,
             "num_hops": len(puzzle.path) - 1,
             "path": list(puzzle.path),
+            **({"choices": [puzzle.answer, puzzle.beyond]} if puzzle.form == "graph" else {}),
             "hard_negatives": [name for name in puzzle.hard_negatives if name in self.names],
             "guesses": puzzle.guesses,
         }

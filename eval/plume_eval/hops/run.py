@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from plume.engine.engine import Engine
 from plume.inputs.item import Item
@@ -94,9 +93,27 @@ class HopsTask:
             name: np.array([row["guesses"][name] == row["path"][-1] for row in self.rows], dtype=float)
             for name in names
         }
-        right[_ONE_HOP] *= self.num_hops > 1
+        if _ONE_HOP in right:
+            right[_ONE_HOP] *= self.num_hops > 1
         counts = np.bincount(self.answers, minlength=len(self.symbols))
         return right | {"most frequent answer": (self.answers == counts.argmax()).astype(float)}
+
+    @property
+    def target_forms(self) -> tuple[TargetForm, ...]:
+        """How candidates can be given."""
+        return ("name", "picture") if (self.folder / "media" / "symbols").is_dir() else ("name",)
+
+    @property
+    def choices(self) -> np.ndarray | None:
+        """Which symbols each question offers, `[Q, symbols]`; None where it offers none in particular."""
+        if not any("choices" in row for row in self.rows):
+            return None
+        return np.array([[name in row.get("choices", self.symbols) for name in self.symbols] for row in self.rows])
+
+    @property
+    def has_control(self) -> bool:
+        """Whether there are captions."""
+        return (self.folder / "control_test.jsonl").is_file()
 
     def captions(self) -> tuple[list[Item], list[Item]]:
         """The control: captions, and the pictures of what they name."""
@@ -118,7 +135,8 @@ def evaluate(
     mode: Mode = "latent",
     *,
     num_latent_steps: int | None = None,
-    forms: tuple[TargetForm, ...] = ("name", "picture"),
+    num_target_steps: int | None = None,
+    forms: tuple[TargetForm, ...] | None = None,
     batch_size: int = 64,
     show_progress: bool = False,
     engine: Engine | None = None,
@@ -132,7 +150,8 @@ def evaluate(
         task: the questions.
         mode: how to reason.
         num_latent_steps: K of the mode "latent"; None is the checkpoint's.
-        forms: how candidates are given.
+        num_target_steps: K of the candidates, where it is another.
+        forms: how candidates are given; None: in all ways that the data set has.
         batch_size: inputs per pass.
         show_progress: whether to draw progress bars.
         engine: runs the model instead of transformers' layers.
@@ -140,17 +159,14 @@ def evaluate(
     Returns:
         Plain numbers: `recall_at_1` and `mrr` by form of the target; `by_hops` and `by_form`, recall@1 by form of the
         target and number of hops, or form of the question; `hard_errors`, the share of the wrong answers that are hard
-        negatives (on the path, or one hop further); `best_rule`, what answers best without following the path
-        (`plume_eval.hops.run.best_rule`); `num_queries`, `reasoning_steps` (mean per query) and `num_incomplete`
+        negatives (on the path, or one hop further); `of_choices`, recall@1 among the symbols that a question offers,
+        all and by form of the question; `right`, a digit per question; `best_rule`, what answers best without following
+        the path (`plume_eval.hops.run.best_rule`); `num_queries`, `reasoning_steps` (mean per query) and `num_incomplete`
         (explicit rationales that reached the limit); `num_layers` of the text model.
     """
-    settings = {
-        "num_latent_steps": num_latent_steps,
-        "batch_size": batch_size,
-        "show_progress": show_progress,
-        "engine": engine,
-    }
-    queries = embed(model, task.queries(), mode, **settings)
+    settings = {"batch_size": batch_size, "show_progress": show_progress, "engine": engine}
+    queries = embed(model, task.queries(), mode, num_latent_steps=num_latent_steps, **settings)
+    target_steps = num_latent_steps if num_target_steps is None else num_target_steps
     result: dict = {
         "mode": mode,
         "num_queries": len(task.rows),
@@ -163,21 +179,28 @@ def evaluate(
         "by_hops": {},
         "by_form": {},
         "hard_errors": {},
+        "of_choices": {},
+        "right": {},
         "best_rule": best_rule(task),
     }
-    for form in forms:
-        candidates = embed(model, task.candidates(form), mode, **settings)
-        rank = ranks((queries.embedding @ candidates.embedding.T).cpu().numpy(), task.answers)
+    for form in forms or task.target_forms:
+        candidates = embed(model, task.candidates(form), mode, num_latent_steps=target_steps, **settings)
+        scores = (queries.embedding @ candidates.embedding.T).cpu().numpy()
+        rank = ranks(scores, task.answers)
+        if task.choices is not None:
+            among = ranks(np.where(task.choices, scores, -2.0), task.answers)
+            result["of_choices"][form] = {"all": asdict(recall_at_1(among)), **_by(among == 1, task.forms)}
         result["recall_at_1"][form] = asdict(recall_at_1(rank))
+        result["right"][form] = "".join("1" if place == 1 else "0" for place in rank)
         result["mrr"][form] = asdict(mean_reciprocal_rank(rank))
         result["by_hops"][form] = _by(rank == 1, task.num_hops)
         result["by_form"][form] = _by(rank == 1, task.forms)
-        result["hard_errors"][form] = _share_of_hard_errors(task, queries.embedding @ candidates.embedding.T, rank)
+        result["hard_errors"][form] = _share_of_hard_errors(task, scores, rank)
     return result
 
 
-def _share_of_hard_errors(task: HopsTask, scores: Tensor, rank: np.ndarray) -> float | None:
-    best = scores.argmax(dim=1).tolist()
+def _share_of_hard_errors(task: HopsTask, scores: np.ndarray, rank: np.ndarray) -> float | None:
+    best = scores.argmax(axis=1)
     wrong = [place for place in range(len(rank)) if rank[place] > 1]
     hard = [task.symbols[best[place]] in task.rows[place]["hard_negatives"] for place in wrong]
     return float(np.mean(hard)) if hard else None

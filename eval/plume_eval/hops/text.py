@@ -10,7 +10,7 @@ graph   as in ProsQA (Hao et al., arXiv 2412.06769): a directed acyclic graph in
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
@@ -20,9 +20,9 @@ from plume_eval.hops.symbols import concepts
 
 NAMES = ("alex", "bob", "carol", "davis", "eva", "fae", "jack", "max", "polly", "rex", "sally", "stella", "tom", "wren")
 QUESTIONS = ("what is {start} %d steps on", "go %d steps on from {start}", "start at {start} and go on %d times")
-CHOICES = ("is {start} a %s or a %s", "which is {start} a %s or a %s")
+CHOICES = ("is {start} a %s or %s", "which is {start} a %s or %s")
 #: Of the nodes of a graph: how many come from one root, from the other, from either; and the mean number of parents.
-_FROM_ONE, _FROM_OTHER, _PARENTS = 0.35, 0.7, 1.5
+_FROM_ONE, _FROM_OTHER, _PARENTS = 0.35, 0.7, 1.9
 _TRIES = 10_000
 
 Fact = tuple[str, str]
@@ -50,75 +50,85 @@ def _chain(names: list[str], difficulty: Difficulty, rng: Random) -> Puzzle:
 
 
 def _graph(names: list[str], difficulty: Difficulty, rng: Random) -> Puzzle:
+    return graph_puzzle(names, NAMES, len(names) + 2, difficulty.num_hops, rng)
+
+
+def graph_puzzle(names: Sequence[str], people: Sequence[str], num_nodes: int, num_hops: int, rng: Random) -> Puzzle:
+    """A puzzle of the form "graph".
+
+    Args:
+        names: of concepts.
+        people: names of what has no parents.
+        num_nodes: of the graph.
+        num_hops: length of the shortest path.
+        rng: of everything random.
+
+    Raises:
+        ValueError: no such graph was found.
+    """
     for _ in range(_TRIES):
-        edges, origin = _random_graph(len(names) + 2, rng)
-        distance = _distances(0, edges)
-        ends = [node for node, steps in distance.items() if steps == difficulty.num_hops and origin[node] == 1]
-        others = [node for node in range(2, len(origin)) if origin[node] == 2]
-        if ends and others:
+        edges, origin, distance = _random_graph(num_nodes, rng)
+        ends = [node for node, steps in enumerate(distance) if steps == num_hops and origin[node] == 1]
+        if not ends:
+            continue
+        others = [node for node in range(2, num_nodes) if origin[node] == 2]
+        roots = {a for a, _ in edges} - {b for _, b in edges} | {0, 1}
+        concepts_needed = len({node for edge in edges for node in edge} | roots) - len(roots)
+        if ends and others and len(roots) <= len(people) and concepts_needed <= len(names):
             break
     else:
-        raise ValueError(
-            f"{len(names)} symbols give no graph with a path of {difficulty.num_hops} hops; raise num_symbols"
-        )
-    called = [*rng.sample(NAMES, 2), *rng.sample(names, len(names))]
+        raise ValueError(f"{num_nodes} nodes give no graph with a path of {num_hops} hops; raise num_symbols")
+    of_people, of_concepts = rng.sample(list(people), len(roots)), iter(rng.sample(list(names), len(names)))
+    nodes = sorted({node for edge in edges for node in edge} | roots)
+    called = {node: of_people.pop() if node in roots else next(of_concepts) for node in nodes}
     end, other = rng.choice(ends), rng.choice(others)
-    path = [called[node] for node in _shortest(0, end, edges, rng)]
+    path = [called[node] for node in _shortest(end, edges, distance, rng)]
     choices = rng.sample([called[end], called[other]], 2)
     facts = [(called[a], called[b]) for a, b in edges]
-    return _puzzle("graph", facts, path, called[other], rng.choice(CHOICES) % tuple(choices), rng, choices)
+    question = rng.choice(CHOICES) % tuple(choices)
+    return _puzzle("graph", facts, path, called[other], question, rng, choices)
 
 
-def _random_graph(size: int, rng: Random) -> tuple[list[tuple[int, int]], list[int]]:
-    """Edges from earlier to later nodes, and where each node can be reached from: 1, 2, both (3) or neither (0).
+def _random_graph(size: int, rng: Random) -> tuple[list[tuple[int, int]], list[int], list[float]]:
+    """Edges from earlier to later nodes; which root leads to each node; its distance from root 0.
 
-    Nodes 0 and 1 are the roots. Parents of a new node are nodes of one origin, of the other, or of any, deep ones
-    rather than shallow ones, so that paths become long.
+    Nodes 0 and 1 are the roots; 1, 2, 3 and 0 mean that the first, the second, both or neither leads there. Parents of
+    a new node are nodes of one origin, of the other, or of any, deep ones rather than shallow ones, so that paths
+    become long.
     """
     edges: list[tuple[int, int]] = []
-    origin, depth = [1, 2], [0, 0]
+    origin, depth, distance = [1, 2], [0, 0], [0.0, math.inf]
     for node in range(2, size):
-        count = min(sum(rng.random() < _PARENTS / 6 for _ in range(6)), node)  # close to a Poisson number
+        count = sum(rng.random() < _PARENTS / 6 for _ in range(6))  # close to a Poisson number
         draw = rng.random()
         allowed = {0, 1} if draw <= _FROM_ONE else {0, 2} if draw <= _FROM_OTHER else {0, 1, 2, 3}
         pool = [parent for parent in range(node) if origin[parent] in allowed]
-        weights = [1 + 1.5 * depth[parent] for parent in pool]
-        parents = {rng.choices(pool, weights)[0] for _ in range(count)} if pool else set()
+        parents: set[int] = set()
+        while len(parents) < min(count, len(pool)):
+            parents.add(rng.choices(pool, [1 + 1.5 * depth[parent] for parent in pool])[0])
         edges += [(parent, node) for parent in sorted(parents)]
         reach = 0
         for parent in parents:
             reach |= origin[parent]
         origin.append(reach)
         depth.append(1 + max((depth[parent] for parent in parents), default=-1))
-    return edges, origin
+        distance.append(1 + min((distance[parent] for parent in parents), default=math.inf))
+    return edges, origin, distance
 
 
-def _distances(start: int, edges: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """Length of the shortest path to every node that can be reached."""
-    found, queue = {start: 0}, deque([start])
-    while queue:
-        node = queue.popleft()
-        for a, b in edges:
-            if a == node and b not in found:
-                found[b] = found[node] + 1
-                queue.append(b)
-    return found
-
-
-def _shortest(start: int, end: int, edges: Sequence[tuple[int, int]], rng: Random) -> list[int]:
-    """One of the shortest paths."""
-    distance, way = _distances(start, edges), [end]
-    while way[0] != start:
-        before = [a for a, b in edges if b == way[0] and distance.get(a) == distance[way[0]] - 1]
-        way.insert(0, rng.choice(before))
+def _shortest(end: int, edges: Sequence[tuple[int, int]], distance: Sequence[float], rng: Random) -> list[int]:
+    """One of the shortest paths from node 0."""
+    way = [end]
+    while way[0] != 0:
+        way.insert(0, rng.choice([a for a, b in edges if b == way[0] and distance[a] == distance[b] - 1]))
     return way
 
 
 def _puzzle(
     form: str, facts: list[Fact], path: list[str], beyond: str, question: str, rng: Random, choices: Sequence[str] = ()
 ) -> Puzzle:
-    facts = rng.sample(facts, len(facts))
-    told = [f"{a} is a {b}." if a in NAMES else f"every {a} is a {b}." for a, b in facts]
+    ordered, facts = facts, rng.sample(facts, len(facts))
+    told = [f"every {a} is a {b}." if a.endswith("pus") else f"{a} is a {b}." for a, b in facts]
     return Puzzle(
         form=form,
         key=frozenset(facts),
@@ -128,7 +138,7 @@ def _puzzle(
         path=tuple(path),
         beyond=beyond,
         places=(*(b for _, b in facts), *choices),
-        reading=tuple(f"{a} {b}." for a, b in rng.sample(facts, len(facts))),
+        reading=tuple(f"{b} follows {a}." for a, b in ordered),
     )
 
 

@@ -1,0 +1,141 @@
+"""The hops grid: trains the systems that the evidence compares, and measures each.
+
+`plume-eval report` joins the results.
+
+Every system is a configuration in `configs/train/hops/`, with the paths of family, seed and system put in. What is
+finished is not trained again, and what was stopped goes on, so that the grid can be run in parts, in any order and by
+several processes (of different seeds or families).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from plume import PlumeModel
+from plume.configurations import find_config
+from plume.random_models import save_tiny_backbone
+from plume.terminal import Parser, is_watched, run_script
+from plume_eval.baselines import Mode
+from plume_eval.hops.make import FAMILIES, Sizes, make_task
+from plume_eval.hops.run import HopsTask, evaluate, evaluate_control
+from plume_train.config import PlumeTrainingArguments, arguments_from
+from plume_train.run import train
+
+RESULT = "hops.json"
+_HOME = "runs/hops/page"
+
+#: The systems that the main table compares.
+MAIN = ("explicit", "latent", "parallel", "refined_1", "no_latents", "single_pass")
+
+
+def systems() -> list[str]:
+    """Names of all systems: the configurations but what others start from."""
+    folder = find_config("train", "hops/base").parent
+    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in ("base", "read"))
+
+
+def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArguments:
+    """The configuration of a system, its paths under `out`."""
+    config = find_config("train", f"hops/{system}")
+    args = arguments_from(config)
+
+    def moved(path: str) -> str:
+        rest = Path(path).relative_to(_HOME)
+        parts = rest.parts if rest.parts[0] == "data" else (str(seed), *rest.parts[1:])
+        return str(out / family / Path(*parts))
+
+    return arguments_from(
+        config,
+        model=moved(args.model),
+        output_dir=moved(str(args.output_dir)),
+        train_file=[moved(file) for file in args.train_file],
+        seed=seed,
+    )
+
+
+def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
+    """Data of a family, and a backbone of random weights, where they are not there yet."""
+    data = out / family / "data"
+    if not (data / "task.json").exists():
+        make_task(data, family, Sizes(num_train=num_train), show_progress=is_watched())
+    backbone = out / family / str(seed) / "backbone"
+    if not (backbone / "config.json").exists():
+        words = json.loads((data / "task.json").read_text(encoding="utf-8"))["words"]
+        sizes: dict[str, Any] = {"hidden_size": 96, "num_key_value_heads": 4, "vision_width": 96}
+        save_tiny_backbone(backbone, words, **sizes, temporal_patch_size=1, seed=seed)
+
+
+def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]:
+    """Train a system, after what it starts from, and measure it; what is there already is read."""
+    args = settings(out, family, seed, system)
+    file = args.output_folder / RESULT
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    start = Path(args.model).name
+    if start == "read":
+        train(settings(out, family, seed, "read"))
+    elif start != "backbone":
+        run_system(out, family, seed, start)
+    began = time.perf_counter()
+    model = train(args)
+    minutes = (time.perf_counter() - began) / 60
+    task, mode = HopsTask(out / family / "data"), mode_of(args)
+    result: dict[str, Any] = {
+        "family": family,
+        "seed": seed,
+        "system": system,
+        "mode": mode,
+        "num_latent_steps": model.config.num_latent_steps,
+        "minutes": minutes,
+        **measure(model, task, mode),
+    }
+    if mode == "latent":  # the same training mix, read without latent steps
+        result["at_zero"] = measure(model, task, "single_pass")
+    file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return result
+
+
+def mode_of(args: PlumeTrainingArguments) -> Mode:
+    """How a system reasons, as its curriculum says."""
+    curriculum = args.build_curriculum()
+    last = curriculum.stages[-1]
+    if last.ratio == 0:
+        return "explicit"
+    return "latent" if curriculum.num_latent_steps(last) else "single_pass"
+
+
+def measure(model: PlumeModel, task: HopsTask, mode: Mode) -> dict[str, Any]:
+    """Recall on the test questions, and on the control."""
+    return {"result": evaluate(model, task, mode), "control": evaluate_control(model, task, mode)}
+
+
+def main() -> None:
+    """Parse, run, say what was found."""
+    parser = Parser(prog="plume-hops", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/hops"), help="folder of data, models and results")
+    parser.add_argument("--family", nargs="+", default=["page"], choices=list(FAMILIES), help="which task families")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="of weights and training")
+    parser.add_argument(
+        "--system", nargs="+", default=list(MAIN), choices=systems(), help="names of configs/train/hops/*.yaml"
+    )
+    parser.add_argument("--num-train", type=int, default=8000, help="training records of a family")
+    options = parser.parse_args()
+    for seed in options.seed:
+        for family in options.family:
+            prepare(options.out, family, seed, options.num_train)
+            for system in options.system:
+                found = run_system(options.out, family, seed, system)
+                recall = found["result"]["recall_at_1"]["name"]["mean"]
+                print(f"{family}, seed {seed}, {system}: recall@1 {recall:.3f}", flush=True)  # noqa: T201
+
+
+def start() -> None:
+    """The command `plume-hops`."""
+    run_script("plume-hops", main)
+
+
+if __name__ == "__main__":
+    start()
