@@ -27,6 +27,8 @@ from plume_train.run import train
 RESULT = "hops.json"
 _HOME = "runs/hops/page"
 
+#: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
+FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("walk",), "text": ("chain",)}
 #: The systems that the main table compares.
 MAIN = ("explicit", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 
@@ -60,7 +62,7 @@ def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
     """Data of a family, and a backbone of random weights, where they are not there yet."""
     data = out / family / "data"
     if not (data / "task.json").exists():
-        make_task(data, family, Sizes(num_train=num_train), show_progress=is_watched())
+        make_task(data, family, Sizes(num_train=num_train, forms=FORMS[family]), show_progress=is_watched())
     backbone = out / family / str(seed) / "backbone"
     if not (backbone / "config.json").exists():
         words = json.loads((data / "task.json").read_text(encoding="utf-8"))["words"]

@@ -230,6 +230,67 @@ def settings(
 
 
 @app.command()
+def probes(
+    model: Model,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files and the picture.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many test questions; else all.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of noise and intervals.")] = 0,
+) -> None:
+    """Ask whether a model's answers need its latent states, and what these hold; the last line is one JSON object."""
+    import json
+    from dataclasses import asdict
+
+    from plume import PlumeModel
+    from plume_eval.hops.run import HopsTask
+    from plume_eval.probes.run import Prober
+    from plume_eval.report import markdown_table, write_report
+
+    quiet_libraries()
+    try:
+        loaded, task = PlumeModel.from_pretrained(model, dtype="float32").eval(), HopsTask(data, limit=limit)
+        found = Prober(loaded, task, seed=seed, show_progress=is_watched()).run()
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    table = markdown_table(["probe", "verdict"], [[probe.name, probe.verdict] for probe in found])
+    typer.echo(table)
+    whole = {"model": model, "data": str(data), "probes": [asdict(probe) for probe in found]}
+    if out is not None:
+        from plume_eval.probes.plots import draw_probes
+
+        command = f"plume-eval probes --model {model} --data {data}" + (f" --limit {limit}" if limit else "")
+        text = (
+            f"{len(task.rows)} questions of {task.settings['task']}, K = {loaded.config.num_latent_steps}; intervals "
+        )
+        text += f"are 95 %, bootstrapped over questions.\n\n{table}"
+        name = "_".join(["probes", task.settings["task"], Path(model).name])
+        path = write_report(out, name, "Are the latent states used?", command, text, whole)
+        draw_probes(path.with_suffix(".png"), {probe.name: probe.values for probe in found}, f"{model} on {data}")
+        typer.echo(f"written: {path}.{{md,json,png}}")
+    typer.echo(json.dumps(whole))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where plume-hops has left its results.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results files and the pictures.")],
+) -> None:
+    """Join the results of the hops grid into tables, and say which of the paper's claims they bear out."""
+    from plume_eval.hops.report import draw_families, write_text
+    from plume_eval.report import write_report
+
+    systems = ("explicit", "latent", "parallel", "refined_1", "no_latents", "single_pass")
+    try:
+        text, numbers, lines = write_text(folder)
+    except OSError as error:
+        raise typer.Exit(_fail(error)) from None
+    path = write_report(out, "hops", "Does it reason?", f"plume-eval report {folder}", text, numbers)
+    draw_families(path, lines, systems)
+    typer.echo(text)
+    typer.echo(f"written: {path}.{{md,json}} and a picture of each family")
+
+
+@app.command()
 def overhead(
     model: Model,
     data: Data,

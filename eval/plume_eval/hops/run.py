@@ -161,8 +161,8 @@ def evaluate(
         target and number of hops, or form of the question; `hard_errors`, the share of the wrong answers that are hard
         negatives (on the path, or one hop further); `of_choices`, recall@1 among the symbols that a question offers,
         all and by form of the question; `right`, a digit per question; `best_rule`, what answers best without following
-        the path (`plume_eval.hops.run.best_rule`); `num_queries`, `reasoning_steps` (mean per query) and `num_incomplete`
-        (explicit rationales that reached the limit); `num_layers` of the text model.
+        the path (`best_rule`); `num_hops` of each question; `num_queries`, `reasoning_steps` (mean per query) and
+        `num_incomplete` (explicit rationales that reached the limit); `num_layers` of the text model.
     """
     settings = {"batch_size": batch_size, "show_progress": show_progress, "engine": engine}
     queries = embed(model, task.queries(), mode, num_latent_steps=num_latent_steps, **settings)
@@ -170,6 +170,7 @@ def evaluate(
     result: dict = {
         "mode": mode,
         "num_queries": len(task.rows),
+        "num_hops": task.num_hops.tolist(),
         "num_candidates": len(task.symbols),
         "num_layers": model.config.backbone_config.get_text_config().num_hidden_layers,
         "reasoning_steps": queries.num_reasoning_steps.float().mean().item(),

@@ -1,0 +1,204 @@
+"""Joins the results of the hops grid: tables by family, system and number of hops, and what they say of the paper.
+
+Intervals are 95 %, bootstrapped over seeds and questions; comparisons are paired, seed by seed and question by
+question.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plume_eval.hops.plots import draw_hops
+from plume_eval.metrics import Estimate
+from plume_eval.report import markdown_table
+
+RESULT = "hops.json"
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the paper says, as a comparison of two systems of the grid.
+
+    text: with the paper's figures (MMEB-V2, mean of 78 tasks). better, worse: systems. margin: how much worse `better`
+    may be for the claim to hold; 0 asks that it is better.
+    """
+
+    text: str
+    better: str
+    worse: str
+    margin: float = 0.0
+
+
+#: arXiv 2604.02073, tables 1 to 6; section, figures and readings as in its text.
+CLAIMS = (
+    Claim("latent steps are as good as written reasoning (61.6 against UME-R1's 60.1)", "latent", "explicit", 0.02),
+    Claim("latent steps beat a single pass (61.6 against VLM2Vec-V2's 58.0)", "latent", "single_pass"),
+    Claim("the latent transition matters (61.6, without 58.8)", "latent", "no_latents"),
+    Claim("the curriculum matters (61.6, from stage 0 to the last at once 54.8)", "latent", "stages_1"),
+    Claim("experts beat a single MLP (61.6, 59.2)", "latent", "adapter_mlp"),
+    Claim("the router needs the anchor (61.6, 60.1)", "latent", "no_anchor"),
+    Claim("the router needs the step embedding (61.6, 60.4)", "latent", "no_step_embedding"),
+    Claim("the shared expert matters (61.6, 60.3)", "latent", "no_shared_expert"),
+    Claim("two experts per step beat one (61.6, 60.8)", "latent", "top_1"),
+    Claim("more stages beat two (61.6 with four, 59.0)", "latent", "stages_2"),
+    Claim("more steps beat fewer (61.6 with K = 8, 59.9 with K = 4)", "latent", "steps_4"),
+)
+#: Comparisons that are ours, not the paper's.
+QUESTIONS = (
+    Claim("sequential latents beat constant ones, read in one pass", "latent", "parallel"),
+    Claim("sequential latents beat one refinement", "latent", "refined_1"),
+    Claim("one refinement beats one pass", "refined_1", "parallel"),
+    Claim("the adapter matters (against none, Coconut)", "latent", "adapter_identity"),
+    Claim("latent steps beat a single pass of equal training compute", "latent", "single_pass_compute"),
+)
+NOT_TESTABLE = (
+    "MMEB-V2 scores (61.6 over 78 tasks): its data and a model of 2B parameters are not here",
+    "298 ms per sample and 30 times faster than writing on an H20: latency is measured by `plume-eval latency`",
+    "experts specialise by modality and task: every model here is trained on one family",
+)
+
+Runs = dict[str, dict[int, dict[str, Any]]]
+"""Results by system and seed."""
+
+
+def read_results(folder: Path) -> dict[str, Runs]:
+    """All results below a folder, by family, system and seed.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    for file in sorted(folder.rglob(RESULT)):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found[result["family"]][result["system"]][result["seed"]] = result
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no {RESULT}; run `plume-hops --out {folder}` first")
+    return {family: dict(runs) for family, runs in found.items()}
+
+
+def rights(runs: dict[int, dict[str, Any]], pick: Callable[[dict[str, Any]], dict[str, Any]]) -> np.ndarray:
+    """Which questions are answered rightly, `[seeds, Q]`; targets by name."""
+    return np.array([[float(digit) for digit in pick(runs[seed])["right"]["name"]] for seed in sorted(runs)])
+
+
+def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of `[seeds, Q]` and its interval, over seeds and questions drawn anew."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(_NUM_RESAMPLES):
+        rows = rng.integers(0, len(values), len(values))
+        columns = rng.integers(0, values.shape[1], values.shape[1])
+        means.append(values[rows][:, columns].mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def family_table(runs: Runs, num_hops: np.ndarray) -> tuple[str, dict[str, dict[str, dict]]]:
+    """A family's systems by number of hops as Markdown, and the same as numbers.
+
+    Args:
+        runs: of the family.
+        num_hops: of each test question, `[Q]`.
+    """
+    counts = np.unique(num_hops)
+    rows, numbers = [], {}
+    for system, of_system in runs.items():
+        right = rights(of_system, lambda one: one["result"])
+        by_hops = {str(count): estimate(right[:, num_hops == count]) for count in counts}
+        numbers[system] = {count: asdict(value) for count, value in by_hops.items()}
+        numbers[system]["all"] = asdict(estimate(right))
+        first = next(iter(of_system.values()))
+        zero = ""
+        if "at_zero" in first:
+            zero = f"{rights(of_system, lambda one: one['at_zero']['result']).mean():.3f}"
+        control = np.mean([one["control"]["recall_at_1"]["mean"] for one in of_system.values()])
+        minutes = np.mean([one["minutes"] for one in of_system.values()])
+        cells = [_cell(value) for value in by_hops.values()]
+        steps = first["num_latent_steps"] if first["mode"] == "latent" else ""
+        last = [_cell(estimate(right)), zero, f"{control:.3f}", f"{minutes:.0f}"]
+        rows.append([system, len(of_system), steps, *cells, *last])
+    rule = next(iter(next(iter(runs.values())).values()))["result"]["best_rule"]
+    shown = [f"{rule['by_hops'][str(count)]['recall_at_1']:.2f}" for count in counts]
+    rows.append([f"best rule ({rule['rule']})", "", "", *shown, f"{rule['recall_at_1']:.2f}", "", "", ""])
+    columns = ["system", "seeds", "K", *(f"{count} hops" for count in counts), "all", "same model at K = 0"]
+    return markdown_table([*columns, "control", "minutes"], rows), numbers
+
+
+def _cell(value: Estimate) -> str:
+    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def judge(claim: Claim, runs: Runs) -> tuple[str, Estimate | None]:
+    """Whether a claim holds on a family, and the paired difference."""
+    if claim.better not in runs or claim.worse not in runs:
+        missing = [system for system in (claim.better, claim.worse) if system not in runs]
+        return f"not run ({', '.join(missing)})", None
+    seeds = sorted(set(runs[claim.better]) & set(runs[claim.worse]))
+    if not seeds:
+        return "not run (no seed in common)", None
+    pairs = [
+        rights({seed: runs[system][seed] for seed in seeds}, lambda one: one["result"])
+        for system in (claim.better, claim.worse)
+    ]
+    difference = estimate(pairs[0] - pairs[1])
+    if difference.low > -claim.margin and (claim.margin or difference.low > 0):
+        return "holds", difference
+    if difference.high < 0:
+        return "does not hold: the opposite", difference
+    return "does not hold: no difference that can be told from noise", difference
+
+
+def claims_table(claims: Sequence[Claim], families: dict[str, Runs]) -> tuple[str, list[dict[str, Any]]]:
+    """Every claim on every family as Markdown, and as numbers."""
+    rows, numbers = [], []
+    for claim in claims:
+        for family, runs in families.items():
+            verdict, difference = judge(claim, runs)
+            rows.append([claim.text, family, "" if difference is None else str(difference), verdict])
+            numbers.append({"claim": claim.text, "family": family, "verdict": verdict})
+            numbers[-1]["difference"] = None if difference is None else asdict(difference)
+    return markdown_table(["claim", "family", "difference in recall@1 [95 %]", "verdict"], rows), numbers
+
+
+def write_text(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The report as Markdown, its numbers, and the lines of a picture for each family."""
+    families = read_results(folder)
+    parts, numbers, lines = [], {}, {}
+    for family, runs in families.items():
+        first = next(iter(next(iter(runs.values())).values()))["result"]
+        num_hops = np.array(first["num_hops"])
+        table, of_family = family_table(runs, num_hops)
+        layers = first["num_layers"]
+        parts.append(
+            f"## {family}\n\n{first['num_queries']} test questions, {first['num_candidates']} candidates. The text "
+            f"model has {layers} layers: in a single pass it can follow {layers} hops if each layer follows one, and at most "
+            f"{2**layers - 1} if each doubles what the one before it has found.\n\n{table}"
+        )
+        numbers[family] = of_family
+        lines[family] = {"lines": of_family, "rule": first["best_rule"]}
+    told, numbers["claims"] = claims_table(CLAIMS, families)
+    parts.append(f"## What the paper says\n\nIts figures are MMEB-V2's, the differences are ours.\n\n{told}")
+    parts.append("Not testable at this scale:\n\n" + "\n".join(f"- {text}" for text in NOT_TESTABLE))
+    told, numbers["questions"] = claims_table(QUESTIONS, families)
+    parts.append(f"## What it does not say\n\n{told}")
+    return "\n\n".join(parts), numbers, lines
+
+
+def draw_families(path: Path, lines: dict[str, dict[str, Any]], systems: Sequence[str]) -> list[Path]:
+    """A picture per family: recall against hops, a line per system."""
+    written = []
+    for family, of_family in lines.items():
+        shown = {system: values for system, values in of_family["lines"].items() if system in systems}
+        file = path.with_name(f"{path.name}_{family}.png")
+        by_hops = {name: {k: v for k, v in values.items() if k != "all"} for name, values in shown.items()}
+        draw_hops(file, by_hops, of_family["rule"])
+        written.append(file)
+    return written
