@@ -179,8 +179,8 @@ def write_text(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, A
         layers = first["num_layers"]
         parts.append(
             f"## {family}\n\n{first['num_queries']} test questions, {first['num_candidates']} candidates. The text "
-            f"model has {layers} layers: in a single pass it can follow {layers} hops if each layer follows one, and at most "
-            f"{2**layers - 1} if each doubles what the one before it has found.\n\n{table}"
+            f"model has {layers} layers: in a single pass it can follow {layers} hops if each layer follows one, and "
+            f"at most {2**layers - 1} if each doubles what the one before it has found.\n\n{table}"
         )
         numbers[family] = of_family
         lines[family] = {"lines": of_family, "rule": first["best_rule"]}

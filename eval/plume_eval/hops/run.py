@@ -23,7 +23,7 @@ _ONE_HOP = "one hop"
 
 
 class HopsTask:
-    """The held-out half of a data set: questions, and the symbols to choose from."""
+    """A split of a data set: questions, and the symbols to choose from."""
 
     def __init__(self, folder: str | Path, limit: int | None = None, split: str = "test"):
         """Read a folder that `plume-eval hops make` wrote.
@@ -31,7 +31,7 @@ class HopsTask:
         Args:
             folder: holds `task.json` and the rows.
             limit: number of questions; None is all.
-            split: "test" or "validation".
+            split: "test", "validation" or "train".
 
         Raises:
             FileNotFoundError: the folder holds no data set.

@@ -111,7 +111,8 @@ class CutDecoder(CachedDecoder):
         Args:
             model: whose backbone reads.
             hidden: columns to hide, `[B, L]`.
-            num_steps: latent inputs that are read before; 0 hides them right behind the prefix.
+            num_steps: latent inputs that are read before, fewer than K (the last shares its pass with the read-out); 0
+                hides the columns right behind the prefix.
         """
         super().__init__(model.backbone)
         self.hidden, self.left = hidden, num_steps + 1

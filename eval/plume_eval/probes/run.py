@@ -8,7 +8,6 @@ Letters: Q questions, D hidden size, K latent steps, E routed experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -252,7 +251,7 @@ class Prober:
 
     def context_cut(self) -> Probe:
         """What the question is about, hidden after so many steps."""
-        rights = [self.is_right(self.read(cut_after=steps).vectors) for steps in range(self.steps + 1)]
+        rights = [self.is_right(self.read(cut_after=steps).vectors) for steps in range(self.steps)]
         rows = {str(steps): self.by_hops(right) for steps, right in enumerate(rights)}
         least = 0.95 * self.right.mean()
         enough = next((k for k, right in enumerate(rights) if right.mean() >= least), None)
@@ -261,7 +260,7 @@ class Prober:
             + (
                 f"hidden after {enough} steps it stays within 5 %, so that later steps do not look at it"
                 if enough is not None
-                else "even the read-out behind the last step looks at it"
+                else "even the last step, or the read-out behind it, looks at it"
             )
         )
         return Probe("context cut", {"recall": rows, "control": float(self.right.mean())}, verdict)
@@ -297,10 +296,7 @@ class Prober:
 
     def decoded_by_a_linear_probe(self) -> Probe:
         """The same by a linear map that learns from training questions; with shuffled labels as its control."""
-        file = self.task.folder / "train.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines()[:NUM_PROBE_ROWS]
-        train = HopsTask(self.task.folder)
-        train.rows = [json.loads(line) for line in lines]
+        train = HopsTask(self.task.folder, limit=NUM_PROBE_ROWS, split="train")
         learnt = Prober(self.model, train)
         learnt.steps = self.steps
         learnt.batches = self.encoded(train)

@@ -1,0 +1,87 @@
+"""The report of the grid: what it makes of results whose truth is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from plume_eval.__main__ import app
+from plume_eval.hops.report import CLAIMS, QUESTIONS, Claim, estimate, judge, read_results, rights
+from plume_hops import MAIN, mode_of, settings, systems
+
+HOPS = [1, 2] * 100
+
+
+def result(system, seed, share):
+    rng = np.random.default_rng([seed, int(1000 * share)])
+    right = "".join("1" if draw < share else "0" for draw in rng.random(len(HOPS)))
+    read = {"right": {"name": right}, "num_hops": HOPS, "num_queries": 200, "num_candidates": 9, "num_layers": 2}
+    read["best_rule"] = {"rule": "start", "recall_at_1": 0.1}
+    read["best_rule"]["by_hops"] = {count: {"rule": "start", "recall_at_1": 0.1} for count in "12"}
+    whole = {"family": "page", "system": system, "seed": seed, "mode": "latent", "num_latent_steps": 6, "minutes": 3.0}
+    return {**whole, "result": read, "at_zero": {"result": read}, "control": {"recall_at_1": {"mean": 0.9}}}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    for system, share in (("latent", 0.9), ("explicit", 0.9), ("parallel", 0.3), ("no_latents", 0.9)):
+        for seed in range(3):
+            folder = tmp_path / "runs" / str(seed) / system
+            folder.mkdir(parents=True)
+            (folder / "hops.json").write_text(json.dumps(result(system, seed, share)))
+    return tmp_path / "runs"
+
+
+def test_a_claim_is_judged_by_its_interval(grid):
+    runs = read_results(grid)["page"]
+    assert judge(Claim("", "latent", "parallel"), runs)[0] == "holds"
+    assert judge(Claim("", "parallel", "latent"), runs)[0] == "does not hold: the opposite"
+    assert judge(Claim("", "latent", "no_latents"), runs)[0].startswith("does not hold: no difference")
+    assert judge(Claim("", "latent", "explicit", margin=0.2), runs)[0] == "holds"
+    assert judge(Claim("", "latent", "single_pass"), runs) == ("not run (single_pass)", None)
+
+
+def test_intervals_grow_with_the_spread_of_seeds():
+    alike = np.tile([1.0, 0.0], (3, 100))
+    apart = np.stack([np.ones(200), np.zeros(200), np.tile([1.0, 0.0], 100)])
+    widths = [estimate(values).high - estimate(values).low for values in (alike, apart)]
+    assert estimate(alike).mean == estimate(apart).mean == 0.5
+    assert widths[1] > 3 * widths[0]
+
+
+def test_rights_are_in_the_order_of_seeds(grid):
+    runs = read_results(grid)["page"]["latent"]
+    assert rights(runs, lambda one: one["result"]).shape == (3, 200)
+
+
+def test_the_command_writes_tables_and_pictures(grid, tmp_path):
+    said = CliRunner().invoke(app, ["report", str(grid), "--out", str(tmp_path / "out")])
+    assert said.exit_code == 0, said.output
+    (table,) = (tmp_path / "out").glob("hops_*.md")
+    text = table.read_text()
+    assert "in a single pass it can follow 2 hops if each layer follows one, and at most 3" in text
+    assert "| the latent transition matters (61.6, without 58.8) | page |" in text
+    assert "not run (stages_1)" in text
+    assert "best rule (start)" in text
+    assert list((tmp_path / "out").glob("hops_*_page.png"))
+    wrong = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--out", str(tmp_path / "x")])
+    assert wrong.exit_code == 1
+    assert "holds no hops.json; run `plume-hops --out" in wrong.output
+
+
+def test_every_system_that_is_compared_is_a_configuration(tmp_path):
+    known = systems()
+    assert set(MAIN) <= set(known)
+    assert {system for claim in (*CLAIMS, *QUESTIONS) for system in (claim.better, claim.worse)} <= set(known)
+    for system in known:
+        args = settings(tmp_path, "video", 3, system)
+        assert str(args.output_dir) == str(tmp_path / "video" / "3" / system)
+        assert args.seed == 3
+        assert args.train_file[0] == str(tmp_path / "video" / "data" / "train.jsonl")
+        assert args.model.startswith(str(tmp_path / "video" / "3"))
+    assert mode_of(settings(tmp_path, "page", 0, "explicit")) == "explicit"
+    assert mode_of(settings(tmp_path, "page", 0, "no_latents")) == "single_pass"
+    assert mode_of(settings(tmp_path, "page", 0, "steps_2")) == "latent"
