@@ -63,13 +63,40 @@ class CachedDecoder(Decoder):
         self._read: list[ReplayableLayer] = [ReplayableLayer() for _ in self.text_model.layers]
 
     def feed(self, segment: Segment, *, with_layers: bool = False) -> Tensor:
+        return self._read_next(segment, None, with_layers)
+
+    def read_apart(self, segment: Segment, readable: Tensor) -> Tensor:
+        """Read a segment each of whose positions sees a part of the cache only, and forget it.
+
+        Args:
+            segment: what to read.
+            readable: True at what each position may read, `[B, n, cache + n]`.
+
+        Returns:
+            Hidden states after the final norm, `[B, n, D]`.
+
+        Raises:
+            ValueError: the attention implementation takes no such mask.
+        """
+        attention = self.text_model.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"attention {attention!r} takes no mask of its own per token; use sdpa or eager")
+        mask = readable[:, None]
+        if attention == "eager":
+            least = torch.finfo(torch.float32).min
+            mask = torch.zeros_like(mask, dtype=segment.embeds.dtype).masked_fill(~mask, least)
+        hidden = self._read_next(segment, mask, with_layers=False)
+        self.forget(segment)
+        return hidden
+
+    def _read_next(self, segment: Segment, attention_mask: Tensor | None, with_layers: bool) -> Tensor:
         self.mask = segment.mask if self.mask is None else torch.cat([self.mask, segment.mask], dim=1)
         if self.is_checkpointing:
             self._read = [layer.next() for layer in self._read]
             self.cache = Cache(layers=list(self._read))
         output = self.text_model(
             inputs_embeds=segment.embeds,
-            attention_mask=self._attention_mask(segment),
+            attention_mask=self._attention_mask(segment) if attention_mask is None else attention_mask,
             position_ids=segment.positions,
             past_key_values=self.cache,
             use_cache=not self.is_checkpointing,  # the cache is used if it is given; the flag only draws a warning

@@ -251,6 +251,7 @@ class PlumeOutput(ModelOutput):
     vision_states: of the vision tower before its merger, for a second pass over the same media; None without media.
     scalars: what `PlumeModel.loss_scalars` returned; None without it.
     num_latent_steps `[B]`: K of each row; with early exit, the steps that it took.
+    reconstruction_logits `[N, V]`: logits of the N labels of `reconstruction_labels` that are not -100, row by row.
     """
 
     embedding: Tensor | None = None
@@ -262,6 +263,7 @@ class PlumeOutput(ModelOutput):
     vision_states: Tensor | None = None
     scalars: Tensor | None = None
     num_latent_steps: Tensor | None = None
+    reconstruction_logits: Tensor | None = None
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from plume.model.interface import (
     read_out_column,
 )
 from plume.model.loading import PlumePreTrainedModel
+from plume.model.reconstruction import Reconstruction
 from plume.model.rollout import Rollout, rollout
 from plume.model.transition import build_adapter, mean_row_norm, scaled
 
@@ -108,6 +109,8 @@ class PlumeModel(PlumePreTrainedModel):
         vision_states: Tensor | None = None,
         keep_layers: bool = False,
         touch_all: bool = False,
+        reconstruction: Mapping[str, Any] | None = None,
+        reconstruction_labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -133,6 +136,9 @@ class PlumeModel(PlumePreTrainedModel):
             keep_layers: return the hidden states of all layers at `<gen_emb>`.
             touch_all: involve, with weight zero, also the parts that this batch does not need (vision tower, adapter,
                 head). Processes that train together must run the same parts, in the same order.
+            reconstruction: text that is to be said from latent steps alone, in training: the fields of
+                `plume.model.reconstruction.Reconstruction`.
+            reconstruction_labels: its tokens to predict, -100 elsewhere, `[B, R]`.
             inputs_embeds: accepted as None because peft passes it, like the two below.
             output_attentions: as None or False.
             output_hidden_states: as None or False.
@@ -163,7 +169,11 @@ class PlumeModel(PlumePreTrainedModel):
             max_latent_steps=max_latent_steps,
         )
         vision = vision_features(self.backbone, inputs.media, states=vision_states, touch=touch_all)
-        _, result = self.roll_out(inputs, vision, keep_layers=keep_layers)
+        decoder, result = self.roll_out(inputs, vision, keep_layers=keep_layers)
+        said = None
+        if reconstruction is not None and reconstruction_labels is not None:
+            said = self._said_from_latents(decoder, inputs, result, Reconstruction(**reconstruction))
+            said = said[reconstruction_labels != -100]
         rows = torch.arange(len(input_ids), device=input_ids.device)
         column = read_out_column(self.config, inputs.suffix_ids, inputs.suffix_mask)
         read_out = result.suffix[rows, column]  # [B, D]
@@ -179,6 +189,7 @@ class PlumeModel(PlumePreTrainedModel):
             vision_states=vision.states,
             scalars=None if self.loss_scalars is None else self.loss_scalars(),
             num_latent_steps=result.num_latent_steps,
+            reconstruction_logits=None if said is None else self.logits(said),
         )
 
     def read_inputs(self, batch: Mapping[str, Any], **settings: Any) -> ModelInputs:
@@ -304,6 +315,17 @@ class PlumeModel(PlumePreTrainedModel):
         # Token j of the suffix is predicted one position before it: the first by the last latent state.
         before = torch.cat([last_state[:, None], suffix[:, :-1]], dim=1)  # [B, S, D]
         return self.logits(before[labels != -100])
+
+    def _said_from_latents(
+        self, decoder: Decoder, inputs: ModelInputs, result: Rollout, reconstruction: Reconstruction
+    ) -> Tensor:
+        """Hidden states of text that sees latent steps alone, `[B, R, D]`."""
+        assert isinstance(decoder, CachedDecoder)
+        steps, num_suffix = result.num_latent_steps, inputs.suffix_ids.shape[1]
+        start = result.next_position - steps - num_suffix
+        segment = reconstruction.segment(self.embed_tokens(reconstruction.ids), start, steps)
+        length, most_steps = inputs.prefix_ids.shape[1], inputs.max_latent_steps
+        return decoder.read_apart(segment, reconstruction.readable(steps, length, most_steps, num_suffix))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -21,6 +21,7 @@ from plume_train.objective.gradcache import Step
 from plume_train.objective.objective import Objective
 
 EVERY_TERM = {
+    "reconstruct_weight": 0.4,
     "matryoshka_dims": [8, 32],
     "matryoshka_weight": 0.7,
     "per_step_weight": 0.5,
@@ -84,6 +85,8 @@ def batch_of(model, rows, args, draws, chosen=range(6)):
         micro_batch_size=args.micro_batch_size,
         num_negatives=args.num_negatives,
         with_teacher=args.distillation_weight > 0,
+        reconstruct=args.reconstruct if args.reconstruct_weight else None,
+        reconstruct_sees=args.reconstruct_sees,
     )
     batch = collate([rows[Draw(row, *draws[row], most, 4)] for row in chosen])
     for one in (one for passes in batch["passes"].values() for one in passes):

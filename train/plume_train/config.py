@@ -211,6 +211,15 @@ class PlumeTrainingArguments(TrainingArguments):
     teacher_cross_entropy_weight: float = 1.0
     """Of the cross-entropy of the written reasoning that distillation learns from."""
 
+    reconstruct_weight: float = 0.0
+    """Of the cross-entropy of text that is said from latent steps alone (SIM-CoT, BToks); one more pass per side."""
+
+    reconstruct: Literal["rationale", "target"] = "rationale"
+    """What they are to say: the sentences that they stand for, or the text of the target."""
+
+    reconstruct_sees: Literal["own_step", "up_to_step", "all"] = "own_step"
+    """Which latent steps a sentence sees: those that stand for it, those and the earlier ones, or all."""
+
     train_vision: bool = False
     """Whether the vision tower learns too; the published training froze it."""
 
@@ -341,6 +350,11 @@ class PlumeTrainingArguments(TrainingArguments):
             raise SettingsError(
                 "advance=settled needs a validation_file, whose loss decides; set one or advance=schedule"
             )
+        if self.reconstruct_weight and self.reconstruct == "target" and self.reconstruct_sees != "all":
+            raise SettingsError(
+                f"reconstruct=target is one text, for which no step stands; set reconstruct_sees=all instead of "
+                f"{self.reconstruct_sees}"
+            )
         if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
             raise SettingsError("matryoshka_dims and matryoshka_weight go together; set both or neither")
         for name, least in (("temperature", 1e-6), ("mixing_temperature", 1e-3), ("validate_every", 1)):
@@ -409,6 +423,7 @@ class PlumeTrainingArguments(TrainingArguments):
             ("random_steps", self.random_steps and not is_latent, "no stage is fully latent"),
             ("per_step_weight", self.per_step_weight and not any(steps), "no stage has latent steps"),
             ("distillation_weight", self.distillation_weight and not any(steps), "no stage has latent steps"),
+            ("reconstruct_weight", self.reconstruct_weight and not any(steps), "no stage has latent steps"),
             ("optimizer_reset", self.optimizer_reset != "none" and len(steps) == 1, "there is one stage"),
             ("rewarmup_steps", self.rewarmup_steps and len(steps) == 1, "there is one stage"),
             ("num_negatives", self.num_negatives and not has_negatives, "no row has hard negatives"),

@@ -72,6 +72,8 @@ class PlumeTrainer(Trainer):
             with_teacher=args.distillation_weight > 0,
             touch_all=args.world_size > 1,
             last_state_predicts=args.last_state_predicts,
+            reconstruct=args.reconstruct if args.reconstruct_weight else None,
+            reconstruct_sees=args.reconstruct_sees,
             on_bad_row=args.on_bad_row,
             num_cached_images=args.num_cached_images,
         )

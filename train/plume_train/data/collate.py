@@ -15,6 +15,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -24,13 +25,17 @@ from plume.inputs.images import load_image
 from plume.inputs.item import Item
 from plume.inputs.processor import PlumeProcessor
 from plume.inputs.video import Video, load_video
+from plume.model.reconstruction import Sees
+from plume.tokens import LATENT_END
 from plume_train.curriculum import Curriculum
 from plume_train.data.records import OnBadRow, Records
 from plume_train.data.rows import EMPTY, Record, RowError, Side, VideoSource, is_video_file
 from plume_train.data.sampler import Draw
+from plume_train.data.segment import segments
 from plume_train.data.target import write_target
 
 Role = Literal["query", "target", "negative"]
+Reconstruct = Literal["rationale", "target"]
 LastStatePredicts = Literal["latent_end", "next_word", "nothing"]
 
 #: Sides that are taught to write, and whose gates are balanced.
@@ -113,6 +118,8 @@ class PairCollator:
         with_teacher: bool = False,
         touch_all: bool = False,
         last_state_predicts: LastStatePredicts = "latent_end",
+        reconstruct: Reconstruct | None = None,
+        reconstruct_sees: Sees = "own_step",
         on_bad_row: OnBadRow = "error",
         num_cached_images: int = 0,
     ):
@@ -127,6 +134,8 @@ class PairCollator:
             with_teacher: whether to add the explicit pass that distillation needs.
             touch_all: whether every pass is to involve every part of the model, for several processes.
             last_state_predicts: what the last latent state of a row learns to predict.
+            reconstruct: what is to be said from latent steps alone; None: nothing.
+            reconstruct_sees: which latent steps it sees.
             on_bad_row: what to do where media cannot be decoded: raise, or leave the entry of the pair empty.
             num_cached_images: processed images to hold in memory, in each worker; for small data sets.
         """
@@ -138,6 +147,8 @@ class PairCollator:
         self.with_teacher = with_teacher
         self.touch_all = touch_all
         self.last_state_predicts: LastStatePredicts = last_state_predicts
+        self.reconstruct: Reconstruct | None = reconstruct
+        self.reconstruct_sees: Sees = reconstruct_sees
         self.on_bad_row: OnBadRow = on_bad_row
         self._media = MediaLoader(processor, num_cached_images)
 
@@ -195,7 +206,7 @@ class PairCollator:
             if record.error:
                 raise RowError(record.error)
             entries: dict[Role, list[_Entry]] = {
-                role: [self._entry(side, draw, record.where) for side in of] for role, of in sides.items()
+                role: [self._entry(side, draw, record) for side in of] for role, of in sides.items()
             }
         except (InputError, RowError) as error:
             if self.on_bad_row == "error":
@@ -206,9 +217,11 @@ class PairCollator:
             entries["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(entries["negative"]))]
         return entries
 
-    def _entry(self, side: Side, draw: Draw, where: str) -> _Entry:
-        item, vision = self._media.load(side, where)
-        return _Entry(side, draw, item, vision, counts=True)
+    def _entry(self, side: Side, draw: Draw, record: Record) -> _Entry:
+        item, vision = self._media.load(side, record.where)
+        target = record.target
+        wanted = target.text if target is not None and not target.images and not target.videos else ""
+        return _Entry(side, draw, item, vision, counts=True, wanted=wanted)
 
     def _empty(self, draw: Draw) -> _Entry:
         item, vision = self._media.load(EMPTY, "an empty place")
@@ -223,6 +236,8 @@ class PairCollator:
             "max_latent_steps": most_steps,
             "touch_all": self.touch_all,
         }
+        if self.reconstruct is not None and most_steps and role in SUPERVISED:
+            inputs |= self._reconstruction(role, entries)
         result = Pass(inputs=inputs, counts=_counts(entries))
         if self.with_teacher and most_steps and role in SUPERVISED:
             inputs["keep_layers"] = True
@@ -248,6 +263,39 @@ class PairCollator:
             written["labels"] = self._labels(suffixes).masked_fill(~_counts(entries)[:, None], -100)
         return written
 
+    def _reconstruction(self, role: Role, entries: Sequence[_Entry]) -> dict[str, Any]:
+        """What some rows are to say from their latent steps, group by group; one empty column where it is nothing."""
+        ids, labels, groups, places = [], [], [], []
+        for entry in entries:
+            row: list[list[int]] = [[], [], [], []]
+            for group, text in enumerate(self._said(role, entry)):
+                if text.strip() and entry.counts:
+                    tokens = self.processor.suffix_ids(LATENT_END + text)
+                    read, count = tokens[:-1], len(tokens) - 1
+                    for column, values in zip(row, (read, tokens[1:], [group] * count, range(count)), strict=True):
+                        column.extend(values)
+            for column, values in zip((ids, labels, groups, places), row, strict=True):
+                column.append(torch.tensor(values, dtype=torch.long))
+        width = max(max(map(len, ids)), 1)
+        padded = [
+            torch.stack([F.pad(row, (0, width - len(row)), value=empty) for row in column])
+            for column, empty in ((ids, 0), (labels, -100), (groups, -1), (places, 0))
+        ]
+        steps = self.curriculum.steps_per_segment if self.reconstruct == "rationale" else 1
+        named = dict(zip(("ids", "groups", "places"), (padded[0], *padded[2:]), strict=True))
+        return {
+            "reconstruction": {**named, "sees": self.reconstruct_sees, "steps_per_group": max(steps, 1)},
+            "reconstruction_labels": padded[1],
+        }
+
+    def _said(self, role: Role, entry: _Entry) -> list[str]:
+        """The segments that latent steps stand for, or the text of the target."""
+        if self.reconstruct == "target":
+            return [entry.wanted] if role == "query" else []
+        curriculum, stage = self.curriculum, self.curriculum.stages[entry.draw.stage]
+        parts = segments(entry.side.rationale, curriculum.num_segments, whole_sentences=curriculum.whole_sentences)
+        return parts[: curriculum.num_replaced_segments(stage)]
+
     def _labels(self, suffixes: list[Tensor]) -> Tensor:
         """Every token of a suffix is predicted one position before it, the first by the last latent state."""
         labels = pad_sequence(suffixes, batch_first=True, padding_value=-100)
@@ -261,13 +309,17 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One side of a row, ready to be joined with others; `item` holds stand-ins for the media in `vision`."""
+    """One side of a row, ready to be joined with others; `item` holds stand-ins for the media in `vision`.
+
+    wanted: the row's target where it is a text alone.
+    """
 
     side: Side
     draw: Draw
     item: Item
     vision: dict[str, Tensor]
     counts: bool
+    wanted: str = ""
 
 
 class MediaLoader:

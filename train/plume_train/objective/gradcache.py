@@ -86,7 +86,7 @@ class Step:
         for role, micro_batch in passes:
             replays.append(RandContext(*micro_batch["inputs"].values()))
             with torch.no_grad():
-                output = self._run(**{**micro_batch["inputs"], "labels": None})
+                output = self._run(**{**micro_batch["inputs"], "labels": None, "reconstruction_labels": None})
                 self._observe(role, output, micro_batch)
                 vectors = self.objective.represent(output, micro_batch)
             representations.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})

@@ -110,9 +110,18 @@ class Objective:
             assert output.suffix_logits is not None
             assert num_rows is not None
             parts["cross_entropy"] = suffix_cross_entropy(output.suffix_logits, inputs["labels"], num_rows)
+        if output.reconstruction_logits is not None:
+            assert num_rows is not None
+            labels = inputs["reconstruction_labels"]
+            parts["reconstruct"] = suffix_cross_entropy(output.reconstruction_logits, labels, num_rows)
         if "teacher" in micro_batch:
             written = run(
-                **{**inputs, **micro_batch["teacher"], "keep_layers": True, "vision_states": output.vision_states}
+                **{
+                    **{name: value for name, value in inputs.items() if not name.startswith("reconstruction")},
+                    **micro_batch["teacher"],
+                    "keep_layers": True,
+                    "vision_states": output.vision_states,
+                }
             )
             assert num_rows is not None
             assert output.read_out_layers is not None
