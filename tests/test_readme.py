@@ -33,8 +33,9 @@ def after_demo(tmp_path, monkeypatch, plume_folder, hops_folder, backbone_folder
     shutil.copytree(plume_folder, demo / "latent")
     shutil.copytree(hops_folder, demo / "data")
     shutil.copytree(backbone_folder, demo / "backbone")
-    pages = demo / "data" / "images" / "pages"
-    shutil.copy(pages / "000000.png", pages / "004000.png")  # the first held-out page of the demo
+    media = demo / "data" / "media"
+    (media / "004").mkdir()
+    shutil.copy(media / "000" / "000000.png", media / "004" / "004000.png")  # the first held-out page of the demo
     write_examples(demo / "files", demo / "data")
     (tmp_path / "CUDAOUTOFMEMORY").mkdir()
     save_published(tmp_path / "CUDAOUTOFMEMORY" / "PLUME-Qwen2-VL-2B")

@@ -272,6 +272,7 @@ def main() -> None:
         "min_hops": options.num_hops,
         "max_hops": options.num_hops,
         "forms": ("tiles",),
+        "composed_share": 0.0,
     }
     prepare(out, options.seed, sizes)
     curves = train_all(out, options.seed, options.num_hops, options.ablations)

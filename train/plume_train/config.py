@@ -85,7 +85,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Folder that media paths are relative to; None is the folder of each file."""
 
     media_root_only: bool = False
-    """Refuse rows whose media lie outside that folder: absolute paths, `..`, links that lead out of it."""
+    """Refuse rows whose media lie outside that folder; absolute paths, `..`, links that lead out of it."""
 
     num_cached_images: int = 0
     """Processed images to hold in memory, per data-loader worker."""
@@ -100,7 +100,8 @@ class PlumeTrainingArguments(TrainingArguments):
     """A task of n rows is seen in proportion to n^(1/T), T being this; larger values make tasks more alike."""
 
     plume_config: dict | str | None = field(default_factory=dict)
-    """Fields of `PlumeConfig` for a model that starts from a stock checkpoint; JSON on the command line."""
+    """Fields of `PlumeConfig` for a model from a stock checkpoint; of a plume one those that say how latent inputs are
+    made; JSON on the command line."""
 
     curriculum: Literal["paper", "published", "explicit", "direct"] = "paper"
     """Stages by name; `stage_ratios` and `stage_shares` override it."""
@@ -118,20 +119,20 @@ class PlumeTrainingArguments(TrainingArguments):
     """c, latent steps that stand for one segment; the largest K is S c."""
 
     whole_sentences: bool = False
-    """Whether a rationale with fewer sentences than segments leaves the last ones empty, instead of being cut."""
+    """Whether a rationale of few sentences leaves the last segments empty; otherwise it is cut within sentences."""
 
     mix_earlier: float = 0.0
     """Probability that a row is trained at an earlier stage, each equally likely."""
 
     random_steps: bool = False
-    """Whether fully latent stages draw K from 1 to M for each batch, so that any K works at inference."""
+    """Whether batches of fully latent stages draw K from 1 to M; any K then works at inference."""
 
     advance: Literal["schedule", "settled", "explicit_recall"] = "schedule"
     """When a stage ends: at its share of the steps; or before that once the validation loss has settled; or, for the
     explicit one, not before recall after the model's own written rationale is good enough, in an evaluation."""
 
     explicit_recall: float = 0.9
-    """What `recall_at_1_explicit` of the evaluation must reach with advance=explicit_recall."""
+    """The `recall_at_1_explicit` of the evaluation that ends the explicit stage; with advance=explicit_recall."""
 
     settle_patience: int = 3
     """Validations in a row without improvement after which a stage counts as settled."""
@@ -143,7 +144,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Steps between validations, where there is a `validation_file`."""
 
     optimizer_reset: Literal["none", "full"] = "none"
-    """At a change of stage: keep the optimiser's state, or drop it (for AdamW what the published code does)."""
+    """At a change of stage: keep the optimiser's state, or drop it; for AdamW what the published code does."""
 
     rewarmup_steps: int = 0
     """Steps over which the learning rate rises again after a change of stage."""
@@ -176,7 +177,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Contrastive logits are divided by it; with "sigmoid" the loss learns its own factor and bias instead."""
 
     learn_temperature: bool = False
-    """Whether the temperature is learnt, one for each contrastive term, from `temperature` on."""
+    """Whether one temperature per contrastive term is learnt; from `temperature` on."""
 
     matryoshka_dims: list[int] = field(default_factory=list)
     """Lengths at which a cut embedding must work too; their loss has `matryoshka_weight`."""
@@ -215,10 +216,10 @@ class PlumeTrainingArguments(TrainingArguments):
     """Of the cross-entropy of text that is said from latent steps alone (SIM-CoT, BToks); one more pass per side."""
 
     reconstruct: Literal["rationale", "target"] = "rationale"
-    """What they are to say: the sentences that they stand for, or the text of the target."""
+    """What they say: the sentences that they stand for, or the target's text."""
 
     reconstruct_sees: Literal["own_step", "up_to_step", "all"] = "own_step"
-    """Which latent steps a sentence sees: those that stand for it, those and the earlier ones, or all."""
+    """Which steps a sentence sees; those that stand for it, those and the earlier ones, or all."""
 
     train_vision: bool = False
     """Whether the vision tower learns too; the published training froze it."""

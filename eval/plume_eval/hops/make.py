@@ -36,8 +36,6 @@ TargetForm = Literal["name", "picture"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (PAGE, IMAGE, VIDEO, TEXT)}
 
-#: Of the questions about something seen, the share that shows its start instead of naming it.
-COMPOSED_SHARE = 0.25
 #: Puzzles that are drawn for one record until it is given up that they are new.
 _TRIES = 50
 _SYMBOLS_OF_A_CAPTION = 4
@@ -51,6 +49,7 @@ class Sizes:
     min_hops, max_hops: as many records of each number of hops between them.
     num_symbols, num_distractors: see `Difficulty`; None takes the family's.
     forms: of the family; None takes all.
+    composed_share: of the questions about something seen, how many show their start instead of naming it.
     """
 
     num_train: int = 4000
@@ -61,6 +60,7 @@ class Sizes:
     num_symbols: int | None = None
     num_distractors: int | None = None
     forms: tuple[str, ...] | None = None
+    composed_share: float = 0.25
 
 
 def make_task(
@@ -172,7 +172,7 @@ class _Writer:
 
     def question_row(self, puzzle: Puzzle, form: TargetForm, media: dict, index: int) -> dict[str, Any]:
         """A question with its reasoning and its answer."""
-        is_composed = bool(media) and Random(f"{self.seed}/composed/{index}").random() < COMPOSED_SHARE
+        is_composed = bool(media) and Random(f"{self.seed}/composed/{index}").random() < self.sizes.composed_share
         start = "this one" if is_composed else puzzle.path[0]
         text = " ".join(part for part in (puzzle.facts, puzzle.question.replace(START, start)) if part)
         if is_composed:
@@ -224,7 +224,9 @@ class _Writer:
 
     def settings(self) -> dict[str, Any]:
         """What the set is made of, and the words that a tokenizer should know."""
-        sizes = {name: value for name, value in vars(self.sizes).items() if name.startswith(("num_t", "num_v", "m"))}
+        sizes = {
+            name: value for name, value in vars(self.sizes).items() if name.startswith(("num_t", "num_v", "m", "c"))
+        }
         numbers = [str(number) for number in range(max(20, self.sizes.max_hops + self.difficulty.num_distractors + 2))]
         return {
             "task": self.family.name,
@@ -248,7 +250,8 @@ def write_examples(folder: Path, data: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("red-disc follows blue-square\n", encoding="utf-8")
     pages[0].save(folder / "photo.png")
-    pages[0].save(folder / "clip.gif", save_all=True, append_images=pages[1:], duration=500)
+    frames = [page.resize(pages[0].size, Image.Resampling.NEAREST) for page in pages]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
     sheets = [page.convert("RGB").resize((300, 300), Image.Resampling.NEAREST) for page in pages[:2]]
     sheets[0].save(folder / "report.pdf", save_all=True, append_images=sheets[1:])
 

@@ -154,5 +154,6 @@ def _from_text(form: str, text: str) -> str:
         new = {b for a, b in facts if a == node} - reached
         reached |= new
         queue += new
-    (answer,) = [word for word in re.findall(r"\ba ([a-z]+)", asked) if word in reached]
+    choices = re.search(r"\ba ([a-z]+) or ([a-z]+)", asked).groups()
+    (answer,) = [word for word in choices if word in reached]
     return answer
