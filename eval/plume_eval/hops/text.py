@@ -11,6 +11,7 @@ graph   as in ProsQA (Hao et al., arXiv 2412.06769): a directed acyclic graph in
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
@@ -23,7 +24,7 @@ QUESTIONS = ("what is {start} %d steps on", "go %d steps on from {start}", "star
 CHOICES = ("is {start} a %s or %s", "which is {start} a %s or %s")
 #: Of the nodes of a graph: how many come from one root, from the other, from either; and the mean number of parents.
 _FROM_ONE, _FROM_OTHER, _PARENTS = 0.35, 0.7, 1.9
-_TRIES = 10_000
+_TRIES = 1000
 
 Fact = tuple[str, str]
 """Something, and what it is."""
@@ -66,46 +67,53 @@ def graph_puzzle(names: Sequence[str], people: Sequence[str], num_nodes: int, nu
     Raises:
         ValueError: no such graph was found.
     """
-    for _ in range(_TRIES):
-        edges, origin, distance = _random_graph(num_nodes, rng)
-        ends = [node for node, steps in enumerate(distance) if steps == num_hops and origin[node] == 1]
-        if not ends:
-            continue
+    for _ in range(_TRIES if num_hops < num_nodes - 2 else 0):
+        edges, origin, way = _random_graph(num_nodes, num_hops, rng)
         others = [node for node in range(2, num_nodes) if origin[node] == 2]
-        roots = {a for a, _ in edges} - {b for _, b in edges} | {0, 1}
-        concepts_needed = len({node for edge in edges for node in edge} | roots) - len(roots)
-        if ends and others and len(roots) <= len(people) and concepts_needed <= len(names):
+        nodes = sorted({node for edge in edges for node in edge} | {0, 1})
+        roots = [node for node in nodes if node not in {b for _, b in edges}]
+        if others and len(roots) <= len(people) and len(nodes) - len(roots) <= len(names):
             break
     else:
         raise ValueError(f"{num_nodes} nodes give no graph with a path of {num_hops} hops; raise num_symbols")
     of_people, of_concepts = rng.sample(list(people), len(roots)), iter(rng.sample(list(names), len(names)))
-    nodes = sorted({node for edge in edges for node in edge} | roots)
     called = {node: of_people.pop() if node in roots else next(of_concepts) for node in nodes}
-    end, other = rng.choice(ends), rng.choice(others)
-    path = [called[node] for node in _shortest(end, edges, distance, rng)]
-    choices = rng.sample([called[end], called[other]], 2)
+    # The wrong one is part of as many facts as the right one, nearly, so that counting does not tell them apart.
+    uses = Counter((node, side) for edge in edges for side, node in enumerate(edge))
+    rng.shuffle(others)
+    other = min(others, key=lambda node: sum(abs(uses[node, side] - uses[way[-1], side]) for side in (0, 1)))
+    path = [called[node] for node in way]
+    choices = rng.sample([path[-1], called[other]], 2)
     facts = [(called[a], called[b]) for a, b in edges]
     question = rng.choice(CHOICES) % tuple(choices)
     return _puzzle("graph", facts, path, called[other], question, rng, choices)
 
 
-def _random_graph(size: int, rng: Random) -> tuple[list[tuple[int, int]], list[int], list[float]]:
-    """Edges from earlier to later nodes; which root leads to each node; its distance from root 0.
+def _random_graph(size: int, num_hops: int, rng: Random) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Edges from earlier to later nodes; which root leads to each node; a shortest path from root 0, its nodes.
 
     Nodes 0 and 1 are the roots; 1, 2, 3 and 0 mean that the first, the second, both or neither leads there. Parents of
     a new node are nodes of one origin, of the other, or of any, deep ones rather than shallow ones, so that paths
-    become long.
+    become long. A node of the path has the one before it among its parents, and none that the first root reaches sooner
+    or that the second one reaches.
     """
+    way = [0, *sorted(rng.sample(range(2, size), num_hops))]
+    before = dict(zip(way[1:], way, strict=False))
     edges: list[tuple[int, int]] = []
     origin, depth, distance = [1, 2], [0, 0], [0.0, math.inf]
     for node in range(2, size):
         count = sum(rng.random() < _PARENTS / 6 for _ in range(6))  # close to a Poisson number
         draw = rng.random()
         allowed = {0, 1} if draw <= _FROM_ONE else {0, 2} if draw <= _FROM_OTHER else {0, 1, 2, 3}
-        pool = [parent for parent in range(node) if origin[parent] in allowed]
-        parents: set[int] = set()
+        parents = {before[node]} if node in before else set()
+        if node in before:
+            least = distance[before[node]]
+            pool = [parent for parent in range(node) if origin[parent] < 2 and distance[parent] >= least]
+        else:
+            pool = [parent for parent in range(node) if origin[parent] in allowed]
+        weights = [1 + 1.5 * depth[parent] for parent in pool]
         while len(parents) < min(count, len(pool)):
-            parents.add(rng.choices(pool, [1 + 1.5 * depth[parent] for parent in pool])[0])
+            parents.add(rng.choices(pool, weights)[0])
         edges += [(parent, node) for parent in sorted(parents)]
         reach = 0
         for parent in parents:
@@ -113,15 +121,7 @@ def _random_graph(size: int, rng: Random) -> tuple[list[tuple[int, int]], list[i
         origin.append(reach)
         depth.append(1 + max((depth[parent] for parent in parents), default=-1))
         distance.append(1 + min((distance[parent] for parent in parents), default=math.inf))
-    return edges, origin, distance
-
-
-def _shortest(end: int, edges: Sequence[tuple[int, int]], distance: Sequence[float], rng: Random) -> list[int]:
-    """One of the shortest paths from node 0."""
-    way = [end]
-    while way[0] != 0:
-        way.insert(0, rng.choice([a for a, b in edges if b == way[0] and distance[a] == distance[b] - 1]))
-    return way
+    return edges, origin, way
 
 
 def _puzzle(
