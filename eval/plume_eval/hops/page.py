@@ -1,8 +1,9 @@
 """The family "page": follow a table of symbols several times.
 
 A page shows keys, each with a value. The values of the keys that can be reached from a start form one cycle, so that a
-path meets no symbol twice, every symbol is a value once, and nothing but following tells them apart; distractors form
-cycles of their own. Three forms:
+path meets no symbol twice, every symbol is a value once, and nothing but following tells them apart. The cycle has at
+least twice as many symbols as there are hops at most, so that no answer is nearer backwards. Distractors form a cycle
+of their own. Three forms:
 
     tiles   a tile per row, key and value side by side, in two to five columns
     words   the same in writing, in one of several fonts
@@ -34,7 +35,7 @@ Rows = list[tuple[Symbol, Symbol]]
 
 def check(difficulty: Difficulty) -> None:
     """Refuse a page without a path long enough."""
-    need_symbols(difficulty, difficulty.max_hops + 2 + difficulty.num_distractors)
+    need_symbols(difficulty, max(2 * difficulty.max_hops, difficulty.max_hops + 2) + difficulty.num_distractors)
     if difficulty.num_distractors == 1:
         raise ValueError("num_distractors must not be 1, since a row of a page leads to another; ask for 0 or for 2")
 
@@ -110,7 +111,7 @@ PAGE = Family(
     symbols=alphabet,
     make=make,
     check=check,
-    num_symbols=9,
+    num_symbols=16,
     num_distractors=0,
     words=("start", "at", "and", "follow", "the", "table", "times", "from", "which", "one", "is", "rows", "on"),
 )

@@ -11,7 +11,6 @@ graph   as in ProsQA (Hao et al., arXiv 2412.06769): a directed acyclic graph in
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
@@ -32,7 +31,7 @@ Fact = tuple[str, str]
 
 def check(difficulty: Difficulty) -> None:
     """Refuse too few concepts."""
-    need_symbols(difficulty, 2 * (difficulty.max_hops + 1) + difficulty.num_distractors)
+    need_symbols(difficulty, max(2 * difficulty.max_hops, 3) + difficulty.num_distractors)
 
 
 def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:
@@ -43,10 +42,10 @@ def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Rando
 
 def _chain(names: list[str], difficulty: Difficulty, rng: Random) -> Puzzle:
     order, people = rng.sample(names, len(names)), rng.sample(NAMES, 2)
-    cut = len(order) // 2
-    chains = [[people[0], *order[:cut]], [people[1], *order[cut:]]]
-    facts = [(a, b) for chain in chains for a, b in pairwise(chain)]
-    *path, beyond = chains[0][: difficulty.num_hops + 2]
+    cut = len(order) - difficulty.num_distractors
+    facts = [fact for cycle in (order[:cut], order[cut:]) for fact in pairwise([*cycle, *cycle[:1]])]
+    facts += [(people[0], order[0]), (people[1], rng.choice(order))]
+    path, beyond = [people[0], *order[: difficulty.num_hops]], order[difficulty.num_hops]
     return _puzzle("chain", facts, path, beyond, rng.choice(QUESTIONS) % difficulty.num_hops, rng)
 
 
@@ -67,51 +66,51 @@ def graph_puzzle(names: Sequence[str], people: Sequence[str], num_nodes: int, nu
     Raises:
         ValueError: no such graph was found.
     """
-    for _ in range(_TRIES if num_hops < num_nodes - 2 else 0):
-        edges, origin, way = _random_graph(num_nodes, num_hops, rng)
-        others = [node for node in range(2, num_nodes) if origin[node] == 2]
-        nodes = sorted({node for edge in edges for node in edge} | {0, 1})
+    if 2 * num_hops > num_nodes - 2:
+        raise ValueError(f"{num_nodes} nodes give no two paths of {num_hops} hops; raise num_symbols")
+    for _ in range(_TRIES):
+        edges, ways = _random_graph(num_nodes, num_hops, rng)
+        nodes = sorted({node for edge in edges for node in edge})
         roots = [node for node in nodes if node not in {b for _, b in edges}]
-        if others and len(roots) <= len(people) and len(nodes) - len(roots) <= len(names):
+        if len(roots) <= len(people) and len(nodes) - len(roots) <= len(names):
             break
     else:
-        raise ValueError(f"{num_nodes} nodes give no graph with a path of {num_hops} hops; raise num_symbols")
+        raise ValueError(f"{len(names)} and {len(people)} names are too few for graphs of {num_nodes} nodes; add some")
     of_people, of_concepts = rng.sample(list(people), len(roots)), iter(rng.sample(list(names), len(names)))
     called = {node: of_people.pop() if node in roots else next(of_concepts) for node in nodes}
-    # The wrong one is part of as many facts as the right one, nearly, so that counting does not tell them apart.
-    uses = Counter((node, side) for edge in edges for side, node in enumerate(edge))
-    rng.shuffle(others)
-    other = min(others, key=lambda node: sum(abs(uses[node, side] - uses[way[-1], side]) for side in (0, 1)))
-    path = [called[node] for node in way]
-    choices = rng.sample([path[-1], called[other]], 2)
+    path, wrong = ([called[node] for node in way] for way in ways)
+    choices = rng.sample([path[-1], wrong[-1]], 2)
     facts = [(called[a], called[b]) for a, b in edges]
     question = rng.choice(CHOICES) % tuple(choices)
-    return _puzzle("graph", facts, path, called[other], question, rng, choices)
+    return _puzzle("graph", facts, path, wrong[-1], question, rng, choices)
 
 
-def _random_graph(size: int, num_hops: int, rng: Random) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Edges from earlier to later nodes; which root leads to each node; a shortest path from root 0, its nodes.
+def _random_graph(size: int, num_hops: int, rng: Random) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """Edges from earlier to later nodes, and of each of two roots the nodes of a shortest path of so many hops.
 
-    Nodes 0 and 1 are the roots; 1, 2, 3 and 0 mean that the first, the second, both or neither leads there. Parents of
-    a new node are nodes of one origin, of the other, or of any, deep ones rather than shallow ones, so that paths
-    become long. A node of the path has the one before it among its parents, and none that the first root reaches sooner
-    or that the second one reaches.
+    Nodes 0 and 1 are the roots. Parents of a new node are nodes that the one, the other or any root leads to, deep ones
+    rather than shallow ones, so that paths become long. A node of a path has the one before it among its parents, and
+    none that its root reaches sooner or that the other root reaches. Both paths are made alike, so that nothing but
+    following tells which root leads to which end.
     """
-    way = [0, *sorted(rng.sample(range(2, size), num_hops))]
-    before = dict(zip(way[1:], way, strict=False))
+    chosen = rng.sample(range(2, size), 2 * num_hops)
+    ways = [[0, *sorted(chosen[:num_hops])], [1, *sorted(chosen[num_hops:])]]
+    before = {b: (a, root) for root, way in enumerate(ways) for a, b in pairwise(way)}
     edges: list[tuple[int, int]] = []
-    origin, depth, distance = [1, 2], [0, 0], [0.0, math.inf]
+    origin, depth = [1, 2], [0, 0]  # 1, 2, 3 and 0: the first, the second, both or neither root leads there
+    distance = [[0.0, math.inf], [math.inf, 0.0]]  # from each root
     for node in range(2, size):
         count = sum(rng.random() < _PARENTS / 6 for _ in range(6))  # close to a Poisson number
         draw = rng.random()
-        allowed = {0, 1} if draw <= _FROM_ONE else {0, 2} if draw <= _FROM_OTHER else {0, 1, 2, 3}
-        parents = {before[node]} if node in before else set()
+        parents: set[int] = set()
         if node in before:
-            least = distance[before[node]]
-            pool = [parent for parent in range(node) if origin[parent] < 2 and distance[parent] >= least]
+            parent, root = before[node]
+            parents, least = {parent}, distance[root][parent]
+            pool = [one for one in range(node) if origin[one] in (0, root + 1) and distance[root][one] >= least]
         else:
-            pool = [parent for parent in range(node) if origin[parent] in allowed]
-        weights = [1 + 1.5 * depth[parent] for parent in pool]
+            allowed = {0, 1} if draw <= _FROM_ONE else {0, 2} if draw <= _FROM_OTHER else {0, 1, 2, 3}
+            pool = [one for one in range(node) if origin[one] in allowed]
+        weights = [1 + 1.5 * depth[one] for one in pool]
         while len(parents) < min(count, len(pool)):
             parents.add(rng.choices(pool, weights)[0])
         edges += [(parent, node) for parent in sorted(parents)]
@@ -120,8 +119,9 @@ def _random_graph(size: int, num_hops: int, rng: Random) -> tuple[list[tuple[int
             reach |= origin[parent]
         origin.append(reach)
         depth.append(1 + max((depth[parent] for parent in parents), default=-1))
-        distance.append(1 + min((distance[parent] for parent in parents), default=math.inf))
-    return edges, origin, way
+        for of_root in distance:
+            of_root.append(1 + min((of_root[parent] for parent in parents), default=math.inf))
+    return edges, ways
 
 
 def _puzzle(

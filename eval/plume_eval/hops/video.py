@@ -2,9 +2,11 @@
 
 All frames show the same places, a symbol each. Two forms:
 
-    cups    a ball lies under one cup; each frame swaps two of them, which are raised; distractors are swaps that leave
-            the ball where it is
-    walk    a figure goes from landmark to landmark and never comes back; distractors are frames in which it stays
+    cups    a ball lies under one cup; each frame swaps two of them, which are raised; distractors are swaps that take
+            another ball along in the same way, so that only the start tells whose path is asked for
+    walk    a figure goes from landmark to landmark and never comes back; distractors are frames in which it stays. The
+            path that is asked for begins anywhere on its way. Counting the frames in which it moves answers too, so
+            that it needs fewer layers than hops
 """
 
 from __future__ import annotations
@@ -28,35 +30,39 @@ QUESTIONS = {
         "where is the figure that passes {start} after it walked on %d times",
     ),
 }
+#: Moves of the figure before the path that is asked for, at most.
+_MOST_BEFORE = 2
 _CUP, _RAISED, _FIGURE = (90, 84, 72), (236, 230, 216), (12, 12, 12)
 
 
 def check(difficulty: Difficulty) -> None:
     """Refuse too few places to walk past."""
-    need_symbols(Difficulty(**{**vars(difficulty), "num_distractors": 0}), difficulty.max_hops + 3)
+    need_symbols(Difficulty(**{**vars(difficulty), "num_distractors": 0}), difficulty.max_hops + 3 + _MOST_BEFORE)
 
 
 def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:
     """A clip of as many frames whatever the number of hops."""
-    moves = difficulty.max_hops + 2  # so that the last frame is never that of the answer
+    path_length = difficulty.num_hops + 2
+    first = rng.randint(0, _MOST_BEFORE) if form == "walk" else 0
+    moves = difficulty.max_hops + 2 + _MOST_BEFORE * (form == "walk")  # the last frame is never that of the answer
     is_move = [True] * moves + [False] * difficulty.num_distractors
     rng.shuffle(is_move)
     places: list[Symbol] = rng.sample(list(symbols), len(symbols))  # type: ignore[arg-type]
     frames, way, whens = (_shuffle if form == "cups" else _walk)(places, is_move, rng)
     told = [" ".join(symbol.name for symbol in frame) + "." for frame in frames]
-    path = [symbol.name for symbol in way[: difficulty.num_hops + 2]]
+    path = [symbol.name for symbol in way[first : first + path_length]]
     draw = _draw_cups if form == "cups" else _draw_walk
     return Puzzle(
         form=form,
         key=(form, tuple(symbol.name for symbol in places), tuple(told)),
-        draw=lambda: [draw(places, frame) for frame in frames],
+        draw=lambda: [draw(places, frame, number) for number, frame in enumerate(frames)],
         facts="",
         question=rng.choice(QUESTIONS[form]) % difficulty.num_hops,
         path=tuple(path[:-1]),
         beyond=path[-1],
         places=tuple(symbol.name for frame in frames for symbol in frame),
         reading=tuple(told),
-        whens=tuple(f" in frame {when}" for when in whens[: difficulty.num_hops]),
+        whens=tuple(f" in frame {when}" for when in whens[first : first + difficulty.num_hops]),
     )
 
 
@@ -65,18 +71,17 @@ Moves = tuple[list[tuple[Symbol, ...]], list[Symbol], list[int]]
 
 
 def _shuffle(places: list, is_move: Sequence[bool], rng: Random) -> Moves:
-    """Swaps of two cups. A move never takes the ball back to where it came from."""
-    way, frames, whens = [rng.choice(places)], [], []
+    """Swaps of two cups, of which one holds the ball, or another one; neither goes back to where it came from."""
+    start, decoy = rng.sample(places, 2)
+    ways, frames, whens = [[start], [decoy]], [], []
     for number, moves in enumerate(is_move, start=1):
-        others = [place for place in places if place != way[-1]]
+        way, other = ways if moves else ways[::-1]
+        to = rng.choice([place for place in places if place not in (*way[-2:], other[-1])])
+        frames.append(tuple(rng.sample([way[-1], to], 2)))
+        way.append(to)
         if moves:
-            to = rng.choice([place for place in others if place not in way[-2:]])
-            frames.append(tuple(rng.sample([way[-1], to], 2)))
-            way.append(to)
             whens.append(number)
-        else:
-            frames.append(tuple(rng.sample(others, 2)))
-    return frames, way, whens
+    return frames, ways[0], whens
 
 
 def _walk(places: list, is_move: Sequence[bool], rng: Random) -> Moves:
@@ -104,7 +109,7 @@ def _draw_places(places: Sequence[Symbol]) -> Image.Image:
     return picture
 
 
-def _draw_cups(places: Sequence[Symbol], swapped: Sequence[Symbol]) -> Image.Image:
+def _draw_cups(places: Sequence[Symbol], swapped: Sequence[Symbol], number: int) -> Image.Image:
     """A cup beside each symbol; those that are swapped are raised."""
     picture, columns = _draw_places(places), _columns(places)
     draw = ImageDraw.Draw(picture)
@@ -119,16 +124,17 @@ def _draw_cups(places: Sequence[Symbol], swapped: Sequence[Symbol]) -> Image.Ima
     return picture
 
 
-def _draw_walk(places: Sequence[Symbol], at: Sequence[Symbol]) -> Image.Image:
-    """A figure beside the symbol that it passes."""
+def _draw_walk(places: Sequence[Symbol], at: Sequence[Symbol], number: int) -> Image.Image:
+    """A figure beside the symbol that it passes; its legs tell one frame from the next, even if it stays."""
     picture, columns = _draw_places(places), _columns(places)
     place = places.index(at[0])
     left, top = place % columns * TILE + TILE // 2, place // columns * TILE
     draw = ImageDraw.Draw(picture)
     draw.ellipse((left + 4, top + 4, left + 10, top + 10), fill=_FIGURE)
     draw.line((left + 7, top + 10, left + 7, top + 18), fill=INK, width=2)
-    for x in (left + 3, left + 11):
-        draw.line((left + 7, top + 18, x, top + 25), fill=INK, width=2)
+    for side in (-4, 4):
+        x = left + 7 + side
+        draw.line((left + 7, top + 18, x if number % 2 else left + 7 + side // 2, top + 25), fill=INK, width=2)
         draw.line((left + 7, top + 12, x, top + 16), fill=INK, width=1)
     return picture
 
@@ -140,8 +146,8 @@ VIDEO = Family(
     symbols=alphabet,
     make=make,
     check=check,
-    num_symbols=9,
-    num_distractors=2,
+    num_symbols=12,
+    num_distractors=4,
     words=(
         *("the", "ball", "starts", "at", "and", "moves", "times", "where", "is", "that", "after", "it", "moved"),
         *("figure", "passes", "walks", "on", "walked", "in", "frame"),
