@@ -219,14 +219,15 @@ def draw_all(out: Path, curves: dict, num_hops: int) -> None:
     inside = look_inside(model, task)
     draw_inside(out / "inside.png", inside)
 
-    query, candidates = task.queries()[0], task.candidates("picture")
+    place = int(task.num_hops.argmax())  # the first question of the most hops
+    query, candidates = task.queries()[place], task.candidates("picture")
     scores = embed(model, [query], "latent").embedding @ embed(model, candidates, "latent").embedding.T
     order = scores[0].argsort(descending=True).tolist()
     ranking = [(task.symbols[i], scores[0, i].item(), candidates[i].images[0]) for i in order]
-    answer = task.symbols[task.answers[0]]
+    answer = task.symbols[task.answers[place]]
     draw_search(out / "search.png", query.images[0], query.text, ranking, answer)
 
-    (steps,) = trace(model, [task.queries()[0]], candidates=[task.symbols[symbol] for symbol in task.paths[0]])
+    (steps,) = trace(model, [query], candidates=[task.symbols[symbol] for symbol in task.paths[place]])
     draw_trace(steps, out / "trace.png")
 
 
@@ -257,19 +258,19 @@ def prepare(out: Path, seed: int, sizes: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse, run, report."""
-    parser = Parser(prog="plume-demo", description=__doc__.splitlines()[0])
+    parser = Parser(prog="plume-demo", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and training")
     parser.add_argument("--ablations", action="store_true", help="also train three ablations")
     parser.add_argument("--num-symbols", type=int, default=9, help="keys on a page")
-    parser.add_argument("--num-hops", type=int, default=4, help="how often the table is followed")
+    parser.add_argument("--num-hops", type=int, default=4, help="how often the table is followed at most")
     options = parser.parse_args()
     out, started = options.out, time.perf_counter()
     fields = header(" ".join(["plume-demo", *sys.argv[1:]]))
 
     sizes = {
         "num_symbols": options.num_symbols,
-        "min_hops": options.num_hops,
+        "min_hops": 1,
         "max_hops": options.num_hops,
         "forms": ("tiles",),
         "composed_share": 0.0,
@@ -281,7 +282,7 @@ def main() -> None:
 
     fields |= {
         "minutes": round((time.perf_counter() - started) / 60, 1),
-        "task": f"{options.num_hops} hops, {options.num_symbols} symbols, seed {options.seed}",
+        "task": f"1 to {options.num_hops} hops, {options.num_symbols} symbols, seed {options.seed}",
         "model": f"{sum(p.numel() for p in PlumeModel.from_pretrained(out / 'latent').parameters()):,} parameters",
     }
     report = {"header": fields, "results": results, "curves": curves}
@@ -292,8 +293,9 @@ def main() -> None:
     print(f"Results are in {out}/results.md. Pictures beside it:")  # noqa: T201
     for name, what in PICTURES.items():
         print(f"  {name:13} {what}")  # noqa: T201
-    first = HopsTask(out / "data", limit=1)
-    page, asked = first.rows[0]["query"]["image"][0], first.queries()[0].text
+    task = HopsTask(out / "data")
+    place = int(task.num_hops.argmax())
+    page, asked = task.rows[place]["query"]["image"][0], task.rows[place]["query"]["text"]
     beside = Path(sys.executable).parent / "plume"
     plume = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else "plume"
     command = f'{plume} trace {out}/data/{page} --instruction "{asked}" --model {out}/latent --out {out}/trace'

@@ -3,15 +3,17 @@
 `plume-eval report` joins the results.
 
 Every system is a configuration in `configs/train/hops/`, with the paths of family, seed and system put in. What is
-finished is not trained again, and what was stopped goes on, so that the grid can be run in parts, in any order and by
-several processes (of different seeds or families).
+finished is not trained again, and what was stopped goes on, so that the grid can be run in parts, and by several
+processes of different seeds or families.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from plume import PlumeModel
@@ -30,7 +32,7 @@ _HOME = "runs/hops/page"
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("walk",), "text": ("chain",)}
 #: The systems that the main table compares.
-MAIN = ("explicit", "latent", "parallel", "refined_1", "no_latents", "single_pass")
+MAIN = ("explicit", "explicit_long", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 
 
 def systems() -> list[str]:
@@ -59,15 +61,28 @@ def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArg
 
 
 def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
-    """Data of a family, and a backbone of random weights, where they are not there yet."""
+    """Data of a family, and a backbone of random weights, where they are not there yet.
+
+    Raises:
+        ValueError: the data that are there have another number of training records.
+    """
+    (out / family).mkdir(parents=True, exist_ok=True)
     data = out / family / "data"
     if not (data / "task.json").exists():
-        make_task(data, family, Sizes(num_train=num_train, forms=FORMS[family]), show_progress=is_watched())
+        with TemporaryDirectory(dir=out / family) as unfinished:  # another process may be about it too
+            made = Path(unfinished) / "data"
+            make_task(made, family, Sizes(num_train=num_train, forms=FORMS[family]), show_progress=is_watched())
+            if not data.exists():
+                made.rename(data)
+    found = json.loads((data / "task.json").read_text(encoding="utf-8"))
+    if found["num_train"] != num_train:
+        raise ValueError(
+            f"{data} holds {found['num_train']} training records; received --num-train {num_train}; name another --out"
+        )
     backbone = out / family / str(seed) / "backbone"
     if not (backbone / "config.json").exists():
-        words = json.loads((data / "task.json").read_text(encoding="utf-8"))["words"]
         sizes: dict[str, Any] = {"hidden_size": 96, "num_key_value_heads": 4, "vision_width": 96}
-        save_tiny_backbone(backbone, words, **sizes, temporal_patch_size=1, seed=seed)
+        save_tiny_backbone(backbone, found["words"], **sizes, temporal_patch_size=1, seed=seed)
 
 
 def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]:
@@ -116,7 +131,7 @@ def measure(model: PlumeModel, task: HopsTask, mode: Mode) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, run, say what was found."""
-    parser = Parser(prog="plume-hops", description=__doc__.splitlines()[0])
+    parser = Parser(prog="plume-hops", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/hops"), help="folder of data, models and results")
     parser.add_argument("--family", nargs="+", default=["page"], choices=list(FAMILIES), help="which task families")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="of weights and training")
@@ -127,7 +142,10 @@ def main() -> None:
     options = parser.parse_args()
     for seed in options.seed:
         for family in options.family:
-            prepare(options.out, family, seed, options.num_train)
+            try:
+                prepare(options.out, family, seed, options.num_train)
+            except ValueError as error:
+                sys.exit(f"plume-hops: {error}")
             for system in options.system:
                 found = run_system(options.out, family, seed, system)
                 recall = found["result"]["recall_at_1"]["name"]["mean"]

@@ -211,14 +211,15 @@ def settings(
     rows = [
         [
             one["setting"],
-            *(f"{one['recall_at_1'][form]['mean']:.3f}" for form in ("name", "picture")),
+            *(f"{one['recall_at_1'][form]['mean']:.3f}" for form in found[0]["recall_at_1"]),
             f"{one['reasoning_steps']:.2f}",
             f"{one['lowest_cosine']:.4f}",
             f"{one['mean_cosine']:.4f}",
         ]
         for one in found
     ]
-    columns = ["setting", "recall@1, names", "recall@1, pictures", "mean steps", "lowest cosine", "mean cosine"]
+    recalls = [f"recall@1, {form}s" for form in found[0]["recall_at_1"]]
+    columns = ["setting", *recalls, "mean steps", "lowest cosine", "mean cosine"]
     table = markdown_table(columns, rows)
     typer.echo(table)
     if out is not None:
@@ -315,6 +316,8 @@ def overhead(
         raise typer.Exit(_fail(error)) from None
     if len(queries) < count:
         raise typer.Exit(_fail(ValueError(f"{data} has {len(queries)} queries; {num_batches} batches need {count}")))
+    if not all(query.images for query in queries):
+        raise typer.Exit(_fail(ValueError(f"{data} shows no pictures; name data of the family page or image")))
     inputs = {
         "text": [query.text for query in queries],
         "page": [query.images[0] for query in queries],

@@ -83,7 +83,8 @@ class CachedDecoder(Decoder):
             raise ValueError(f"attention {attention!r} takes no mask of its own per token; use sdpa or eager")
         mask = readable[:, None]
         if attention == "eager":
-            least = torch.finfo(torch.float32).min
+            # The least float64 is minus infinity in the softmax, which is in float32; see `_attention_mask`.
+            least = max(torch.finfo(torch.float32).min, torch.finfo(segment.embeds.dtype).min)
             mask = torch.zeros_like(mask, dtype=segment.embeds.dtype).masked_fill(~mask, least)
         hidden = self._read_next(segment, mask, with_layers=False)
         self.forget(segment)

@@ -93,7 +93,9 @@ class PlumePreTrainedModel(PreTrainedModel):
         config.backbone_config = backbone.config
         config.dtype = backbone.dtype
         model: Any = cls(config, backbone, head)
-        model.transition.to(backbone.dtype)
+        for part in (model.transition, model.latent_inputs, model.latent_norm):
+            if part is not None:
+                part.to(backbone.dtype)
         model.processor = processor
         return model.eval()
 

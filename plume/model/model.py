@@ -40,7 +40,9 @@ from plume.model.interface import (
 from plume.model.loading import PlumePreTrainedModel
 from plume.model.reconstruction import Reconstruction
 from plume.model.rollout import Rollout, rollout
-from plume.model.transition import build_adapter, mean_row_norm, scaled
+from plume.model.transition import LatentNorm, build_adapter, scaled
+
+_STEP_TABLE = "transition.step_embed.weight"
 
 
 class PlumeModel(PlumePreTrainedModel):
@@ -78,9 +80,8 @@ class PlumeModel(PlumePreTrainedModel):
         self.latent_inputs = (
             nn.Embedding(config.num_step_embeddings, config.hidden_size) if config.latents == "parallel" else None
         )
-        self.latent_norm: nn.Parameter | None = None
-        if config.latent_scale == "embedding":
-            self.latent_norm = nn.Parameter(mean_row_norm(backbone.get_input_embeddings().weight))
+        embeddings = backbone.get_input_embeddings().weight
+        self.latent_norm = LatentNorm(embeddings) if config.latent_scale == "embedding" else None
         self.processor: PlumeProcessor | None = None
         self.loss_scalars: nn.Module | None = (
             None  # set by the trainer; called in `forward`, so that wrappers see its parameters
@@ -89,7 +90,6 @@ class PlumeModel(PlumePreTrainedModel):
         if config.transition == "moe" and not config.step_embedding:
             table: Any = self.transition.step_embed
             nn.init.zeros_(table.weight)
-            table.requires_grad_(False)
 
     def forward(
         self,
@@ -262,14 +262,16 @@ class PlumeModel(PlumePreTrainedModel):
         config.backbone_config = self.backbone.config
         model = PlumeModel(config, self.backbone, self.lm_head)
         nn.Module.to(model, self.device)
-        model.transition.to(self.dtype)
+        for part in (model.transition, model.latent_inputs, model.latent_norm):
+            if part is not None:
+                part.to(self.dtype)
         mine, its = self.state_dict(), model.state_dict()
         kept = {name: weight for name, weight in mine.items() if name in its and its[name].shape == weight.shape}
         if not config.step_embedding:
-            kept.pop("transition.step_embed.weight", None)
+            kept.pop(_STEP_TABLE, None)
         model.load_state_dict(kept, strict=False)
         model.processor = self.processor
-        new = dict.fromkeys(name.partition(".")[0] for name in its if name not in kept)
+        new = dict.fromkeys(name.partition(".")[0] for name in its if name not in kept and name != _STEP_TABLE)
         return model.train(self.training), list(new)
 
     @property

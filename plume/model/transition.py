@@ -126,7 +126,7 @@ class MixtureOfExperts(TransitionAdapter):
     def __init__(self, config: PlumeConfig):
         super().__init__()
         width = config.hidden_size
-        self.top_k = config.top_k
+        self.top_k, self.sees_step = config.top_k, config.step_embedding
         self.ln = nn.LayerNorm(width)
         self.step_embed = nn.Embedding(config.num_step_embeddings, width)
         self.router = Router(2 * width, config.num_experts)
@@ -136,6 +136,8 @@ class MixtureOfExperts(TransitionAdapter):
     def route(self, state: Tensor, step: int, context: Tensor | None) -> Tensor:
         """Gates of all experts, `[B, E]`."""
         step_embedding = self.step_embed(torch.full((), step, device=state.device))
+        if not self.sees_step:  # its table is zero, and stays so
+            step_embedding = 0 * step_embedding
         return at_least_float32(self.router(_router_features(state, context, step_embedding))).softmax(dim=-1)
 
     def forward(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -151,19 +153,26 @@ class MixtureOfExperts(TransitionAdapter):
         return next_input, gates
 
 
-def scaled(adapter: Adapter, norm: Tensor) -> Adapter:
-    """The adapter with outputs of one length, `norm [1]`."""
+class LatentNorm(nn.Module):
+    """Gives latent inputs one length, which is learnt and begins as the mean length of a token's embedding."""
+
+    def __init__(self, embeddings: Tensor):
+        super().__init__()
+        mean = at_least_float32(embeddings.detach()).norm(dim=-1).mean(dim=0, keepdim=True)
+        self.weight = nn.Parameter(mean.to(embeddings.dtype))  # [1], since FSDP shards no scalars
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.normalize(inputs, dim=-1) * self.weight
+
+
+def scaled(adapter: Adapter, norm: nn.Module) -> Adapter:
+    """The adapter with outputs of the length that a `LatentNorm` gives."""
 
     def scaled_adapter(state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         next_input, gates = adapter(state, step, context)
-        return F.normalize(next_input, dim=-1) * norm.to(next_input.dtype), gates
+        return norm(next_input).to(next_input.dtype), gates
 
     return scaled_adapter
-
-
-def mean_row_norm(weight: Tensor) -> Tensor:
-    """Mean length of the rows of an embedding matrix `[V, D]`, as a tensor `[1]`."""
-    return at_least_float32(weight.detach()).norm(dim=-1).mean(dim=0, keepdim=True)
 
 
 ADAPTERS = {"moe": MixtureOfExperts, "mlp": ResidualMLP, "projector": Projector}

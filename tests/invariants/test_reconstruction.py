@@ -120,12 +120,22 @@ def test_rows_say_the_same_alone_and_together(model):
 
 
 def test_attention_without_masks_of_its_own_is_refused(model):
-    inputs = said(model, 2)
-    model.backbone.language_model.config._attn_implementation = "flash_attention_2"
-    decoder, result = None, None
-    from plume.model.backbone import CachedDecoder
+    inputs = said(model, 0)
+    roll_out = model.roll_out
 
-    decoder = CachedDecoder(model.backbone)
+    def unmaskable(*args, **kwargs):
+        result = roll_out(*args, **kwargs)
+        model.backbone.language_model.config._attn_implementation = "flash_attention_2"
+        return result
+
+    model.roll_out = unmaskable
     with pytest.raises(ValueError, match="takes no mask of its own per token; use sdpa or eager"):
-        decoder.read_apart(result, torch.ones(1, 1, 1).bool())
-    assert inputs
+        model(**inputs)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_says_it_too(model, attention):
+    half, _ = model.reconfigured(latents="parallel", refinements=1, latent_scale="embedding")
+    half = half.to(torch.bfloat16)
+    half.set_attn_implementation(attention)
+    assert half(**said(half, 3)).reconstruction_logits.isfinite().all()

@@ -306,3 +306,27 @@ def test_float64_with_eager_attention_and_padding_gives_the_numbers_of_each_row_
         assert torch.allclose(together.embedding[row], alone, atol=1e-6)
     together.embedding.sum().backward()
     assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{"latents": "parallel"}, {"latents": "parallel", "refinements": 1}], ids=str)
+def test_new_parts_have_the_dtype_of_the_backbone(backbone_folder, fields):
+    started = PlumeModel.from_backbone(
+        str(backbone_folder), dtype="bfloat16", num_latent_steps=3, latent_scale="embedding", **SHORT_STRINGS, **fields
+    )
+    changed, _ = PlumeModel.from_backbone(str(backbone_folder), dtype="bfloat16", **SHORT_STRINGS).reconfigured(
+        **fields
+    )
+    for model in (started, changed):
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert model(**model.processor.encode([Item.parse("red")]), num_latent_steps=3).embedding.isfinite().all()
+
+
+def test_a_router_without_steps_stays_so_when_it_is_trained_after_loading(model, tmp_path):
+    blind, new = model.reconfigured(step_embedding=False)
+    assert not new
+    blind.save_pretrained(tmp_path)
+    loaded = PlumeModel.from_pretrained(tmp_path).train()
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.1)
+    loaded(**loaded.processor.encode([Item.parse("red")])).gates.square().sum().backward()
+    optimizer.step()
+    assert not loaded.transition.step_embed.weight.any()

@@ -41,7 +41,8 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
         )
     assert model.processor is not None
     rows = sorted(model.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
-    whole = ["transition"] if any(True for _ in model.transition.parameters()) else []
+    new = {"transition": model.transition, "latent_inputs": model.latent_inputs, "latent_norm": model.latent_norm}
+    whole = [name for name, part in new.items() if part is not None and any(True for _ in part.parameters())]
     if args.train_merger or args.train_vision:
         whole.append("backbone.visual" if args.train_vision else "backbone.visual.merger")
     config = LoraConfig(

@@ -58,11 +58,11 @@ class Progress:
             Whether the explicit stage ends on its account.
         """
         self.best_recall = max(self.best_recall, recall)
-        if not self.is_held or recall < least:
+        start = step + self.lead
+        left, whole = self.num_steps - start, sum(self._shares[1:])
+        if not self.is_held or recall < least or left < len(self._shares):  # too late for stages to begin
             return False
         self.is_held = False
-        start = min(step + self.lead, self.num_steps)
-        left, whole = self.num_steps - start, sum(self._shares[1:])
         before = [sum(self._shares[1:stage]) for stage in range(1, len(self._shares))]
         self.borders[1:] = [start + round(left * share / whole) for share in before]
         return True
@@ -111,6 +111,6 @@ class Progress:
     def load(self, folder: Path) -> list[float]:
         """Go on from a checkpoint; returns what the loss had learnt."""
         state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-        for name in _SAVED:
-            setattr(self, name, state[name])
+        for name in _SAVED:  # an earlier version saved fewer
+            setattr(self, name, state.get(name, getattr(self, name)))
         return state["loss_scalars"]

@@ -133,8 +133,8 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
     if trainer.progress.is_held:
         warnings.warn(
             f"plume: no latent stage was trained: recall after the written rationale reached "
-            f"{trainer.progress.best_recall:.3f}, and explicit_recall={args.explicit_recall} was asked for; raise "
-            "max_steps, or lower it",
+            f"{trainer.progress.best_recall:.3f}, and explicit_recall={args.explicit_recall} was asked for, in time "
+            "for the stages behind it; raise max_steps, or lower it",
             stacklevel=2,
         )
     if args.lora_rank:

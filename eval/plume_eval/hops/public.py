@@ -106,9 +106,14 @@ def make_babi(
         stories = {split: list(read_babi(_find(data, task, split))) for split in ("train", "test")}
         Random(f"{seed}/{task}").shuffle(stories["train"])
         held_out: list[list[Question]] = []
-        while sum(map(len, held_out)) < num_validation:
+        count = sum(map(len, stories["train"]))
+        if num_validation >= count:
+            raise ValueError(
+                f"task {task} has {count} training questions; received num_validation={num_validation}; hold out fewer"
+            )
+        answers = {question.answer for of_split in stories.values() for story in of_split for question in story}
+        while sum(map(len, held_out)) < num_validation and len(stories["train"]) > 1:
             held_out.append(stories["train"].pop())
-        answers = {question.answer for story in stories["train"] for question in story}
         told = {}
         for split, of_split in {**stories, "validation": held_out}.items():
             questions = [question for story in of_split for question in story]

@@ -162,7 +162,8 @@ def evaluate(
         negatives (on the path, or one hop further); `of_choices`, recall@1 among the symbols that a question offers,
         all and by form of the question; `right`, a digit per question; `best_rule`, what answers best without following
         the path (`best_rule`); `num_hops` of each question; `num_queries`, `reasoning_steps` (mean per query) and
-        `num_incomplete` (explicit rationales that reached the limit); `num_layers` of the text model.
+        `num_incomplete` (explicit rationales that reached the limit); `num_layers` that see what a question is about:
+        of the text model, and of the vision tower where something is seen.
     """
     settings = {"batch_size": batch_size, "show_progress": show_progress, "engine": engine}
     queries = embed(model, task.queries(), mode, num_latent_steps=num_latent_steps, **settings)
@@ -172,7 +173,7 @@ def evaluate(
         "num_queries": len(task.rows),
         "num_hops": task.num_hops.tolist(),
         "num_candidates": len(task.symbols),
-        "num_layers": model.config.backbone_config.get_text_config().num_hidden_layers,
+        "num_layers": _num_layers(model, task),
         "reasoning_steps": queries.num_reasoning_steps.float().mean().item(),
         "num_incomplete": int((~queries.is_complete).sum()),
         "recall_at_1": {},
@@ -205,6 +206,12 @@ def _share_of_hard_errors(task: HopsTask, scores: np.ndarray, rank: np.ndarray) 
     wrong = [place for place in range(len(rank)) if rank[place] > 1]
     hard = [task.symbols[best[place]] in task.rows[place]["hard_negatives"] for place in wrong]
     return float(np.mean(hard)) if hard else None
+
+
+def _num_layers(model: PlumeModel, task: HopsTask) -> int:
+    config = model.config.backbone_config
+    sees = any("image" in row["query"] or "video" in row["query"] for row in task.rows)
+    return config.get_text_config().num_hidden_layers + (config.vision_config.depth if sees else 0)
 
 
 def best_rule(task: HopsTask) -> dict:

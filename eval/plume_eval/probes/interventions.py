@@ -127,12 +127,16 @@ class CutDecoder(CachedDecoder):
 
 
 def shown_columns(model: PlumeModel, inputs: ModelInputs) -> Tensor:
-    """Columns of what a question is about, `[B, L]`: visual tokens, or all before the last full stop of a text."""
+    """Columns of what a question is about, `[B, L]`: all visual tokens, or a text before its last full stop.
+
+    The prompt's own words behind the anchor stay, and so does a question; a start that is shown as a picture does not.
+    """
     config, ids = model.backbone.config, inputs.prefix_ids
     is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
     assert model.processor is not None
     stop = model.processor.tokenizer.convert_tokens_to_ids(".")
     columns = torch.arange(ids.shape[1], device=ids.device)
-    last = torch.where(ids == stop, columns, -1).amax(dim=1, keepdim=True)
+    is_stop = (ids == stop) & (columns < inputs.anchor_column[:, None])
+    last = torch.where(is_stop, columns, -1).amax(dim=1, keepdim=True)
     is_text = (columns <= last) & inputs.prefix_mask & ~is_visual.any(dim=1, keepdim=True)
     return is_visual | is_text

@@ -1,7 +1,9 @@
-"""The probes a sceptic asks for, each beside what it is compared with, with an interval and a verdict in plain words.
+"""The probes a sceptic asks for, each beside what it is compared with, and a verdict in plain words.
 
-All of them read one model on the test questions of a hops data set; candidates are always embedded as usual. What is
-compared is paired, question by question, and intervals are bootstrapped over questions.
+All of them read one model on the test questions of a hops data set. Interventions are compared with the model as it is,
+question by question, with intervals bootstrapped over questions; candidates are embedded as usual, with fewer steps
+also with as few. Descriptions (K against hops, decoders, early exit, confidence, experts) have a control instead. A
+model that answers no better than a rule is not probed.
 
 Letters: Q questions, D hidden size, K latent steps, E routed experts.
 """
@@ -25,7 +27,7 @@ from plume.model.interface import normalize, read_out_column
 from plume.model.model import PlumeModel
 from plume.model.transition import MixtureOfExperts
 from plume_eval.baselines import embed
-from plume_eval.hops.run import HopsTask
+from plume_eval.hops.run import HopsTask, best_rule
 from plume_eval.metrics import Estimate, bootstrap, ranks
 from plume_eval.probes.interventions import (
     CutDecoder,
@@ -85,6 +87,9 @@ class Prober:
         self.candidates = embed(self.model, self.task.candidates("name"), "latent").embedding
         self.real = self.read()
         self.right = self.is_right(self.real.vectors)
+        self.found.append(self.beyond_rules())
+        if self.found[0].values["difference"]["low"] <= 0:  # nothing to lose, so that no probe means anything
+            return self.found
         probes: list[Callable[[], Probe]] = [self.without_steps, self.fewer_steps_than_hops]
         if self.steps and not config.is_one_pass:
             probes += [self.random_inputs, self.inputs_of_another, self.mean_inputs, self.skipped, self.repeated]
@@ -140,9 +145,20 @@ class Prober:
         whole = None if gates[0] is None else torch.cat(gates)  # type: ignore[arg-type]
         return Read(torch.cat(vectors), torch.cat(states), whole)
 
-    def is_right(self, vectors: Tensor) -> np.ndarray:
+    def symbols_at(self, num_latent_steps: int) -> Tensor:
+        """All symbols with K of their own, `[symbols, D]`."""
+        return embed(self.model, self.task.candidates("name"), "latent", num_latent_steps=num_latent_steps).embedding
+
+    def is_right(self, vectors: Tensor, candidates: Tensor | None = None) -> np.ndarray:
         """Whether the answer is the nearest symbol, `[Q]`."""
-        return (ranks((vectors @ self.candidates.T).numpy(), self.task.answers) == 1).astype(float)
+        candidates = self.candidates if candidates is None else candidates
+        return (ranks((vectors @ candidates.T).numpy(), self.task.answers) == 1).astype(float)
+
+    def is_right_at(self, num_latent_steps: int) -> np.ndarray:
+        """The same with fewer steps; symbols with as many, or with the model's, whichever answers better."""
+        vectors = self.read(num_latent_steps).vectors
+        found = [self.is_right(vectors), self.is_right(vectors, self.symbols_at(num_latent_steps))]
+        return max(found, key=np.mean)
 
     def compared(self, name: str, right: np.ndarray, what: str) -> Probe:
         """A probe that asks how much worse the answers become.
@@ -168,13 +184,21 @@ class Prober:
 
     # Which probes there are.
 
+    def beyond_rules(self) -> Probe:
+        """The model as it is, beside the best rule that follows no path."""
+        rule = best_rule(self.task)["rule"]
+        difference = bootstrap(self.right - self.task.rules()[rule], seed=self.seed)
+        values = {"real": asdict(bootstrap(self.right)), "rule": rule, "difference": asdict(difference)}
+        told = f"Recall is {bootstrap(self.right)}, {difference} above the best rule ({rule})"
+        return Probe("real", values, told if difference.low > 0 else f"{told}: no skill that a probe could take away")
+
     def without_steps(self) -> Probe:
         """K = 0, the same model."""
-        return self.compared("K = 0", self.is_right(self.read(0).vectors), "Without latent steps")
+        return self.compared("K = 0", self.is_right_at(0), "Without latent steps")
 
     def fewer_steps_than_hops(self) -> Probe:
         """Every K up to the model's, against hops."""
-        rows = {str(steps): self.by_hops(self.is_right(self.read(steps).vectors)) for steps in range(self.steps + 1)}
+        rows = {str(steps): self.by_hops(self.is_right_at(steps)) for steps in range(self.steps + 1)}
         rows[str(self.steps)] = self.by_hops(self.right)
         few = [rows[k][h] for k in rows for h in rows[k] if 0 < int(k) < int(h)]
         enough = [rows[k][h] for k in rows for h in rows[k] if int(k) >= int(h)]
@@ -217,7 +241,10 @@ class Prober:
             return inputs
 
         self.read(within=lambda: replaced_inputs(self.model, record))
-        means = torch.stack([torch.cat(seen[step]).mean(dim=0) for step in sorted(seen)])
+        # With refinements an input is made several times in each batch; the last ones are those that are read.
+        times = {step: len(inputs) // len(self.batches) for step, inputs in seen.items()}
+        last = {step: inputs[times[step] - 1 :: times[step]] for step, inputs in seen.items()}
+        means = torch.stack([torch.cat(last[step]).mean(dim=0) for step in sorted(last)])
         read = self.read(within=lambda: replaced_inputs(self.model, constant(means)))
         return self.compared("mean", self.is_right(read.vectors), "The mean latent inputs of all questions (constant)")
 
@@ -232,6 +259,8 @@ class Prober:
     def _renumbered(self, name: str, lists: Sequence[Sequence[int]]) -> Probe:
         most = self.model.config.max_latent_steps
         lists = [steps for steps in lists if steps and (most is None or len(steps) <= most)]
+        if not lists:
+            return Probe(name, {}, f"Not possible at K = {self.steps}")
         rights = [
             self.is_right(self.read(len(steps), within=lambda steps=steps: renumbered_steps(self.model, steps)).vectors)
             for steps in lists
@@ -253,12 +282,13 @@ class Prober:
         """What the question is about, hidden after so many steps."""
         rights = [self.is_right(self.read(cut_after=steps).vectors) for steps in range(self.steps)]
         rows = {str(steps): self.by_hops(right) for steps, right in enumerate(rights)}
-        least = 0.95 * self.right.mean()
-        enough = next((k for k, right in enumerate(rights) if right.mean() >= least), None)
+        lost = [bootstrap(self.right - right, seed=self.seed) for right in rights]
+        enough = next((k for k, one in enumerate(lost) if one.high <= 0.05), None)
         verdict = (
-            f"With what is shown hidden behind the prefix recall is {rights[0].mean():.3f} of {self.right.mean():.3f}; "
+            f"With what is shown hidden behind the prefix recall is {rights[0].mean():.3f} of {self.right.mean():.3f} "
+            f"(lost {lost[0]}); "
             + (
-                f"hidden after {enough} steps it stays within 5 %, so that later steps do not look at it"
+                f"hidden after {enough} steps it loses at most 0.05, so that later steps hardly look at it"
                 if enough is not None
                 else "even the last step, or the read-out behind it, looks at it"
             )
@@ -270,7 +300,8 @@ class Prober:
         hops, found = self.task.num_hops, {}
         correlation = 0.0
         for tolerance in TOLERANCES:
-            engine = Engine(self.model, backend="eager", exit_tolerance=tolerance)
+            with torch.inference_mode(False):  # what it joins stays a part of the model, which may be trained later
+                engine = Engine(self.model, backend="eager", exit_tolerance=tolerance)
             output = embed(self.model, self.task.queries(), "latent", engine=engine)
             steps = output.num_reasoning_steps.numpy().astype(float)
             found[str(tolerance)] = {
@@ -326,7 +357,7 @@ class Prober:
             control = (by_chance & has_hop).sum(axis=0) / np.maximum(count, 1)
             values["control"] = np.where(count > 0, control, np.nan).tolist()
             chance = float(control[count > 0].mean())
-        # State k is to hold hop k + 1, since its last word was hop k.
+        # State k is to hold hop k + 1, since its last word was hop k; with another number of steps per hop it need not.
         steps = range(min(matrix.shape[0] - 1, matrix.shape[1] - 1))
         own = [matrix[k, k + 1] for k in steps if count[k, k + 1]]
         others = [matrix[k, j] for k in steps for j in range(1, matrix.shape[1]) if j != k + 1 and count[k, j]]

@@ -79,8 +79,8 @@ def write_one(model: PlumeModel, batch: dict[str, Tensor], num_tokens: int, stop
 
 def _next_input(model: PlumeModel, state: Tensor, step: int, context: Tensor | None) -> Tensor:
     adapter = model.transition
-    if not isinstance(adapter, MixtureOfExperts):
-        return adapter(state, step, context)[0]
+    if not isinstance(adapter, MixtureOfExperts) or model.latent_norm is not None:
+        return model.adapter(state, step, context)[0]
     kept, chosen = adapter.route(state, step, context).topk(adapter.top_k, dim=-1)
     normed = adapter.ln(state)
     result = state if adapter.shared_expert is None else state + adapter.shared_expert(normed)

@@ -114,6 +114,59 @@ def test_no_shallow_rule_comes_near(name, form):
         assert counts.most_common(1)[0][1] / len(made) < 0.3
 
 
+def test_a_clip_has_a_frame_for_everything_that_happens(family):
+    for row in rows_of(family, "train"):
+        if "video" in row["query"]:
+            frames = Image.open(family / row["query"]["video"]).n_frames
+            read = next(one for one in rows_of(family, "read") if one["query"]["video"] == row["query"]["video"])
+            assert frames == len(read["query"]["rationale"].removesuffix(".").split(". "))
+            assert all(
+                int(word) <= frames for word in row["query"]["rationale"].replace(".", "").split() if word.isdigit()
+            )
+
+
+@pytest.mark.parametrize(("name", "form"), [("page", "tiles"), ("text", "chain")])
+def test_no_answer_is_nearer_backwards(name, form):
+    symbols = [symbol.name for symbol in FAMILIES[name].symbols(FAMILIES[name].num_symbols)]
+    for puzzle in puzzles(name, form, 6, 50):
+        told = [read.rstrip(".").split(" follows ") for read in puzzle.reading]
+        pairs = [(a, b) for b, a in told] if len(told[0]) == 2 else [one[0].split() for one in told]
+        before = {b: a for a, b in pairs if a in symbols}
+        at, steps = puzzle.path[1], 0
+        while at != puzzle.answer:
+            at, steps = before[at], steps + 1
+        assert steps >= 5
+
+
+@pytest.mark.parametrize("num_hops", [2, 4, 6])
+def test_the_order_of_frames_alone_does_not_tell_where_the_ball_is(num_hops):
+    """A cup that is raised in two neighbouring frames may belong to either ball, and no frame is the answer's."""
+    made = puzzles("video", "cups", num_hops, 300)
+    swaps = [[set(frame.rstrip(".").split()) for frame in puzzle.reading] for puzzle in made]
+    for frame in range(num_hops - 1, 10):
+        shared = [frames[frame] & frames[frame + 1] for frames in swaps]
+        right = [both == {puzzle.answer} for both, puzzle in zip(shared, made, strict=True)]
+        assert np.mean(right) < 0.45
+    for frame in range(12):
+        assert np.mean([puzzle.answer in frames[frame] for frames, puzzle in zip(swaps, made, strict=True)]) / 2 < 0.45
+
+
+@pytest.mark.parametrize("num_hops", [1, 3, 6])
+def test_the_depth_of_the_choices_of_a_graph_does_not_tell_which_is_right(num_hops):
+    deeper = []
+    for puzzle in puzzles("text", "graph", num_hops, 200):
+        facts = [tuple(fact.replace("every ", "").split(" is a ")) for fact in puzzle.facts.rstrip(".").split(". ")]
+        people = {a for a, _ in facts} - {b for _, b in facts}
+        depth, reached = {}, people
+        for step in range(20):
+            depth |= {node: depth.get(node, step) for node in reached}
+            reached = reached | {b for a, b in facts if a in reached}
+        deeper.append(
+            (depth[puzzle.answer] > depth[puzzle.beyond]) + (depth[puzzle.answer] == depth[puzzle.beyond]) / 2
+        )
+    assert 0.4 < np.mean(deeper) < 0.6
+
+
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, made in FAMILIES.items() for form in made.forms if form != "graph"]
 )
@@ -158,13 +211,13 @@ def test_symbols_look_different_and_stand_where_the_page_says():
         ("page", {"min_hops": 0}, "hops must be at least 1"),
         ("page", {"min_hops": 3, "max_hops": 2}, "received min_hops=3 and max_hops=2"),
         ("page", {"num_symbols": 40}, "num_symbols must lie in 2..36; received 40"),
-        ("page", {"num_symbols": 6}, "6 hops and 0 distractors need at least 8 symbols; received num_symbols=6"),
+        ("page", {"num_symbols": 9}, "6 hops and 0 distractors need at least 12 symbols; received num_symbols=9"),
         ("page", {"num_distractors": 1}, "num_distractors must not be 1"),
         ("page", {"num_symbols": 3, "max_hops": 1, "num_train": 100}, "fewer than 174 different puzzles"),
         ("page", {"forms": ("bars",)}, "page has no form 'bars'; its forms are tiles, words, chart"),
         ("image", {"num_symbols": 12}, "num_symbols must be 4, 9, ... 36; received 12"),
-        ("video", {"num_symbols": 5}, "need at least 9 symbols"),
-        ("text", {"num_symbols": 10}, "need at least 14 symbols"),
+        ("video", {"num_symbols": 9}, "need at least 11 symbols"),
+        ("text", {"num_symbols": 10}, "need at least 12 symbols"),
     ],
 )
 def test_a_task_that_cannot_be_made_is_refused(tmp_path, name, changes, message):

@@ -102,6 +102,11 @@ def test_stories_are_cut_alike_and_what_is_lost_is_counted(babi, tmp_path):
     )
 
 
+def test_more_to_tune_with_than_there_is_is_refused(babi, tmp_path):
+    with pytest.raises(ValueError, match="task 1 has 9 training questions; received num_validation=9; hold out fewer"):
+        make_babi(tmp_path / "out", babi, [1], num_validation=9)
+
+
 def test_prosqa_is_halved_and_trained_on_graphs_of_its_names(prosqa, tmp_path):
     counts = make_prosqa(tmp_path / "out", prosqa, num_train=20)
     assert counts == {"train": 20, "validation": 2, "test": 2}

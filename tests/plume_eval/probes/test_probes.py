@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import one_hot
 from typer.testing import CliRunner
 
-from plume import Item
+from plume import Item, PlumeModel
 from plume_eval.__main__ import app
 from plume_eval.hops.make import Sizes, make_task
 from plume_eval.hops.run import HopsTask
@@ -33,6 +33,15 @@ def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     make_task(folder, "page", Sizes(num_train=60, num_validation=1, num_test=24, max_hops=3), show_progress=False)
     return HopsTask(folder)
+
+
+class Skilled(Prober):
+    """Probes a model of random weights as if it had learnt something."""
+
+    def beyond_rules(self):
+        probe = super().beyond_rules()
+        probe.values["difference"]["low"] = 0.1
+        return probe
 
 
 @pytest.fixture
@@ -134,7 +143,7 @@ def test_text_is_hidden_up_to_the_question(model):
 )
 def test_every_kind_of_model_is_probed(model, task, fields, expected):
     probed, _ = model.reconfigured(**fields, num_latent_steps=3)
-    found = {probe.name: probe for probe in Prober(probed, task).run()}
+    found = {probe.name: probe for probe in Skilled(probed, task).run()}
     assert expected <= set(found)
     assert ("noise" in found) == (not probed.config.is_one_pass)
     assert all(probe.verdict for probe in found.values())
@@ -152,6 +161,7 @@ def test_a_model_that_needs_no_steps_is_told_from_one_that_does(model, task, mon
         return Read(torch.eye(size)[torch.as_tensor(answers)], torch.zeros(1), None)
 
     monkeypatch.setattr(Prober, "read", read)
+    monkeypatch.setattr(Prober, "symbols_at", lambda *_: torch.eye(size))
     prober = Prober(model, task)
     prober.steps, prober.candidates = 4, torch.eye(size)
     prober.real = prober.read()
@@ -178,6 +188,27 @@ def test_a_linear_probe_finds_what_states_hold_and_nothing_in_shuffled_labels(mo
     assert "each state holds its own hop" in probe.verdict
 
 
+def test_a_probe_that_a_model_has_too_few_steps_for_says_so(model, task):
+    probed, _ = model.reconfigured(num_latent_steps=1)
+    found = {probe.name: probe for probe in Skilled(probed, task).run()}
+    assert found["a step skipped"].verdict == "Not possible at K = 1"
+    assert found["a step repeated"].values["recall_by_step"]
+
+
+def test_a_probed_model_can_still_be_trained(model, task):
+    Skilled(model, task).run()
+    model.train()
+    model(**model.processor.encode([Item.parse("red")])).embedding.sum().backward()
+
+
+def test_the_words_of_a_prompt_are_not_hidden(backbone_folder):
+    model = PlumeModel.from_backbone(str(backbone_folder), num_latent_steps=2)  # whose prompt has full stops
+    inputs = model.read_inputs(dict(model.processor.encode([Item.parse("red. kite. blue")])))
+    hidden = shown_columns(model, inputs)[0]
+    assert 3 < hidden.sum() < len(hidden) / 2 + 60
+    assert not hidden[inputs.anchor_column[0] :].any()
+
+
 def test_areas_and_verdicts_are_what_they_are_defined_to_be():
     signal, wrong = np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, True, False, True])
     assert area_under_curve(signal, wrong) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
@@ -190,7 +221,7 @@ def test_the_command_writes_a_page(plume_folder, task, tmp_path):
     words = ["probes", "--model", str(plume_folder), "--data", str(task.folder), "--limit", "12"]
     said = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
     assert said.exit_code == 0, said.output
-    assert "| K = 0 | Without latent steps: recall" in said.output
+    assert "no skill that a probe could take away" in said.output
     (page,) = tmp_path.glob("probes_page_*.md")
-    assert page.with_suffix(".png").stat().st_size > 20_000
+    assert page.with_suffix(".png").stat().st_size > 5_000
     assert json.loads(said.output.splitlines()[-1])["probes"]

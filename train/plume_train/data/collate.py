@@ -290,11 +290,12 @@ class PairCollator:
 
     def _said(self, role: Role, entry: _Entry) -> list[str]:
         """The segments that latent steps stand for, or the text of the target."""
+        steps = entry.draw.num_steps  # fewer than the stage's with random_steps
         if self.reconstruct == "target":
-            return [entry.wanted] if role == "query" else []
+            return [entry.wanted] if role == "query" and steps else []
         curriculum, stage = self.curriculum, self.curriculum.stages[entry.draw.stage]
         parts = segments(entry.side.rationale, curriculum.num_segments, whole_sentences=curriculum.whole_sentences)
-        return parts[: curriculum.num_replaced_segments(stage)]
+        return parts[: min(curriculum.num_replaced_segments(stage), steps // max(curriculum.steps_per_segment, 1))]
 
     def _labels(self, suffixes: list[Tensor]) -> Tensor:
         """Every token of a suffix is predicted one position before it, the first by the last latent state."""
