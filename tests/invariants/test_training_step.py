@@ -209,6 +209,20 @@ def test_activation_checkpointing_changes_no_gradient(trainee, rows, tmp_path, w
     assert len(calls) > 1.5 * passes
 
 
+@pytest.mark.parametrize(("num_steps", "said"), [(4, 2), (1, 1), (0, None)])
+def test_nothing_is_to_be_said_from_steps_that_a_row_does_not_take(trainee, rows, tmp_path, num_steps, said):
+    """With random steps a fully latent row takes fewer than its stage has; the first row has two sentences."""
+    args = arguments(tmp_path, reconstruct_weight=1.0)
+    batch = batch_of(trainee, rows, args, [(4, num_steps)] * 6, chosen=[0])
+    inputs = batch["passes"]["query"][0]["inputs"]
+    if said is None:
+        assert "reconstruction" not in inputs
+        return
+    groups = set(inputs["reconstruction"]["groups"].flatten().tolist()) - {-1}
+    assert len(groups) >= said
+    assert max(groups) < num_steps
+
+
 def test_reentrant_checkpointing_is_refused(trainee):
     with pytest.raises(ValueError, match="loses gradients that flow through the cache"):
         trainee.gradient_checkpointing_enable({"use_reentrant": True})

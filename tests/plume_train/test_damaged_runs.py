@@ -139,17 +139,17 @@ def test_other_data_of_the_same_length_are_noticed(tmp_path, start, hops_folder,
     train(settings(tmp_path, start, hops_folder, **given))
     file = data / "train.jsonl"
     if change == "a word":
-        rows[-1]["qry"]["conversations"][0]["value"] += " now"
+        rows[-1]["query"]["text"] += " now"
     elif change == "a rationale":
-        rows[0]["qry"]["conversations"][1]["value"] = "<think>Other words.</think><answer>a</answer>"
+        rows[0]["query"] |= {"rationale": "Other words.", "answer": "a"}
     elif change == "the order":
         rows.reverse()
     elif change == "a picture":
-        picture = data / rows[3]["qry"]["image"][0]
+        picture = data / rows[3]["query"]["image"][0]
         Image.new("RGB", Image.open(picture).size, "blue").save(picture)
     else:
         file, rows = data / "test.jsonl", [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
-        rows[0]["qry"]["conversations"][0]["value"] += " now"
+        rows[0]["query"]["text"] += " now"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = "validation_digest" if "validation" in change else "data_digest"
     with pytest.raises(RunError, match=f"of a run with other settings or data: {name} was"):
@@ -214,7 +214,7 @@ def test_commands_end_their_errors_in_a_line(tmp_path, start, hops_folder, monke
         more, message = BAD_CALLS[case]
     else:
         broken = shutil.copytree(hops_folder, tmp_path / "data")
-        for picture in (broken / "images" / "pages").glob("*.png"):
+        for picture in (broken / "media" / "000").glob("*.png"):
             cut(picture)
         workers = int("worker" in case)
         if workers:  # the first rows are looked at before, to tell what memory they need

@@ -73,7 +73,8 @@ def test_a_place_without_a_checkpoint_is_described(tmp_path, door):
             ({**DOORS, "from_backbone": PlumeModel.from_backbone})[door](str(tmp_path / place))
 
 
-def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_described(monkeypatch):
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_described(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no folder "runs"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         ValueError, match="no folder at 'runs/mine', and no such model on the Hub, or it cannot be reached"
