@@ -62,7 +62,7 @@ def run_bench(
         something was left out because it failed.
 
     Raises:
-        ConfigError: an implementation that this device cannot run.
+        ConfigError: an implementation that this device cannot run, or a model of parallel latents.
         GateError: an implementation that gives other vectors than transformers' layers.
     """
     threads = torch.get_num_threads()
@@ -82,6 +82,11 @@ def _run(
     name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = make_model(config, name)
+        if model.config.latents == "parallel":  # stages and floors count a pass for each latent step
+            raise ConfigError(
+                f"{config.model} has parallel latents, and the bench measures sequential ones; "
+                "`plume_eval.latency.latency_ms` times any model"
+            )
         implementations = {label: build(label, model, config) for label in config.implementations}
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -271,6 +271,13 @@ def test_graphs_without_a_gpu_are_an_error(config, implementation):
         bench.run_bench(replace(config, implementations=(implementation,)), show_progress=False)
 
 
+def test_a_model_of_parallel_latents_is_refused(config, plume_folder, tmp_path):
+    model, _ = PlumeModel.from_pretrained(plume_folder).reconfigured(latents="parallel")
+    model.save_pretrained(tmp_path / "parallel")
+    with pytest.raises(ConfigError, match="has parallel latents, and the bench measures sequential ones"):
+        bench.run_bench(replace(config, model=str(tmp_path / "parallel"), shapes=None), show_progress=False)
+
+
 def test_the_command_prints_a_table_and_one_json_object_and_writes_a_picture(tmp_path):
     path = tmp_path / "bench.yaml"
     path.write_text(
