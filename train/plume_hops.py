@@ -30,7 +30,7 @@ RESULT = "hops.json"
 _HOME = "runs/hops/page"
 
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
-FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("walk",), "text": ("chain",)}
+FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
 #: The systems that the main table compares.
 MAIN = ("explicit", "explicit_long", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 
