@@ -12,11 +12,11 @@ makes exact: K + 1 passes of the backbone in all. Nothing is detached: gradients
 cache and the anchor.
 
 Parallel latents take one pass instead: inputs p_1 .. p_K are learnt, not computed, and prefix, latents and suffix are
-read together. T refinements turn the inputs into those of the sequential rollout from the front, by Jacobi iteration
-(PCCoT, arXiv 2506.18582), with T + 2 passes; T = K - 1 is exact:
+read together. n refinements turn the inputs into those of the sequential rollout from the front, by Jacobi iteration
+(PCCoT, arXiv 2506.18582), with n + 2 passes; n = K - 1 is exact:
 
     h_0 = B(prefix)[<bot>]      x = T(h_0, 0, c), p_2, .., p_K
-    h_1 .. h_K = B(x)           x_{k+1} = T(h_k, k, c) for k = 1 .. K-1      T times
+    h_1 .. h_K = B(x)           x_{k+1} = T(h_k, k, c) for k = 1 .. K-1      n times
 
 Letters: B batch, D hidden size, K latent steps, E experts, S suffix length.
 """
@@ -93,7 +93,7 @@ def rollout(
         router_context: what the router sees beside the state.
         keep_layers: whether to return the suffix's states of all layers.
         latent_inputs: learnt inputs of parallel latents, `[M, D]` with M >= K; None takes sequential ones.
-        refinements: T, of parallel latents.
+        refinements: n, of parallel latents.
         exit_tolerance: of sequential latents: a row stops at the first step that changes its state by at most this
             share of its norm.
         ends_early: whether to ask the device then if all rows have stopped, and end; a CUDA graph cannot.
