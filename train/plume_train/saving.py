@@ -205,9 +205,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def settings_of(args: PlumeTrainingArguments) -> dict[str, Any]:
     """All that decides the result of a run; an evaluation does where stages wait for it."""
     free = {name for name in _FREE if args.advance != "explicit_recall" or not name.startswith("evaluat")}
-    names = [
-        field.name for field in fields(args) if field.name not in free and not field.name.startswith(_FREE_STARTS)
-    ]
+    names = [field.name for field in fields(args) if field.name not in free and not field.name.startswith(_FREE_STARTS)]
     known = {name: getattr(args, name) for name in names} | {"world_size": args.world_size}
     return json.loads(json.dumps(known, default=str))
 
