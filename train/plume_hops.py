@@ -22,17 +22,15 @@ from plume.random_models import save_tiny_backbone
 from plume.terminal import Parser, is_watched, run_script
 from plume_eval.baselines import Mode
 from plume_eval.hops.make import FAMILIES, Sizes, make_task
+from plume_eval.hops.report import MAIN, RESULT
 from plume_eval.hops.run import HopsTask, evaluate, evaluate_control
 from plume_train.config import PlumeTrainingArguments, arguments_from
 from plume_train.run import train
 
-RESULT = "hops.json"
 _HOME = "runs/hops/page"
 
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
-#: The systems that the main table compares.
-MAIN = ("explicit", "explicit_long", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 
 
 def systems() -> list[str]:

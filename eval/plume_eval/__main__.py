@@ -280,13 +280,12 @@ def report(
     from plume_eval.hops.report import draw_families, write_text
     from plume_eval.report import write_report
 
-    systems = ("explicit", "latent", "parallel", "refined_1", "no_latents", "single_pass")
     try:
         text, numbers, lines = write_text(folder)
     except OSError as error:
         raise typer.Exit(_fail(error)) from None
     path = write_report(out, "hops", "Does it reason?", f"plume-eval report {folder}", text, numbers)
-    draw_families(path, lines, systems)
+    draw_families(path, lines)
     typer.echo(text)
     typer.echo(f"written: {path}.{{md,json}} and a picture of each family")
 

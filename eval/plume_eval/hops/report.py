@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from plume_eval.hops.plots import draw_hops
 from plume_eval.metrics import Estimate, bootstrap
 from plume_eval.report import markdown_table
 
 RESULT = "hops.json"
+#: The systems that the pictures compare, and that `plume-hops` trains unless it is told others.
+MAIN = ("explicit", "explicit_long", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 _NUM_RESAMPLES = 2000
 #: Seeds that a verdict needs.
 MIN_SEEDS = 3
@@ -202,11 +203,13 @@ def write_text(folder: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, A
     return "\n\n".join(parts), numbers, lines
 
 
-def draw_families(path: Path, lines: dict[str, dict[str, Any]], systems: Sequence[str]) -> list[Path]:
-    """A picture per family: recall against hops, a line per system."""
+def draw_families(path: Path, lines: dict[str, dict[str, Any]]) -> list[Path]:
+    """A picture per family: recall against hops, a line per system of `MAIN`."""
+    from plume_eval.hops.plots import draw_hops  # needs matplotlib
+
     written = []
     for family, of_family in lines.items():
-        shown = {system: values for system, values in of_family["lines"].items() if system in systems}
+        shown = {system: values for system, values in of_family["lines"].items() if system in MAIN}
         file = path.with_name(f"{path.name}_{family}.png")
         by_hops = {name: {k: v for k, v in values.items() if k != "all"} for name, values in shown.items()}
         draw_hops(file, by_hops, of_family["rule"])

@@ -32,6 +32,8 @@ Fact = tuple[str, str]
 def check(difficulty: Difficulty) -> None:
     """Refuse too few concepts."""
     need_symbols(difficulty, max(2 * difficulty.max_hops, 3) + difficulty.num_distractors)
+    if difficulty.num_distractors == 1:
+        raise ValueError("num_distractors must not be 1, since a concept is another one; ask for 0 or for 2")
 
 
 def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:

@@ -361,7 +361,7 @@ class Prober:
         steps = range(min(matrix.shape[0] - 1, matrix.shape[1] - 1))
         own = [matrix[k, k + 1] for k in steps if count[k, k + 1]]
         others = [matrix[k, j] for k in steps for j in range(1, matrix.shape[1]) if j != k + 1 and count[k, j]]
-        own_mean, other_mean = float(np.mean(own)), float(np.mean(others)) if others else float("nan")
+        own_mean, other_mean = float(np.mean(own)), float(np.mean(others)) if others else chance
         values |= {"own_hop": own_mean, "other_hops": other_mean, "chance": chance}
         holds = (
             "each state holds its own hop"

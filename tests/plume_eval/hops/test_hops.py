@@ -218,6 +218,7 @@ def test_symbols_look_different_and_stand_where_the_page_says():
         ("image", {"num_symbols": 12}, "num_symbols must be 4, 9, ... 36; received 12"),
         ("video", {"num_symbols": 9}, "need at least 11 symbols"),
         ("text", {"num_symbols": 10}, "need at least 12 symbols"),
+        ("text", {"num_distractors": 1}, "num_distractors must not be 1"),
     ],
 )
 def test_a_task_that_cannot_be_made_is_refused(tmp_path, name, changes, message):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import plume_hops
 from plume_eval.__main__ import app
-from plume_eval.hops.report import CLAIMS, QUESTIONS, Claim, estimate, judge, read_results, rights
-from plume_hops import MAIN, mode_of, settings, systems
+from plume_eval.hops.make import Sizes
+from plume_eval.hops.report import CLAIMS, MAIN, QUESTIONS, Claim, estimate, judge, read_results, rights
+from plume_hops import mode_of, settings, systems
 
 HOPS = [1, 2] * 100
 
@@ -85,6 +88,32 @@ def test_the_command_writes_tables_and_pictures(grid, tmp_path):
     wrong = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--out", str(tmp_path / "x")])
     assert wrong.exit_code == 1
     assert "holds no hops.json; run `plume-hops --out" in wrong.output
+
+
+def test_systems_are_trained_measured_and_reported(tmp_path, monkeypatch):
+    """The whole way of the grid, with a few records and twelve steps of each training."""
+    own = settings
+
+    def shorter(*args):
+        found = own(*args)
+        found.max_steps, found.per_device_train_batch_size, found.lr_scheduler_kwargs = 12, 4, {}
+        found.lr_scheduler_type = "constant"
+        return found
+
+    monkeypatch.setattr(plume_hops, "settings", shorter)
+    monkeypatch.setattr(plume_hops, "Sizes", partial(Sizes, num_validation=2, num_test=12))
+    plume_hops.prepare(tmp_path, "page", 0, 48)
+    found = {system: plume_hops.run_system(tmp_path, "page", 0, system) for system in ("parallel", "no_latents")}
+    assert found["parallel"]["mode"] == "latent"
+    assert found["parallel"]["num_latent_steps"] == 6
+    assert len(found["parallel"]["at_zero"]["result"]["right"]["name"]) == 12
+    assert found["no_latents"]["mode"] == "single_pass"
+    runs = read_results(tmp_path)["page"]
+    assert set(runs) == {"explicit", "parallel", "no_latents"}  # explicit is what the others start from
+    minutes = runs["parallel"][0]["minutes"]
+    assert plume_hops.run_system(tmp_path, "page", 0, "parallel")["minutes"] == minutes  # not trained again
+    with pytest.raises(ValueError, match="holds 48 training records; received --num-train 8; name another --out"):
+        plume_hops.prepare(tmp_path, "page", 0, 8)
 
 
 def test_every_system_that_is_compared_is_a_configuration(tmp_path):
