@@ -12,7 +12,7 @@ RUN ?= runs/demo
 
 # torch comes first, so that no other package chooses a build of its own. Its CUDA builds bring their own triton; beside
 # others one is installed for the tests of the kernels, which interpret and compile them without a GPU.
-$(STAMP):
+$(STAMP): train/plume_demo.py train/plume_hops.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plume needs Python >= 3.11; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt hatchling setuptools
