@@ -32,11 +32,17 @@ _HOME = "runs/hops/page"
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
 
+#: Layers of the vision tower, where one is too few: an arrow leads to one of many cells, before or behind it.
+_VISION_LAYERS = {"image": 3}
+
+#: Configurations that others start from.
+_STARTS = ("read_easy", "read")
+
 
 def systems() -> list[str]:
     """Names of all systems: the configurations but what others start from."""
     folder = find_config("train", "hops/base").parent
-    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in ("base", "read"))
+    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in ("base", *_STARTS))
 
 
 def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArguments:
@@ -49,9 +55,10 @@ def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArg
         parts = rest.parts if rest.parts[0] == "data" else (str(seed), *rest.parts[1:])
         return str(out / family / Path(*parts))
 
+    start = "runs/hops/page/0/read_easy" if system == "read" and FAMILIES[family].easy else args.model
     return arguments_from(
         config,
-        model=moved(args.model),
+        model=moved(start),
         output_dir=moved(str(args.output_dir)),
         train_file=[moved(file) for file in args.train_file],
         seed=seed,
@@ -80,6 +87,7 @@ def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
     backbone = out / family / str(seed) / "backbone"
     if not (backbone / "config.json").exists():
         sizes: dict[str, Any] = {"hidden_size": 96, "num_key_value_heads": 4, "vision_width": 96}
+        sizes["vision_layers"] = _VISION_LAYERS.get(family, 1)
         save_tiny_backbone(backbone, found["words"], **sizes, temporal_patch_size=1, seed=seed)
 
 
@@ -89,11 +97,7 @@ def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]
     file = args.output_folder / RESULT
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    start = Path(args.model).name
-    if start == "read":
-        train(settings(out, family, seed, "read"))
-    elif start != "backbone":
-        run_system(out, family, seed, start)
+    _train_start(out, family, seed, Path(args.model).name)
     began = time.perf_counter()
     model = train(args)
     minutes = (time.perf_counter() - began) / 60
@@ -111,6 +115,16 @@ def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]
         result["at_zero"] = measure(model, task, "single_pass")
     file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
+
+
+def _train_start(out: Path, family: str, seed: int, start: str) -> None:
+    """Train what a system starts from; what is finished is not trained again."""
+    if start in _STARTS:
+        args = settings(out, family, seed, start)
+        _train_start(out, family, seed, Path(args.model).name)
+        train(args)
+    elif start != "backbone":
+        run_system(out, family, seed, start)
 
 
 def mode_of(args: PlumeTrainingArguments) -> Mode:

@@ -10,13 +10,13 @@ ones to the one behind it. Two forms of question:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from random import Random
 
 from PIL import Image, ImageDraw
 
-from plume_eval.hops.puzzle import Difficulty, Family, Puzzle, Shown, need_symbols
+from plume_eval.hops.puzzle import Difficulty, Family, Puzzle, Scene, Shown, need_symbols
 from plume_eval.hops.symbols import BACKGROUND, COLOURS, TILE, Symbol, alphabet
 
 QUESTIONS = (
@@ -60,17 +60,40 @@ def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Rando
         before = sum(symbol.colour == colour for symbol in path[:-2]) - 1
         question = rng.choice(COUNTING) % (before, colour)
     follows = {cells[cell].name: cells[_target(side, cell, arrow)].name for cell, arrow in enumerate(arrows)}
+    told = [_sentence(cell, arrow, follows[cell.name]) for cell, arrow in zip(cells, arrows, strict=True)]
     return Puzzle(
         form=form,
         key=(tuple(symbol.name for symbol in cells), tuple(arrows)),
-        draw=lambda: [draw_grid(cells, arrows)],  # type: ignore[arg-type]
+        draw=lambda: [draw_grid(side, dict(enumerate(zip(cells, arrows, strict=True))))],  # type: ignore[arg-type]
         facts="",
         question=question,
         path=tuple(symbol.name for symbol in path[:-1]),
         beyond=path[-1].name,
         places=tuple(follows.values()),
-        reading=tuple(f"{a} {follows[a]}." for a in rng.sample(list(follows), len(follows))),
+        reading=tuple(rng.sample(told, len(told))),
     )
+
+
+def make_easy(symbols: Sequence[Shown], rng: Random) -> Scene:
+    """A grid in which most cells may be empty; arrows lead to cells that are not."""
+    side = math.isqrt(len(symbols))
+    while True:
+        cells = rng.sample(range(len(symbols)), rng.randint(2, len(symbols) - 2))
+        shown = dict(zip(cells, rng.sample(list(symbols), len(cells)), strict=True))
+        ways = {cell: [way for way in _targets(side, cell) if way[1] in shown] for cell in cells}
+        if all(ways.values()):
+            break
+    chosen = {cell: rng.choice(ways[cell]) for cell in cells}
+    return Scene(
+        draw=lambda: [draw_grid(side, {cell: (shown[cell], chosen[cell][0]) for cell in cells})],  # type: ignore[misc]
+        facts="",
+        reading=tuple(_sentence(shown[cell], arrow, shown[to].name) for cell, (arrow, to) in chosen.items()),
+    )
+
+
+def _sentence(symbol: Shown, arrow: Arrow, leads_to: str) -> str:
+    """Its own arrow first: a model that finds a cell by that has only to look on from there."""
+    return f"{symbol.name} {' '.join(arrow)} {leads_to}."
 
 
 def _find_path(side: int, length: int, rng: Random) -> list[int]:
@@ -102,11 +125,10 @@ def _target(side: int, cell: int, arrow: Arrow) -> int:
     return cell + length * (down * side + right)
 
 
-def draw_grid(cells: Sequence[Symbol], arrows: Sequence[Arrow]) -> Image.Image:
-    """Tiles of 28 x 28 pixels, shape on the left half, arrow on the right."""
-    side = math.isqrt(len(cells))
+def draw_grid(side: int, cells: Mapping[int, tuple[Symbol, Arrow]]) -> Image.Image:
+    """Tiles of 28 x 28 pixels, shape on the left half, arrow on the right; by place, row by row."""
     picture = Image.new("RGB", (side * TILE, side * TILE), BACKGROUND)
-    for place, (symbol, arrow) in enumerate(zip(cells, arrows, strict=True)):
+    for place, (symbol, arrow) in cells.items():
         left, top = place % side * TILE, place // side * TILE
         picture.paste(symbol.draw(TILE // 2, TILE), (left, top))
         _draw_arrow(picture, arrow, left + TILE // 2, top)
@@ -127,6 +149,7 @@ def _draw_arrow(picture: Image.Image, arrow: Arrow, left: int, top: int) -> None
 
 IMAGE = Family(
     name="image",
+    easy=make_easy,
     forms=("arrows", "count"),
     medium="image",
     symbols=alphabet,
@@ -136,6 +159,6 @@ IMAGE = Family(
     num_distractors=0,
     words=(
         *("start", "at", "and", "follow", "the", "arrows", "times", "from", "which", "one", "is", "on", "until"),
-        *("more", "than", "ones", "were", "met", "once", "to", "behind", "first", "with", *COLOURS),
+        *("more", "than", "ones", "were", "met", "once", "to", "behind", "first", "with", *COLOURS, *DIRECTIONS),
     ),
 )

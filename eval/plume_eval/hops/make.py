@@ -2,6 +2,7 @@
 
     OUT/task.json             what the set is made of
     OUT/read.jsonl            what is shown in training rows, sentence by sentence, to learn to read
+    OUT/read_easy.jsonl       less at a time, to begin with; families that are hard to read have it
     OUT/train.jsonl           questions, rationales, targets
     OUT/validation.jsonl      the same about other puzzles, to tune with
     OUT/test.jsonl            the same about others again
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 
 from plume_eval.hops.image import IMAGE
 from plume_eval.hops.page import PAGE
-from plume_eval.hops.puzzle import START, Difficulty, Family, Puzzle, Shown
+from plume_eval.hops.puzzle import START, Difficulty, Family, Puzzle, Scene, Shown
 from plume_eval.hops.text import TEXT
 from plume_eval.hops.video import VIDEO
 
@@ -88,10 +89,11 @@ def make_task(
     rows: dict[str, list[dict]] = {"read": [], "train": [], "validation": [], "test": []}
     for index, (puzzle, form) in enumerate(bar):
         split = writer.split(index)
-        media = writer.save(puzzle, index)
+        media = writer.save(puzzle, index, out / "media")
         rows[split].append(writer.question_row(puzzle, form, media, index))
         if split == "train":
-            rows["read"].append(writer.reading_row(puzzle, media))
+            rows["read"].append(writer.reading_row(puzzle, media, f"read-{family_name}-{puzzle.form}"))
+    rows["read_easy"] = writer.easy_rows()
     rows["control"], rows["control_test"] = writer.captions()
     for name, lines in rows.items():
         if lines:
@@ -154,13 +156,13 @@ class _Writer:
                     "records, or more symbols"
                 )
 
-    def save(self, puzzle: Puzzle, index: int) -> dict[str, Any]:
-        """Save what is shown; the row's keys for it."""
-        pictures = puzzle.draw()
+    def save(self, scene: Scene, index: int, media: Path) -> dict[str, Any]:
+        """Save what is shown below a folder; the row's keys for it."""
+        pictures = scene.draw()
         if not pictures:
             return {}
-        folder = self.out / "media" / f"{index // 1000:03d}"
-        folder.mkdir(exist_ok=True)
+        folder = media / f"{index // 1000:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
         if self.family.medium == "video":
             file = folder / f"{index:06d}.gif"
             first, *rest = pictures
@@ -189,12 +191,22 @@ class _Writer:
             "guesses": puzzle.guesses,
         }
 
-    def reading_row(self, puzzle: Puzzle, media: dict) -> dict[str, Any]:
+    def reading_row(self, scene: Scene, media: dict, task: str) -> dict[str, Any]:
         """What is shown, sentence by sentence."""
         return {
-            "task": f"hops/read-{self.family.name}-{puzzle.form}",
-            "query": {**media, "text": f"{puzzle.facts} read".strip(), "rationale": " ".join(puzzle.reading)},
+            "task": f"hops/{task}",
+            "query": {**media, "text": f"{scene.facts} read".strip(), "rationale": " ".join(scene.reading)},
         }
+
+    def easy_rows(self) -> list[dict[str, Any]]:
+        """Reading rows of a few symbols, as many as of puzzles, where the family has some."""
+        rows = []
+        for index in range(self.sizes.num_train if self.family.easy else 0):
+            assert self.family.easy is not None
+            scene = self.family.easy(self.symbols, Random(f"{self.seed}/{self.family.name}/easy/{index}"))
+            media = self.save(scene, index, self.out / "media" / "easy")
+            rows.append(self.reading_row(scene, media, f"read-easy-{self.family.name}"))
+        return rows
 
     def captions(self) -> tuple[list[dict], list[dict]]:
         """Captions and their pictures: training rows, an eighth as many as questions, and test rows."""

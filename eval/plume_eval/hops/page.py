@@ -35,9 +35,9 @@ Rows = list[tuple[Symbol, Symbol]]
 
 def check(difficulty: Difficulty) -> None:
     """Refuse a page without a path long enough."""
-    need_symbols(difficulty, max(2 * difficulty.max_hops, difficulty.max_hops + 2) + difficulty.num_distractors)
     if difficulty.num_distractors == 1:
         raise ValueError("num_distractors must not be 1, since a row of a page leads to another; ask for 0 or for 2")
+    need_symbols(difficulty, max(2 * difficulty.max_hops, difficulty.max_hops + 2) + difficulty.num_distractors)
 
 
 def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:
@@ -111,7 +111,7 @@ PAGE = Family(
     symbols=alphabet,
     make=make,
     check=check,
-    num_symbols=16,
+    num_symbols=12,
     num_distractors=0,
     words=("start", "at", "and", "follow", "the", "table", "times", "from", "which", "one", "is", "rows", "on"),
 )

@@ -44,27 +44,36 @@ class Difficulty:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Puzzle:
-    """Something shown, and a question whose answer is found by following it hop by hop.
+class Scene:
+    """Something shown.
+
+    draw: the picture, or the frames of a video; empty where everything is said in `facts`.
+    facts: what precedes the question. reading: everything that is shown, a sentence each, to learn to read.
+    """
+
+    draw: Callable[[], list[Image.Image]]
+    facts: str
+    reading: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Puzzle(Scene):
+    """A scene, and a question whose answer is found by following it hop by hop.
 
     form: which of the family's forms. key: equal where the same is shown, however it is drawn.
-    draw: the picture, or the frames of a video; empty where everything is said in `facts`.
-    facts: what precedes the question. question: holds `{start}` once.
+    question: holds `{start}` once.
     path: names of the symbols met, the start first and the answer last. beyond: the one behind the answer, or the
     wrong one of two that the question names.
     places: names in the order in which they are shown, for shallow rules.
-    reading: everything that is shown, a sentence each, to learn to read. whens: what ends the sentence of each hop.
+    whens: what ends the sentence of each hop.
     """
 
     form: str
     key: Hashable
-    draw: Callable[[], list[Image.Image]]
-    facts: str
     question: str
     path: tuple[str, ...]
     beyond: str
     places: tuple[str, ...]
-    reading: tuple[str, ...]
     whens: tuple[str, ...] = ()
 
     @property
@@ -101,7 +110,8 @@ class Family:
     """A kind of puzzle.
 
     forms: ways to show it. symbols: so many of them. make: a puzzle of a form.
-    medium: what `Puzzle.draw` gives. num_symbols, num_distractors: where nothing else is asked for.
+    easy: a scene of a few of the symbols, to begin reading with, where whole ones teach nothing at first.
+    medium: what `Scene.draw` gives. num_symbols, num_distractors: where nothing else is asked for.
     words: what questions, facts and sentences are written with, beside the symbols' names.
     """
 
@@ -114,6 +124,7 @@ class Family:
     num_symbols: int
     num_distractors: int
     words: tuple[str, ...]
+    easy: Callable[[Sequence[Shown], Random], Scene] | None = None
 
 
 def need_symbols(difficulty: Difficulty, least: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
 
-from plume_eval.hops.puzzle import Difficulty, Family, Puzzle, Shown, need_symbols
+from plume_eval.hops.puzzle import Difficulty, Family, Puzzle, Scene, Shown, need_symbols
 from plume_eval.hops.symbols import concepts
 
 NAMES = ("alex", "bob", "carol", "davis", "eva", "fae", "jack", "max", "polly", "rex", "sally", "stella", "tom", "wren")
@@ -31,9 +31,9 @@ Fact = tuple[str, str]
 
 def check(difficulty: Difficulty) -> None:
     """Refuse too few concepts."""
-    need_symbols(difficulty, max(2 * difficulty.max_hops, 3) + difficulty.num_distractors)
     if difficulty.num_distractors == 1:
         raise ValueError("num_distractors must not be 1, since a concept is another one; ask for 0 or for 2")
+    need_symbols(difficulty, max(2 * difficulty.max_hops, 3) + difficulty.num_distractors)
 
 
 def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Random) -> Puzzle:
@@ -129,7 +129,7 @@ def _random_graph(size: int, num_hops: int, rng: Random) -> tuple[list[tuple[int
 def _puzzle(
     form: str, facts: list[Fact], path: list[str], beyond: str, question: str, rng: Random, choices: Sequence[str] = ()
 ) -> Puzzle:
-    ordered, facts = facts, rng.sample(facts, len(facts))
+    facts = rng.sample(facts, len(facts))
     told = [f"every {a} is a {b}." if a.endswith("pus") else f"{a} is a {b}." for a, b in facts]
     return Puzzle(
         form=form,
@@ -140,18 +140,35 @@ def _puzzle(
         path=tuple(path),
         beyond=beyond,
         places=(*(b for _, b in facts), *choices),
-        reading=tuple(f"{b} follows {a}." for a, b in ordered),
+        reading=tuple(f"{a} {b}." for a, b in rng.sample(facts, len(facts))),
+    )
+
+
+def make_easy(symbols: Sequence[Shown], rng: Random) -> Scene:
+    """A cycle of three concepts or more, and two people, without the words between.
+
+    What stands side by side is easier to find than what words stand between; where to look is the same.
+    """
+    order = rng.sample([symbol.name for symbol in symbols], rng.randint(3, len(symbols)))
+    people = rng.sample(NAMES, 2)
+    facts = [*pairwise([*order, order[0]]), *((name, rng.choice(order)) for name in people)]
+    told = [f"{a} {b}." for a, b in facts]
+    return Scene(
+        draw=list,
+        facts=" ".join(rng.sample(told, len(told))),
+        reading=tuple(rng.sample(told, len(told))),
     )
 
 
 TEXT = Family(
     name="text",
+    easy=make_easy,
     forms=("chain", "graph"),
     medium=None,
     symbols=concepts,
     make=make,
     check=check,
-    num_symbols=16,
+    num_symbols=12,
     num_distractors=0,
     words=(
         *NAMES,

@@ -42,6 +42,13 @@ def solve(row: dict, folder: Path) -> str:
     return start
 
 
+def read_easy(row: dict, folder: Path) -> set[tuple[str, str]]:
+    """What leads to what in a row of few symbols."""
+    if "image" in row["query"]:
+        return set(_arrows(Image.open(folder / row["query"]["image"][0]).convert("RGB")).items())
+    return {tuple(fact.split()) for fact in row["query"]["text"].removesuffix(". read").split(". ")}
+
+
 def _names() -> list[str]:
     return [symbol.name for symbol in _GLYPHS]
 
@@ -102,10 +109,12 @@ def _chart(page: Image.Image) -> dict[str, str]:
 
 def _arrows(picture: Image.Image) -> dict[str, str]:
     side = picture.width // TILE
-    symbols, steps = [], []
-    for cell in _cells(picture, TILE, TILE):
+    symbols, steps = {}, {}
+    for place, cell in enumerate(_cells(picture, TILE, TILE)):
+        if _is_empty(cell):
+            continue
         symbol, arrow = _cells(cell, _HALF, TILE)
-        symbols.append(_glyph_in(symbol))
+        symbols[place] = _glyph_in(symbol)
         pixels = np.asarray(arrow, dtype=int)
         is_arrow = np.abs(pixels - pixels[0, 0]).sum(axis=2) > 0
         rows, columns = np.nonzero(is_arrow)
@@ -113,8 +122,8 @@ def _arrows(picture: Image.Image) -> dict[str, str]:
         down = rows.mean() - (rows.min() + rows.max()) / 2
         right = columns.mean() - (columns.min() + columns.max()) / 2
         length = 1 if pixels[is_arrow].mean() > 128 else 2
-        steps.append(length * (side * int(np.sign(down)) if abs(down) > abs(right) else int(np.sign(right))))
-    return {symbol: symbols[place + step] for place, (symbol, step) in enumerate(zip(symbols, steps, strict=True))}
+        steps[place] = length * (side * int(np.sign(down)) if abs(down) > abs(right) else int(np.sign(right)))
+    return {symbol: symbols[place + steps[place]] for place, symbol in symbols.items()}
 
 
 def _from_frames(form: str, frames: list[Image.Image], start: str, moves: int) -> str:
