@@ -247,7 +247,7 @@ class _Writer:
             "num_distractors": self.difficulty.num_distractors,
             "forms": list(self.forms),
             "symbols": self.names,
-            "words": list(dict.fromkeys([*self.names, *self.family.words, "follows", "read", "this", "one", *numbers])),
+            "words": list(dict.fromkeys([*self.names, *self.family.words, "read", "this", "one", *numbers])),
         }
 
 

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -200,7 +199,7 @@ def _prosqa_row(row: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} asks {asked!r}; expected 'Is A a B or C?'")
     answer = row["answer"].lower().rstrip(".").split()[-1]
     path = [found[1], *(step.lower().rstrip(".").split()[-1] for step in row["steps"])]
-    sentences = " ".join(f"{b} follows {a}." for a, b in pairwise(path))
+    sentences = " ".join(f"{name}." for name in path[1:])
     places = [fact.split()[-1] for fact in facts.split(". ")] + [found[2], found[3]]
     choices = [answer, *{found[2], found[3]} - {answer}]
     return _row(f"{facts}. {asked.rstrip('?')}", sentences, path, "graph", choices, places)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
 from typing import Literal, Protocol
 
@@ -83,9 +82,9 @@ class Puzzle(Scene):
 
     @property
     def sentences(self) -> list[str]:
-        """The reasoning, one sentence per hop; each begins with the symbol reached."""
+        """The reasoning, one sentence per hop: the symbol reached."""
         whens = self.whens or ("",) * (len(self.path) - 1)
-        return [f"{b} follows {a}{when}." for (a, b), when in zip(pairwise(self.path), whens, strict=True)]
+        return [f"{symbol}{when}." for symbol, when in zip(self.path[1:], whens, strict=True)]
 
     @property
     def hard_negatives(self) -> list[str]:
