@@ -32,8 +32,9 @@ _HOME = "runs/hops/page"
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
 
-#: Layers of the vision tower, where one is too few: an arrow leads to one of many cells, before or behind it.
-_VISION_LAYERS = {"image": 3}
+#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it. What something
+#: is must be brought together in a story, then be found, then be said behind a full stop.
+_LAYERS = {"image": {"vision_layers": 3}, "text": {"num_layers": 3}}
 
 #: Configurations that others start from.
 _STARTS = ("read_easy", "read")
@@ -87,7 +88,7 @@ def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
     backbone = out / family / str(seed) / "backbone"
     if not (backbone / "config.json").exists():
         sizes: dict[str, Any] = {"hidden_size": 96, "num_key_value_heads": 4, "vision_width": 96}
-        sizes["vision_layers"] = _VISION_LAYERS.get(family, 1)
+        sizes |= _LAYERS.get(family, {})
         save_tiny_backbone(backbone, found["words"], **sizes, temporal_patch_size=1, seed=seed)
 
 

@@ -40,6 +40,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (PAGE, IMAGE, V
 #: Puzzles that are drawn for one record until it is given up that they are new.
 _TRIES = 50
 _SYMBOLS_OF_A_CAPTION = 4
+#: What a question calls a start that it shows.
+_SHOWN = "this one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,12 @@ def make_task(
     for index, (puzzle, form) in enumerate(bar):
         split = writer.split(index)
         media = writer.save(puzzle, index, out / "media")
-        rows[split].append(writer.question_row(puzzle, form, media, index))
+        if is_composed := writer.is_composed(puzzle, index):
+            media = {**media, "image": [*media.get("image", []), _symbol_file(puzzle.path[0])]}
+        rows[split].append(writer.question_row(puzzle, form, media, is_composed))
         if split == "train":
-            rows["read"].append(writer.reading_row(puzzle, media, f"read-{family_name}-{puzzle.form}"))
+            told = (f"{_SHOWN} {puzzle.path[0]}.", *puzzle.reading) if is_composed else puzzle.reading
+            rows["read"].append(writer.reading_row(puzzle, told, media, f"read-{family_name}-{puzzle.form}"))
     rows["read_easy"] = writer.easy_rows()
     rows["control"], rows["control_test"] = writer.captions()
     for name, lines in rows.items():
@@ -172,13 +177,14 @@ class _Writer:
         pictures[0].save(file)
         return {"image": [str(file.relative_to(self.out))]}
 
-    def question_row(self, puzzle: Puzzle, form: TargetForm, media: dict, index: int) -> dict[str, Any]:
+    def is_composed(self, puzzle: Puzzle, index: int) -> bool:
+        """Whether a question shows its start instead of naming it; stories have nothing to show."""
+        return not puzzle.facts and Random(f"{self.seed}/composed/{index}").random() < self.sizes.composed_share
+
+    def question_row(self, puzzle: Puzzle, form: TargetForm, media: dict, is_composed: bool) -> dict[str, Any]:
         """A question with its reasoning and its answer."""
-        is_composed = bool(media) and Random(f"{self.seed}/composed/{index}").random() < self.sizes.composed_share
-        start = "this one" if is_composed else puzzle.path[0]
+        start = _SHOWN if is_composed else puzzle.path[0]
         text = " ".join(part for part in (puzzle.facts, puzzle.question.replace(START, start)) if part)
-        if is_composed:
-            media = {**media, "image": [*media.get("image", []), _symbol_file(puzzle.path[0])]}
         return {
             "task": f"hops/{self.family.name}-{puzzle.form}-{form}",
             "query": {**media, "text": text, "rationale": " ".join(puzzle.sentences), "answer": puzzle.answer},
@@ -191,11 +197,11 @@ class _Writer:
             "guesses": puzzle.guesses,
         }
 
-    def reading_row(self, scene: Scene, media: dict, task: str) -> dict[str, Any]:
+    def reading_row(self, scene: Scene, told: Sequence[str], media: dict, task: str) -> dict[str, Any]:
         """What is shown, sentence by sentence."""
         return {
             "task": f"hops/{task}",
-            "query": {**media, "text": f"{scene.facts} read".strip(), "rationale": " ".join(scene.reading)},
+            "query": {**media, "text": f"{scene.facts} read".strip(), "rationale": " ".join(told)},
         }
 
     def easy_rows(self) -> list[dict[str, Any]]:
@@ -205,7 +211,7 @@ class _Writer:
             assert self.family.easy is not None
             scene = self.family.easy(self.symbols, Random(f"{self.seed}/{self.family.name}/easy/{index}"))
             media = self.save(scene, index, self.out / "media" / "easy")
-            rows.append(self.reading_row(scene, media, f"read-easy-{self.family.name}"))
+            rows.append(self.reading_row(scene, scene.reading, media, f"read-easy-{self.family.name}"))
         return rows
 
     def captions(self) -> tuple[list[dict], list[dict]]:
