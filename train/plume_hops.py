@@ -32,9 +32,12 @@ _HOME = "runs/hops/page"
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
 
-#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it. What something
-#: is must be brought together in a story, then be found, then be said behind a full stop.
+#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it. In a story,
+#: what something is must be brought together, then be found, then be said behind a full stop.
 _LAYERS = {"image": {"vision_layers": 3}, "text": {"num_layers": 3}}
+
+#: Settings of a family's reading. A vision tower of three layers does not learn to look on at a higher rate.
+_READING = {"image": {"learning_rate": 2e-3}}
 
 #: Configurations that others start from.
 _STARTS = ("read_easy", "read")
@@ -63,6 +66,7 @@ def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArg
         output_dir=moved(str(args.output_dir)),
         train_file=[moved(file) for file in args.train_file],
         seed=seed,
+        **(_READING.get(family, {}) if system in _STARTS else {}),
     )
 
 
