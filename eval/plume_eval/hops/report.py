@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from plume_eval.hops.run import hops_columns
 from plume_eval.metrics import Estimate, bootstrap
 from plume_eval.report import markdown_table
 
@@ -134,7 +135,7 @@ def family_table(runs: Runs, num_hops: np.ndarray) -> tuple[str, dict[str, dict[
     rule = next(iter(next(iter(runs.values())).values()))["result"]["best_rule"]
     shown = [f"{rule['by_hops'][str(count)]['recall_at_1']:.2f}" for count in counts]
     rows.append([f"best rule ({rule['rule']})", "", "", *shown, f"{rule['recall_at_1']:.2f}", "", "", ""])
-    columns = ["system", "seeds", "K", *(f"{count} hops" for count in counts), "all", "same model at K = 0"]
+    columns = ["system", "seeds", "K", *hops_columns(counts), "all", "same model at K = 0"]
     return markdown_table([*columns, "control", "minutes"], rows), numbers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,11 @@ def _by(is_right: np.ndarray, label: np.ndarray) -> dict[str, dict]:
     return {str(value): asdict(bootstrap(is_right[label == value])) for value in np.unique(label)}
 
 
+def hops_columns(counts: Iterable[int | str]) -> list[str]:
+    """Headings of columns by number of hops."""
+    return [f"{count} hop{'' if str(count) == '1' else 's'}" for count in counts]
+
+
 def hops_table(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a table: one row per result of `evaluate`, one column per number of hops."""
     hops = list(dict.fromkeys(count for one in results for form in one["by_hops"].values() for count in form))
@@ -258,4 +263,4 @@ def hops_table(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     rule = results[0]["best_rule"]
     shown = [f"{rule['by_hops'][count]['recall_at_1']:.3f}" if count in rule["by_hops"] else "" for count in hops]
     rows.append([f"best rule ({rule['rule']})", "", *shown, f"{rule['recall_at_1']:.3f}"])
-    return ["mode", "target", *(f"{count} hops" for count in hops), "all"], rows
+    return ["mode", "target", *hops_columns(hops), "all"], rows
