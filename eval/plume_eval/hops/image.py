@@ -60,7 +60,6 @@ def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Rando
         before = sum(symbol.colour == colour for symbol in path[:-2]) - 1
         question = rng.choice(COUNTING) % (before, colour)
     follows = {cells[cell].name: cells[_target(side, cell, arrow)].name for cell, arrow in enumerate(arrows)}
-    told = [_sentence(cell, arrow, follows[cell.name]) for cell, arrow in zip(cells, arrows, strict=True)]
     return Puzzle(
         form=form,
         key=(tuple(symbol.name for symbol in cells), tuple(arrows)),
@@ -70,12 +69,15 @@ def make(form: str, symbols: Sequence[Shown], difficulty: Difficulty, rng: Rando
         path=tuple(symbol.name for symbol in path[:-1]),
         beyond=path[-1].name,
         places=tuple(follows.values()),
-        reading=tuple(rng.sample(told, len(told))),
+        reading=tuple(f"{a} {follows[a]}." for a in rng.sample(list(follows), len(follows))),
     )
 
 
 def make_easy(symbols: Sequence[Shown], rng: Random) -> Scene:
-    """A grid in which most cells may be empty; arrows lead to cells that are not."""
+    """A grid in which cells are empty; arrows lead to cells that are not.
+
+    A cell's own arrow is said before where it leads: a model that finds the cell by then has only to look on.
+    """
     side = math.isqrt(len(symbols))
     while True:
         cells = rng.sample(range(len(symbols)), rng.randint(2, len(symbols) - 2))
@@ -87,13 +89,8 @@ def make_easy(symbols: Sequence[Shown], rng: Random) -> Scene:
     return Scene(
         draw=lambda: [draw_grid(side, {cell: (shown[cell], chosen[cell][0]) for cell in cells})],  # type: ignore[misc]
         facts="",
-        reading=tuple(_sentence(shown[cell], arrow, shown[to].name) for cell, (arrow, to) in chosen.items()),
+        reading=tuple(f"{shown[at].name} {' '.join(arrow)} {shown[to].name}." for at, (arrow, to) in chosen.items()),
     )
-
-
-def _sentence(symbol: Shown, arrow: Arrow, leads_to: str) -> str:
-    """Its own arrow first: a model that finds a cell by that has only to look on from there."""
-    return f"{symbol.name} {' '.join(arrow)} {leads_to}."
 
 
 def _find_path(side: int, length: int, rng: Random) -> list[int]:
