@@ -49,7 +49,7 @@ TITLES = {
     "read": "Learning to read pages",
     "explicit": "Learning to reason in words",
     "": "From words to latent steps",
-    "single_pass": "For comparison: a single pass, as many contrastive steps, no rationale",
+    "single_pass": "For comparison: a single pass, twice as many rows, no rationale",
     "no_curriculum": "Ablation: latent steps without a curriculum",
     "no_adapter": "Ablation: the curriculum without an adapter",
     "end_token": "Ablation: the last latent state predicts <eot>",
