@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (PAGE, IMAGE, V
 _TRIES = 50
 _SYMBOLS_OF_A_CAPTION = 4
 #: What a question calls a start that it shows.
-_SHOWN = "this one"
+SHOWN = "this one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def make_task(
             media = {**media, "image": [*media.get("image", []), _symbol_file(puzzle.path[0])]}
         rows[split].append(writer.question_row(puzzle, form, media, is_composed))
         if split == "train":
-            told = (f"{_SHOWN} {puzzle.path[0]}.", *puzzle.reading) if is_composed else puzzle.reading
+            told = (f"{SHOWN} {puzzle.path[0]}.", *puzzle.reading) if is_composed else puzzle.reading
             rows["read"].append(writer.reading_row(puzzle, told, media, f"read-{family_name}-{puzzle.form}"))
     rows["read_easy"] = writer.easy_rows()
     rows["control"], rows["control_test"] = writer.captions()
@@ -183,7 +183,7 @@ class _Writer:
 
     def question_row(self, puzzle: Puzzle, form: TargetForm, media: dict, is_composed: bool) -> dict[str, Any]:
         """A question with its reasoning and its answer."""
-        start = _SHOWN if is_composed else puzzle.path[0]
+        start = SHOWN if is_composed else puzzle.path[0]
         text = " ".join(part for part in (puzzle.facts, puzzle.question.replace(START, start)) if part)
         return {
             "task": f"hops/{self.family.name}-{puzzle.form}-{form}",

@@ -24,6 +24,7 @@ RESULT = "hops.json"
 #: The systems that the pictures compare, and that `plume-hops` trains unless it is told others.
 MAIN = ("explicit", "explicit_long", "latent", "parallel", "refined_1", "no_latents", "single_pass")
 _NUM_RESAMPLES = 2000
+_STARTS = ("named", "shown")
 #: Seeds that a verdict needs.
 MIN_SEEDS = 3
 
@@ -129,18 +130,37 @@ def family_table(runs: Runs, num_hops: np.ndarray) -> tuple[str, dict[str, dict[
         control = np.mean([one["control"]["recall_at_1"]["mean"] for one in of_system.values()])
         minutes = np.mean([one["minutes"] for one in of_system.values()])
         cells = [_cell(value) for value in by_hops.values()]
+        starts = [one["result"]["by_start"]["name"] for one in of_system.values()]
+        by_start = [
+            np.mean([one[start]["mean"] for one in starts]) if start in starts[0] else None for start in _STARTS
+        ]
         steps = first["num_latent_steps"] if first["mode"] == "latent" else ""
-        last = [_cell(estimate(right)), zero, f"{control:.3f}", f"{minutes:.0f}"]
+        last = [
+            _cell(estimate(right)),
+            *("" if one is None else f"{one:.2f}" for one in by_start),
+            zero,
+            f"{control:.3f}",
+            f"{minutes:.0f}",
+        ]
         rows.append([system, len(of_system), steps, *cells, *last])
     rule = next(iter(next(iter(runs.values())).values()))["result"]["best_rule"]
     shown = [f"{rule['by_hops'][str(count)]['recall_at_1']:.2f}" for count in counts]
-    rows.append([f"best rule ({rule['rule']})", "", "", *shown, f"{rule['recall_at_1']:.2f}", "", "", ""])
-    columns = ["system", "seeds", "K", *hops_columns(counts), "all", "same model at K = 0"]
+    rows.append([f"best rule ({rule['rule']})", "", "", *shown, f"{rule['recall_at_1']:.2f}", *[""] * 5])
+    columns = [
+        "system",
+        "seeds",
+        "K",
+        *hops_columns(counts),
+        "all",
+        "start named",
+        "start shown",
+        "same model at K = 0",
+    ]
     return markdown_table([*columns, "control", "minutes"], rows), numbers
 
 
 def _cell(value: Estimate) -> str:
-    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return f"{value.mean:.2f} [{max(value.low, 0):.2f}, {min(value.high, 1):.2f}]"  # a recall is no more than 1
 
 
 def judge(claim: Claim, runs: Runs) -> tuple[str, Estimate | None]:

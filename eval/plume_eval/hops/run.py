@@ -14,7 +14,7 @@ from plume.engine.engine import Engine
 from plume.inputs.item import Item
 from plume.model.model import PlumeModel
 from plume_eval.baselines import Mode, embed
-from plume_eval.hops.make import TargetForm
+from plume_eval.hops.make import SHOWN, TargetForm
 from plume_eval.metrics import Estimate, bootstrap, mean_reciprocal_rank, ranks, recall_at_1
 from plume_eval.pairs import read_side
 
@@ -72,6 +72,11 @@ class HopsTask:
     def forms(self) -> np.ndarray:
         """Form of each question, `[Q]`."""
         return np.array([row["form"] for row in self.rows])
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Whether each question names its start or shows it, `[Q]`."""
+        return np.array(["shown" if SHOWN in row["query"]["text"] else "named" for row in self.rows])
 
     def queries(self) -> list[Item]:
         """The questions with what they are about."""
@@ -157,13 +162,14 @@ def evaluate(
         engine: runs the model instead of transformers' layers.
 
     Returns:
-        Plain numbers: `recall_at_1` and `mrr` by form of the target; `by_hops` and `by_form`, recall@1 by form of the
-        target and number of hops, or form of the question; `hard_errors`, the share of the wrong answers that are hard
-        negatives (on the path, or one hop further); `of_choices`, recall@1 among the symbols that a question offers,
-        all and by form of the question; `right`, a digit per question; `best_rule`, what answers best without following
-        the path (`best_rule`); `num_hops` of each question; `num_queries`, `reasoning_steps` (mean per query) and
-        `num_incomplete` (explicit rationales that reached the limit); `num_layers` that see what a question is about:
-        of the text model, and of the vision tower where something is seen.
+        Plain numbers: `recall_at_1` and `mrr` by form of the target; `by_hops`, `by_form` and `by_start`, recall@1 by
+        form of the target and number of hops, form of the question, or whether it names its start or shows it;
+        `hard_errors`, the share of the wrong answers that are hard negatives (on the path, or one hop further);
+        `of_choices`, recall@1 among the symbols that a question offers, all and by form of the question; `right`, a
+        digit per question; `best_rule`, what answers best without following the path (`best_rule`); `num_hops` of each
+        question; `num_queries`, `reasoning_steps` (mean per query) and `num_incomplete` (explicit rationales that
+        reached the limit); `num_layers` that see what a question is about: of the text model, and of the vision tower
+        where something is seen.
     """
     settings = {"batch_size": batch_size, "show_progress": show_progress, "engine": engine}
     queries = embed(model, task.queries(), mode, num_latent_steps=num_latent_steps, **settings)
@@ -180,6 +186,7 @@ def evaluate(
         "mrr": {},
         "by_hops": {},
         "by_form": {},
+        "by_start": {},
         "hard_errors": {},
         "of_choices": {},
         "right": {},
@@ -197,6 +204,7 @@ def evaluate(
         result["mrr"][form] = asdict(mean_reciprocal_rank(rank))
         result["by_hops"][form] = _by(rank == 1, task.num_hops)
         result["by_form"][form] = _by(rank == 1, task.forms)
+        result["by_start"][form] = _by(rank == 1, task.starts)
         result["hard_errors"][form] = _share_of_hard_errors(task, scores, rank)
     return result
 

@@ -112,6 +112,14 @@ def test_no_shallow_rule_comes_near(name, form):
         assert counts.most_common(1)[0][1] / len(made) < 0.3
 
 
+def test_recall_is_told_apart_by_whether_the_start_is_named(family):
+    task = HopsTask(family)
+    shown = {
+        row["query"]["text"] for row in task.rows if any("symbols" in file for file in row["query"].get("image", []))
+    }
+    assert [start == "shown" for start in task.starts] == [row["query"]["text"] in shown for row in task.rows]
+
+
 def test_what_a_question_shows_is_named_where_reading_is_learnt(family):
     for row, read in zip(rows_of(family, "train"), rows_of(family, "read"), strict=True):
         assert row["query"].get("image") == read["query"].get("image")

@@ -22,6 +22,7 @@ def result(system, seed, share):
     rng = np.random.default_rng([seed, int(1000 * share)])
     right = "".join("1" if draw < share else "0" for draw in rng.random(len(HOPS)))
     read = {"right": {"name": right}, "num_hops": HOPS, "num_queries": 200, "num_candidates": 9, "num_layers": 2}
+    read["by_start"] = {"name": {"named": {"mean": share}}}
     read["best_rule"] = {"rule": "start", "recall_at_1": 0.1}
     read["best_rule"]["by_hops"] = {count: {"rule": "start", "recall_at_1": 0.1} for count in "12"}
     whole = {"family": "page", "system": system, "seed": seed, "mode": "latent", "num_latent_steps": 6, "minutes": 3.0}
@@ -80,6 +81,8 @@ def test_the_command_writes_tables_and_pictures(grid, tmp_path):
     assert said.exit_code == 0, said.output
     (table,) = (tmp_path / "out").glob("hops_*.md")
     text = table.read_text()
+    assert "| start named | start shown |" in text
+    assert "| 0.30 |  |" in text
     assert "about: 2. A single pass can follow as many hops if each layer follows one, and at most 3" in text
     assert "| the latent transition matters (61.6, without 58.8) | page |" in text
     assert "not run (stages_1)" in text
