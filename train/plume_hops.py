@@ -123,13 +123,14 @@ def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]
 
 
 def _train_start(out: Path, family: str, seed: int, start: str) -> None:
-    """Train what a system starts from; what is finished is not trained again."""
-    if start in _STARTS:
-        args = settings(out, family, seed, start)
-        _train_start(out, family, seed, Path(args.model).name)
-        train(args)
-    elif start != "backbone":
+    """Train and measure what a system starts from; what is finished is not trained again."""
+    if start == "backbone":
+        return
+    if start not in _STARTS:
         run_system(out, family, seed, start)
+    args = settings(out, family, seed, start)  # its result may have come without its model
+    _train_start(out, family, seed, Path(args.model).name)
+    train(args)
 
 
 def mode_of(args: PlumeTrainingArguments) -> Mode:

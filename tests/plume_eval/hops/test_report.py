@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -115,6 +116,13 @@ def test_systems_are_trained_measured_and_reported(tmp_path, monkeypatch):
     assert set(runs) == {"explicit", "parallel", "no_latents"}  # explicit is what the others start from
     minutes = runs["parallel"][0]["minutes"]
     assert plume_hops.run_system(tmp_path, "page", 0, "parallel")["minutes"] == minutes  # not trained again
+    shutil.rmtree(tmp_path / "page" / "0" / "no_latents")
+    for file in (tmp_path / "page" / "0" / "explicit").iterdir():  # as where results were copied without models
+        if file.name != "hops.json":
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    before = (tmp_path / "page" / "0" / "explicit" / "hops.json").read_bytes()
+    assert plume_hops.run_system(tmp_path, "page", 0, "no_latents")["mode"] == "single_pass"
+    assert (tmp_path / "page" / "0" / "explicit" / "hops.json").read_bytes() == before
     with pytest.raises(ValueError, match="holds 48 training records; received --num-train 8; name another --out"):
         plume_hops.prepare(tmp_path, "page", 0, 8)
 
