@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plume.model.interface import PlumeOutput
     from plume.model.model import PlumeModel
     from plume.search.index import Index
+    from plume.space.zero_shot import classify
     from plume.tracing.trace import trace
 
 register_when_needed()
@@ -38,6 +39,7 @@ _HOMES = {
     "PlumeOutput": "plume.model.interface",
     "PlumeProcessor": "plume.inputs.processor",
     "Video": "plume.inputs.video",
+    "classify": "plume.space.zero_shot",
     "pages": "plume.inputs.pages",
     "trace": "plume.tracing.trace",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "PlumeProcessor",
     "Video",
     "__version__",
+    "classify",
     "pages",
     "trace",
 ]

@@ -16,6 +16,7 @@ ABSENT = {
     "pillow_heif",
     "pyarrow",
     "pypdfium2",
+    "pytrec_eval",
     "tensorboard",
 }
 

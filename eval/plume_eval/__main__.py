@@ -12,6 +12,8 @@ from plume.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 hops = typer.Typer(no_args_is_help=True, help="The built-in tasks: what is shown must be followed hop by hop.")
 app.add_typer(hops, name="hops")
+mmeb = typer.Typer(no_args_is_help=True)
+app.add_typer(mmeb, name="mmeb")
 
 
 def _checked(name_or_path: str | None) -> str | None:
@@ -288,6 +290,122 @@ def report(
     draw_families(path, lines)
     typer.echo(text)
     typer.echo(f"written: {path}.{{md,json}} and a picture of each family")
+
+
+Task = Annotated[
+    list[str] | None, typer.Option(help="A task, a group or a modality; can be repeated; all 78 if not given.")
+]
+FromHub = Annotated[bool, typer.Option("--from-hub", help="Download rows that the local copy does not hold.")]
+
+
+@mmeb.callback(invoke_without_command=True)
+def run_mmeb(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a Hub name.", callback=_checked)] = None,
+    data: Annotated[Path | None, typer.Option(help="Local copy of TIGER-Lab/MMEB-V2.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for vectors, results and the report.")] = Path("runs/mmeb"),
+    task: Task = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="latent, single_pass, explicit or anchor; can be repeated; latent if not given."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The model is another's: how it is to be used; see eval/README.md.")
+    ] = None,
+    num_latent_steps: Annotated[
+        int | None, typer.Option(help="K of queries; the checkpoint's own if not given.")
+    ] = None,
+    document_latent_steps: Annotated[int | None, typer.Option(help="K of candidates, if another.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of a written rationale.", min=1)] = 512,
+    truncate_dim: Annotated[int | None, typer.Option(help="Numbers of a vector that are kept.", min=1)] = None,
+    precision: Annotated[Literal["float32", "int8", "binary"], typer.Option(help="Of vectors.")] = "float32",
+    template: Annotated[
+        list[str] | None, typer.Option(help='A sentence about a class, "{}" its name; can be repeated, for a mean.')
+    ] = None,
+    prompts: Annotated[
+        Literal["vlm2vec", "plume_published"],
+        typer.Option(help="plume_published leaves out the prompts of ViDoRe, ViDoSeek and MMLongBench."),
+    ] = "vlm2vec",
+    batch_size: Annotated[int, typer.Option(help="Inputs per pass at most.", min=1)] = 32,
+    from_hub: FromHub = False,
+) -> None:
+    """Score a model on MMEB-V2, each task as the field reports it; a run that was stopped goes on where it was.
+
+    Several GPUs: accelerate launch -m plume_eval mmeb --model M --data ROOT
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if model is None or data is None:
+        raise typer.BadParameter("expected --model and --data, or one of the commands check and report")
+    from plume_eval.mmeb.command import run_all
+    from plume_eval.mmeb.run import Settings
+
+    quiet_libraries()
+    try:
+        incomplete = run_all(
+            model,
+            data,
+            out,
+            task_names=task or (),
+            modes=mode or (),
+            baseline=baseline,
+            num_latent_steps=num_latent_steps,
+            document_latent_steps=document_latent_steps,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            settings=Settings(
+                truncate_dim=truncate_dim,
+                precision=precision,
+                templates=tuple(template or ("{}",)),
+                prompts=prompts,
+                from_hub=from_hub,
+            ),
+            show_progress=is_watched(),
+            say=typer.echo,
+        )
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    if incomplete:
+        raise typer.Exit(_fail(RuntimeError(f"{incomplete} results are incomplete; the report says why")))
+
+
+@mmeb.command("check")
+def check_mmeb(
+    data: Annotated[Path, typer.Option(help="Local copy of TIGER-Lab/MMEB-V2.")],
+    task: Task = None,
+    from_hub: FromHub = False,
+) -> None:
+    """Say for each task what is there and what is missing, before a GPU is paid for."""
+    from plume_eval.mmeb.check import check_tasks, table_of
+    from plume_eval.mmeb.tasks import find_tasks
+
+    quiet_libraries()
+    try:
+        found = check_tasks(find_tasks(task or ()), data, from_hub=from_hub, show_progress=is_watched())
+    except ValueError as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(table_of(found))
+    missing = sum(bool(one.problems) for one in found)
+    typer.echo(f"{len(found) - missing} of {len(found)} tasks are complete")
+    if missing:
+        raise typer.Exit(1)
+
+
+@mmeb.command("report")
+def report_mmeb(
+    folder: Annotated[list[Path], typer.Argument(help="Folders of results; the first is compared with the others.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and its picture.")],
+) -> None:
+    """Put results beside each other and beside what was published."""
+    from plume_eval.mmeb.report import System, write_files
+
+    try:
+        path = write_files(
+            [System.read(one) for one in folder], out, f"plume-eval mmeb report {' '.join(map(str, folder))}"
+        )
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(f"written: {path}.{{md,json,png}}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ They share the prompt, the processor, the backbone pass and the read-out, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -31,11 +31,13 @@ class Embedded:
     embedding `[N, D]`: float32, unit norm.
     num_reasoning_steps `[N]`: latent steps, or tokens written before the read-out.
     is_complete `[N]`: False where an explicit rationale reached its limit without a read-out.
+    written: tokens of each explicit rationale, without the read-out; empty in other modes.
     """
 
     embedding: Tensor
     num_reasoning_steps: Tensor
     is_complete: Tensor
+    written: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: Sequence[Embedded]) -> Embedded:
@@ -44,6 +46,7 @@ class Embedded:
             torch.cat([part.embedding for part in parts]),
             torch.cat([part.num_reasoning_steps for part in parts]),
             torch.cat([part.is_complete for part in parts]),
+            [tokens for part in parts for tokens in part.written],
         )
 
 
@@ -120,8 +123,10 @@ def _explicit(
     embedding = hidden.float()
     num_tokens = torch.full((size,), num_latent_steps, device=device)
     is_writing = torch.ones(size, dtype=torch.bool, device=device)
+    tokens = []
     for step in range(max_new_tokens):
         token = model.logits(hidden).argmax(dim=-1)
+        tokens.append(token)
         position = latent_positions(result.next_position, step)
         written = Segment(model.embed_tokens(token[:, None]), is_writing[:, None], position)
         hidden = decoder.feed(written)[:, 0]
@@ -131,4 +136,7 @@ def _explicit(
         is_writing = is_writing & ~is_read_out
         if not is_writing.any():
             break
-    return Embedded(F.normalize(embedding, dim=-1), num_tokens.cpu(), ~is_writing.cpu())
+    counts = (num_tokens - num_latent_steps).tolist()
+    columns = torch.stack(tokens, dim=1).tolist() if tokens else [[]] * size
+    written = [row[:count] for row, count in zip(columns, counts, strict=True)]
+    return Embedded(F.normalize(embedding, dim=-1), num_tokens.cpu(), ~is_writing.cpu(), written)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def header(command: str) -> dict:
     """
     return {
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -74,15 +75,17 @@ def markdown_header(fields: dict) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in fields.items())
 
 
-def _commit() -> str:
+@cache
+def commit() -> str:
+    """The commit of the checkout that runs, and whether it has changes."""
     try:
         here = Path(__file__).parent
         run = {"capture_output": True, "text": True, "check": True, "cwd": here}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
-    return commit + (" with local changes" if changed else "")
+    return found + (" with local changes" if changed else "")
 
 
 def _device() -> str:

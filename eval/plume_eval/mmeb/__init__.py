@@ -1,0 +1,1 @@
+"""MMEB-V2: 78 tasks of images, video and visual documents."""

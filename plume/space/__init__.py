@@ -1,0 +1,1 @@
+"""Operations on vectors: labels without training. Start with `zero_shot.py`."""
