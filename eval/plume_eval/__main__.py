@@ -408,6 +408,45 @@ def report_mmeb(
     typer.echo(f"written: {path}.{{md,json,png}}")
 
 
+@app.command("mteb")
+def run_mteb(
+    model: Model,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help='Of mteb, for example "ViDoRe(v3)", "MIEB(lite)"; can be repeated.')
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of mteb; can be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for mteb's results.")] = Path("runs/mteb"),
+    num_latent_steps: Annotated[int | None, typer.Option(help="K; the checkpoint's own if not given.")] = None,
+    document_latent_steps: Annotated[int | None, typer.Option(help="K of documents, if another.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Inputs per pass at most.", min=1)] = 32,
+) -> None:
+    """Run tasks of mteb, such as ViDoRe, MIEB and MVEB; what has a result is not run again."""
+    if not benchmark and not task:
+        raise typer.BadParameter("expected --benchmark or --task")
+    try:
+        import mteb  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        raise typer.Exit(_fail(ImportError("this needs mteb; pip install 'plume-embed[mteb]'"))) from None
+    from plume_eval.mteb_model import PlumeMTEB
+
+    quiet_libraries()
+    try:
+        opened = PlumeMTEB(model, num_latent_steps=num_latent_steps, document_latent_steps=document_latent_steps)
+        tasks = [one for name in benchmark or () for one in mteb.get_benchmark(name).tasks]
+        tasks += [mteb.get_task(name) for name in task or ()]
+        results = mteb.evaluate(
+            opened, tasks, cache=mteb.ResultCache(out), encode_kwargs={"batch_size": batch_size}, raise_error=False
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    for result in results.task_results:
+        typer.echo(f"{result.task_name}: {result.get_score():.4f}")
+    for failed in results.exceptions or ():
+        say(f"{failed.task_name}: {failed.exception}", err=True)
+    if results.exceptions:
+        raise typer.Exit(1)
+
+
 @app.command()
 def overhead(
     model: Model,

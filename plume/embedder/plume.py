@@ -164,7 +164,8 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         #: Where the checkpoint came from: a folder, absolute, or a Hub name.
         self.source = str(folder.resolve()) if folder.is_dir() else str(model_name_or_path)
         is_offloaded = any(weight.is_meta for weight in self.plume_model.parameters())
-        self._fingerprint = "offloaded" if is_offloaded else fingerprint(self.plume_model)
+        #: Digest of the weights and of the settings that change vectors.
+        self.fingerprint = "offloaded" if is_offloaded else fingerprint(self.plume_model)
         self.num_latent_steps = num_latent_steps
 
     @property
@@ -185,7 +186,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         if card.model_name is None:
             card.model_name = f"local/{Path(self.source).name}" if Path(self.source).is_dir() else self.source
         counts = dict.fromkeys(map(self.default_steps, ("query", "document")))
-        card.base_model_revision = "-".join([self._fingerprint, *(f"K{count}" for count in counts)])
+        card.base_model_revision = "-".join([self.fingerprint, *(f"K{count}" for count in counts)])
 
     @property
     def plume_model(self) -> PlumeModel:

@@ -138,6 +138,73 @@ def test_mteb_keeps_the_results_of_each_k_apart(folder, tmp_path):
     assert {name[-2:] for name in revisions} == {"K0", "K4"}
 
 
+MOCKS = [
+    "MockRetrievalTask",
+    "MockInstructionRetrieval",
+    "MockClassificationTask",
+    "MockSTSTask",
+    "MockAny2AnyRetrievalI2TTask",
+    "MockAny2AnyRetrievalT2ITask",
+    "MockImageClassificationTask",
+    "MockZeroShotClassificationTask",
+    "MockVideoRetrievalT2V",
+    "MockVideoZeroshotClassificationTask",
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of scikit-learn, on so few rows; of texts that are empty
+@pytest.mark.parametrize("name", MOCKS)
+def test_mteb_runs_its_tasks_of_text_images_and_video(folder, tmp_path, name):
+    import mteb
+    from mteb.cache import ResultCache
+    from mteb.mocks import mock_tasks
+
+    from plume_eval.mteb_model import PlumeMTEB
+
+    if "Video" in name:
+        pytest.importorskip("torchcodec", exc_type=(ImportError, RuntimeError))
+    model, task, cache = (
+        PlumeMTEB(folder, device="cpu", num_latent_steps=2),
+        getattr(mock_tasks, name)(),
+        ResultCache(tmp_path),
+    )
+    settings = {"cache": cache, "encode_kwargs": {"batch_size": 4}, "show_progress_bar": False}
+    first = mteb.evaluate(model, task, **settings).task_results[0]
+    assert np.isfinite(first.get_score())
+    (file,) = tmp_path.rglob(f"{task.metadata.name}.json")
+    assert file.parent.name == "num_latent_steps_2"
+    model.encode = None  # the cache is asked, not the model
+    again = mteb.evaluate(model, task, **settings).task_results[0]
+    assert again.get_score() == pytest.approx(first.get_score())  # rounded on disk
+
+
+def test_mteb_gives_instructions_and_steps_to_the_right_side(folder):
+    from datasets import Dataset
+    from mteb.mocks.mock_tasks import MockRetrievalTask, MockZeroShotClassificationTask
+    from mteb.types import PromptType
+    from torch.utils.data import DataLoader
+
+    from plume_eval.mteb_model import PlumeMTEB
+
+    model = PlumeMTEB(folder, device="cpu", num_latent_steps=3, document_latent_steps=0)
+    seen = []
+    model.model.encode = lambda rows, **said: (
+        seen.append((rows, said["task"], said["instruction"])) or np.ones((len(rows), 4))
+    )
+
+    def asked(task, prompt_type, **columns):
+        loader = DataLoader(Dataset.from_dict(columns), batch_size=2)
+        side = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default", "prompt_type": prompt_type}
+        model.encode(loader, **side)
+        return seen.pop()
+
+    rows, side, instruction = asked(MockRetrievalTask(), PromptType.query, id=["1"], text=["a kite"], query=["a kite"])
+    assert (rows, side, instruction) == ([{"text": "a kite"}], "query", "Retrieve text based on user query.")
+    assert asked(MockRetrievalTask(), PromptType.document, text=["a kite"])[1:] == ("document", None)
+    assert asked(MockZeroShotClassificationTask(), None, text=["a photo of a kite"])[1:] == ("document", None)
+    assert model.mteb_model_meta.experiment_kwargs == {"num_latent_steps": 3, "document_latent_steps": 0}
+
+
 @pytest.mark.filterwarnings("ignore:plume. transformers' own layers run")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(folder, expected, bits):
