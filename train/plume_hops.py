@@ -2,9 +2,10 @@
 
 `plume-eval report` joins the results.
 
-Every system is a configuration in `configs/train/hops/`, with the paths of family, seed and system put in. What is
-finished is not trained again, and what was stopped goes on, so that the grid can be run in parts, and by several
-processes of different seeds or families.
+Every system is a configuration in `configs/train/hops/`, with the paths of family, seed and system put in. Data of the
+families are made where they are not there; those of bAbI and ProsQA must be there, `<out>/babi/data` as made by
+`plume-eval hops babi`. What is finished is not trained again, and what was stopped goes on, so that the grid can be run
+in parts, and by several processes of different seeds or families.
 """
 
 from __future__ import annotations
@@ -32,12 +33,25 @@ _HOME = "runs/hops/page"
 #: Forms that are trained and measured; the others of a family are made by `plume-eval hops make` as well.
 FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": ("chain",)}
 
-#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it. In a story,
+#: Public sets, whose data must be there.
+PUBLIC = ("babi", "prosqa")
+
+#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it: a latent step,
+#: unlike a word with its full stop, has one pass to find the cell, its arrow and what that leads to. In a story,
 #: what something is must be brought together, then be found, then be said behind a full stop.
-_LAYERS = {"image": {"vision_layers": 3}, "text": {"num_layers": 3}}
+_STORIES = {"num_layers": 3}
+_LAYERS = {
+    "image": {"vision_layers": 3, "num_layers": 3},
+    "text": _STORIES,
+    "babi": _STORIES,
+    "prosqa": _STORIES,
+}
 
 #: Settings of a family's reading. A vision tower of three layers does not learn to look on at a higher rate.
 _READING = {"image": {"learning_rate": 2e-3}}
+
+#: How much longer a family is trained than configs/train/hops says, once it can read.
+_LONGER = {"image": 1.5, "text": 1.5, "babi": 2.0, "prosqa": 2.0}
 
 #: Configurations that others start from.
 _STARTS = ("read_easy", "read")
@@ -59,14 +73,19 @@ def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArg
         parts = rest.parts if rest.parts[0] == "data" else (str(seed), *rest.parts[1:])
         return str(out / family / Path(*parts))
 
-    start = "runs/hops/page/0/read_easy" if system == "read" and FAMILIES[family].easy else args.model
+    has_easy = family in PUBLIC or FAMILIES[family].easy is not None
+    start = "runs/hops/page/0/read_easy" if system == "read" and has_easy else args.model
+    files = [moved(file) for file in args.train_file if family not in PUBLIC or "control" not in file]
+    changes = (
+        _READING.get(family, {}) if system in _STARTS else {"max_steps": round(args.max_steps * _LONGER.get(family, 1))}
+    )
     return arguments_from(
         config,
         model=moved(start),
         output_dir=moved(str(args.output_dir)),
-        train_file=[moved(file) for file in args.train_file],
+        train_file=files,
         seed=seed,
-        **(_READING.get(family, {}) if system in _STARTS else {}),
+        **changes,
     )
 
 
@@ -74,10 +93,12 @@ def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
     """Data of a family, and a backbone of random weights, where they are not there yet.
 
     Raises:
-        ValueError: the data that are there have another number of training records.
+        ValueError: the data that are there have another number of training records, or must be made before.
     """
     (out / family).mkdir(parents=True, exist_ok=True)
     data = out / family / "data"
+    if family in PUBLIC and not (data / "task.json").exists():
+        raise ValueError(f"{data} is not there; make it with `plume-eval hops {family} --out {data}`")
     if not (data / "task.json").exists():
         with TemporaryDirectory(dir=out / family) as unfinished:  # another process may be about it too
             made = Path(unfinished) / "data"
@@ -85,7 +106,7 @@ def prepare(out: Path, family: str, seed: int, num_train: int) -> None:
             if not data.exists():
                 made.rename(data)
     found = json.loads((data / "task.json").read_text(encoding="utf-8"))
-    if found["num_train"] != num_train:
+    if family not in PUBLIC and found["num_train"] != num_train:
         raise ValueError(
             f"{data} holds {found['num_train']} training records; received --num-train {num_train}; name another --out"
         )
@@ -144,14 +165,17 @@ def mode_of(args: PlumeTrainingArguments) -> Mode:
 
 def measure(model: PlumeModel, task: HopsTask, mode: Mode) -> dict[str, Any]:
     """Recall on the test questions, and on the control."""
-    return {"result": evaluate(model, task, mode), "control": evaluate_control(model, task, mode)}
+    control = evaluate_control(model, task, mode) if task.has_control else None
+    return {"result": evaluate(model, task, mode), "control": control}
 
 
 def main() -> None:
     """Parse, run, say what was found."""
     parser = Parser(prog="plume-hops", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/hops"), help="folder of data, models and results")
-    parser.add_argument("--family", nargs="+", default=["page"], choices=list(FAMILIES), help="which task families")
+    parser.add_argument(
+        "--family", nargs="+", default=["page"], choices=[*FAMILIES, *PUBLIC], help="which task families"
+    )
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="of weights and training")
     parser.add_argument(
         "--system", nargs="+", default=list(MAIN), choices=systems(), help="names of configs/train/hops/*.yaml"

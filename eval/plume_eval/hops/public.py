@@ -4,7 +4,8 @@ bAbI (Weston et al., arXiv 1502.05698): stories, questions, answers of one word;
 ProsQA (Hao et al., arXiv 2412.06769): graphs of invented concepts, of which two are asked for. Its training file is not
 needed: training rows are graphs of our own with the names, the number of nodes and the path lengths of the tuning half.
 
-What is written has the layout of `plume_eval.hops.make`, so that `plume-eval hops run` measures it.
+What is written has the layout of `plume_eval.hops.make`, so that `plume-eval hops run` measures it and `plume-hops`
+trains on it. Rows to read ask for the facts that hold a word, the latest first: what a supporting fact is found by.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 from plume_eval.hops.puzzle import START
 from plume_eval.hops.text import graph_puzzle
 
+#: Facts that a row to read asks for at most; facts of an easy one.
+_READ_FACTS, _EASY_FACTS = 2, 4
 _WORD = re.compile(r"[a-z0-9-]+")
 _QUESTION = re.compile(r"is ([a-z]+) an? ([a-z]+) or ([a-z]+)\?")
 
@@ -120,6 +123,7 @@ def make_babi(
             told[split] = [min(one.support) >= len(one.facts) - (max_facts or len(one.facts)) for one in questions]
         counts[str(task)] = {split: len(known) for split, known in told.items()}
         counts[str(task)]["share_told"] = sum(told["test"]) / len(told["test"])
+    rows |= _reading_rows([row["query"]["text"] for row in rows["train"]], "babi", seed)
     settings = {"task": "babi", "tasks": list(tasks), "max_facts": max_facts, "seed": seed, "counts": counts}
     _write(out, rows, settings)
     return counts
@@ -168,9 +172,27 @@ def make_prosqa(out: Path, file: Path, *, num_train: int = 20_000, seed: int = 0
             )
         )
     every = {"train": made, **halves}
+    counts = {split: len(of_split) for split, of_split in every.items()}
     settings = {"task": "prosqa", "file": file.name, "num_train": num_train, "seed": seed}
-    _write(out, every, settings)
-    return {split: len(of_split) for split, of_split in every.items()}
+    _write(out, every | _reading_rows([row["query"]["text"] for row in made], "prosqa", seed), settings)
+    return counts
+
+
+def _reading_rows(texts: Sequence[str], name: str, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows that ask for the facts with a word, the latest first: of whole stories, and of their last facts."""
+    rows: dict[str, list[dict[str, Any]]] = {"read": [], "read_easy": []}
+    for index, text in enumerate(texts):
+        rng = Random(f"{seed}/{name}/read/{index}")
+        facts = [f"{fact}." for fact in text.split(". ")[:-1]]  # what is asked is the last part
+        for split, told in (("read", facts), ("read_easy", facts[-_EASY_FACTS:])):
+            held = {fact: set(_WORD.findall(fact)) for fact in told}
+            words = sorted({word for of_fact in held.values() for word in of_fact if len(word) > 2})
+            rare = [word for word in words if sum(word in of_fact for of_fact in held.values()) <= len(told) / 2]
+            word = rng.choice(rare or words)
+            found = [fact for fact in told[::-1] if word in held[fact]][:_READ_FACTS]
+            query = {"text": f"{' '.join(told)} read {word}", "rationale": " ".join(found)}
+            rows[split].append({"task": f"hops/{split.replace('_', '-')}-{name}", "query": query})
+    return rows
 
 
 def _find(data: Path, task: int, split: str) -> Path:
@@ -224,13 +246,13 @@ def _row(
 
 
 def _write(out: Path, rows: dict[str, list[dict]], settings: dict[str, Any]) -> None:
+    every = [row for of_split in rows.values() for row in of_split]
     words = dict.fromkeys(
         word
-        for of_split in rows.values()
-        for row in of_split
-        for word in _WORD.findall(f"{row['query']['text']} {row['query']['rationale']} {row['target']}")
+        for row in every
+        for word in _WORD.findall(f"{row['query']['text']} {row['query']['rationale']} {row.get('target', '')}")
     )
-    symbols = sorted({name for of_split in rows.values() for row in of_split for name in row["choices"]})
+    symbols = sorted({name for row in every for name in row.get("choices", ())})
     out.mkdir(parents=True, exist_ok=True)
     for split, of_split in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in of_split)

@@ -13,7 +13,17 @@ from typer.testing import CliRunner
 import plume_hops
 from plume_eval.__main__ import app
 from plume_eval.hops.make import Sizes
-from plume_eval.hops.report import CLAIMS, MAIN, QUESTIONS, Claim, estimate, judge, read_results, rights
+from plume_eval.hops.report import (
+    CLAIMS,
+    MAIN,
+    QUESTIONS,
+    Claim,
+    estimate,
+    judge,
+    read_results,
+    rights,
+    write_text,
+)
 from plume_hops import mode_of, settings, systems
 
 HOPS = [1, 2] * 100
@@ -50,6 +60,18 @@ def test_a_claim_is_judged_by_its_interval(grid):
     assert judge(Claim("", "latent", "parallel"), few)[0] == "no verdict: 1 seed of at least 3"
     assert judge(Claim("", "latent", "explicit_long", margin=0.2), runs)[0] == "holds"
     assert judge(Claim("", "latent", "single_pass"), runs) == ("not run (single_pass)", None)
+
+
+def test_public_sets_stand_beside_published_figures(tmp_path):
+    for seed, share in ((0, 0.5), (1, 0.7)):
+        found = result("latent", seed, share)
+        found["result"]["of_choices"] = {
+            "name": {"all": {"mean": share}, "task 2": {"mean": share}, "task 15": {"mean": 1.0}}
+        }
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "hops.json").write_text(json.dumps({**found, "family": "babi", "control": None}))
+    text, _, _ = write_text(tmp_path)
+    assert "| task 2 | 60.0 | 20 | 83 | 98.3 |\n| task 15 | 100.0 | 21 | 100 | 98.4 |" in text
 
 
 def test_intervals_are_students_over_seeds_and_over_questions_with_too_few():
