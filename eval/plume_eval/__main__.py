@@ -137,6 +137,7 @@ def run(
         list[str] | None, typer.Option(help="latent, single_pass or explicit; can be repeated; latent if not given.")
     ] = None,
     num_latent_steps: Annotated[int | None, typer.Option(help="K; the checkpoint's own if not given.")] = None,
+    document_latent_steps: Annotated[int | None, typer.Option(help="K of the candidates, if another.")] = None,
     batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for the results files and the picture.")] = None,
 ) -> None:
@@ -152,8 +153,9 @@ def run(
     modes = [one for one in known if one in (mode or ["latent"])]
     if unknown := set(mode or ()) - set(modes):
         raise typer.Exit(_fail(ValueError(f"there is no mode {sorted(unknown)[0]!r}; expected {', '.join(known)}")))
-    if "latent" not in modes and num_latent_steps:
-        raise typer.Exit(_fail(ValueError(f"--num-latent-steps has no effect on {', '.join(modes)}; drop it")))
+    for flag, steps in (("--num-latent-steps", num_latent_steps), ("--document-latent-steps", document_latent_steps)):
+        if "latent" not in modes and steps is not None:
+            raise typer.Exit(_fail(ValueError(f"{flag} has no effect on {', '.join(modes)}; drop it")))
     quiet_libraries()
     try:
         loaded, task = PlumeModel.from_pretrained(model, dtype="float32").eval(), HopsTask(data)
@@ -161,7 +163,8 @@ def run(
         for one in modes:
             steps = num_latent_steps if one == "latent" else None
             settings = {"num_latent_steps": steps, "batch_size": batch_size}
-            result = evaluate(loaded, task, one, **settings, show_progress=is_watched())
+            targets = document_latent_steps if one == "latent" else None
+            result = evaluate(loaded, task, one, **settings, num_target_steps=targets, show_progress=is_watched())
             control = evaluate_control(loaded, task, one, **settings) if task.has_control else None
             results.append({**result, "control": control})
     except (ValueError, OSError) as error:
@@ -173,6 +176,8 @@ def run(
         from plume_eval.hops.plots import draw_hops
 
         command = f"plume-eval hops run --model {model} --data {data} " + " ".join(f"--mode {one}" for one in modes)
+        command += "" if num_latent_steps is None else f" --num-latent-steps {num_latent_steps}"
+        command += "" if document_latent_steps is None else f" --document-latent-steps {document_latent_steps}"
         counted = f"{results[0]['num_candidates']} symbols, {results[0]['num_queries']} questions"
         text = f"recall@1 [95 %] over {counted}.\n\n{table}"
         if task.has_control:

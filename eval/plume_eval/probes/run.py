@@ -91,6 +91,8 @@ class Prober:
         if self.found[0].values["difference"]["low"] <= 0:  # nothing to lose, so that no probe means anything
             return self.found
         probes: list[Callable[[], Probe]] = [self.without_steps, self.fewer_steps_than_hops]
+        probes += [self.candidates_without_steps] if self.steps else []
+        probes += [self.more_steps] if self.steps and config.latents == "sequential" else []
         if self.steps and not config.is_one_pass:
             probes += [self.random_inputs, self.inputs_of_another, self.mean_inputs, self.skipped, self.repeated]
             probes += [self.gates_frozen] if isinstance(self.model.transition, MixtureOfExperts) else []
@@ -209,6 +211,16 @@ class Prober:
                 f"and hops; trained at K = {self.steps} alone, so a smaller K is out of its training too)"
             )
         return Probe("K against hops", {"recall": rows}, verdict)
+
+    def candidates_without_steps(self) -> Probe:
+        """Candidates at K = 0, questions as they are."""
+        right = self.is_right(self.real.vectors, self.symbols_at(0))
+        return self.compared("candidates at K = 0", right, "Candidates without latent steps")
+
+    def more_steps(self) -> Probe:
+        """Two steps more than the model was trained with."""
+        steps = self.steps + 2
+        return self.compared("more steps", self.is_right_at(steps), f"K = {steps} in place of {self.steps}")
 
     def random_inputs(self) -> Probe:
         """Noise in place of latent inputs."""

@@ -134,7 +134,21 @@ def test_text_is_hidden_up_to_the_question(model):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, ["K = 0", "noise", "another's", "mean", "gates frozen", "context cut", "early exit", "experts"]),
+        (
+            {},
+            [
+                "K = 0",
+                "candidates at K = 0",
+                "more steps",
+                "noise",
+                "another's",
+                "mean",
+                "gates frozen",
+                "context cut",
+                "early exit",
+                "experts",
+            ],
+        ),
         ({"transition": "identity"}, ["noise", "a step skipped", "a step repeated", "decoded by the head"]),
         ({"latents": "parallel", "refinements": 1}, ["noise", "mean", "gates frozen", "decoded by a linear probe"]),
         ({"latents": "parallel"}, ["K = 0", "K against hops", "decoded by the head", "confidence"]),
@@ -167,7 +181,13 @@ def test_a_model_that_needs_no_steps_is_told_from_one_that_does(model, task, mon
     prober.real = prober.read()
     prober.right = prober.is_right(prober.real.vectors)
     wanted = "the answers need them" if needs_steps else "no difference that can be told from noise"
-    for probe in (prober.without_steps(), prober.random_inputs(), prober.inputs_of_another(), prober.skipped()):
+    for probe in (
+        prober.without_steps(),
+        prober.more_steps(),
+        prober.random_inputs(),
+        prober.inputs_of_another(),
+        prober.skipped(),
+    ):
         assert wanted in probe.verdict, probe.name
 
 
