@@ -220,7 +220,10 @@ class Prober:
     def more_steps(self) -> Probe:
         """Two steps more than the model was trained with."""
         steps = self.steps + 2
-        return self.compared("more steps", self.is_right_at(steps), f"K = {steps} in place of {self.steps}")
+        probe = self.compared("more steps", self.is_right_at(steps), f"K = {steps} in place of {self.steps}")
+        told = "more steps than trained with do harm"
+        probe.verdict = probe.verdict.replace("the answers need them", told).replace("a small part needs them", told)
+        return probe
 
     def random_inputs(self) -> Probe:
         """Noise in place of latent inputs."""
