@@ -386,6 +386,8 @@ def check_mmeb(
 
     quiet_libraries()
     try:
+        if not data.is_dir():
+            raise ValueError(f"there is no folder {data}; name the local copy of TIGER-Lab/MMEB-V2 with --data")
         found = check_tasks(find_tasks(task or ()), data, from_hub=from_hub, show_progress=is_watched())
     except ValueError as error:
         raise typer.Exit(_fail(error)) from None

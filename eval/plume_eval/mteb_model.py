@@ -64,6 +64,8 @@ class PlumeMTEB(AbsEncoder):
         told = {"num_latent_steps": query}
         if document != query:
             told["document_latent_steps"] = document
+        if (dim := self.model.truncate_dim) is not None:
+            told["truncate_dim"] = dim
         source = self.model.source
         size = sum(weight.numel() for weight in self.model.plume_model.parameters())
         self.mteb_model_meta = ModelMeta(

@@ -10,7 +10,7 @@ Letters: N inputs, C labels, t templates, D length of a vector, T temperature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plume.embedder.plume import Inputs, LatentSteps, Plume
+
+Template = str | Callable[[str], str]
+"""A sentence with a place for the name of a label, or a function that writes it."""
 
 #: Where a template has the name of a label.
 SLOT = "{}"
@@ -29,7 +32,7 @@ def classify(
     inputs: Inputs,
     labels: Sequence[str],
     *,
-    templates: Sequence[str] = (SLOT,),
+    templates: Sequence[Template] = (SLOT,),
     instruction: str | None = None,
     temperature: float = 0.02,
     num_latent_steps: LatentSteps | None = None,
@@ -41,7 +44,8 @@ def classify(
         model: embeds both.
         inputs: as for `Plume.encode`.
         labels: what inputs may be, at least two different ones.
-        templates: sentences about a label, in which "{}" is its name; several are averaged.
+        templates: sentences about a label, in which "{}" is its name, or functions that write one; open_clip has both.
+            Several are averaged.
         instruction: for the inputs; None takes the checkpoint's preset "classify", if it has one.
         temperature: similarities are divided by it, above 0; the one that the checkpoint was trained with, 0.02 for
             PLUME. Probabilities are calibrated only as far as that one is.
@@ -66,7 +70,7 @@ def classify(
     check_templates(templates)
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0; received {temperature}")
-    sentences = [template.replace(SLOT, label) for label in labels for template in templates]
+    sentences = [sentence(template, label) for label in labels for template in templates]
     shared = {**options, "num_latent_steps": num_latent_steps, "convert_to_tensor": True}
     of_labels = model.encode(sentences, task="document", **shared).float()
     vectors = mean_directions(rearrange(of_labels, "(c t) d -> c t d", c=len(labels)))
@@ -88,7 +92,17 @@ def mean_directions(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.mean(dim=1), dim=-1)
 
 
-def check_templates(templates: Sequence[str]) -> None:
+def sentence(template: Template, label: str) -> str:
+    """A sentence about a label.
+
+    Example:
+        >>> sentence("a photo of a {}.", "kite"), sentence(lambda label: f"the {label}", "kite")
+        ('a photo of a kite.', 'the kite')
+    """
+    return template(label) if callable(template) else template.replace(SLOT, label)
+
+
+def check_templates(templates: Sequence[Template]) -> None:
     """Refuse templates without exactly one place for the name of a label.
 
     Raises:
@@ -97,5 +111,5 @@ def check_templates(templates: Sequence[str]) -> None:
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates must be a list of sentences; received {templates!r:.80}")
     for template in templates:
-        if template.count(SLOT) != 1:
+        if not callable(template) and template.count(SLOT) != 1:
             raise ValueError(f'a template must hold "{SLOT}" once, for the name of the label; received {template!r}')

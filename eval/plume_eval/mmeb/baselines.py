@@ -12,6 +12,7 @@ Prompts are tested on random weights; no published weights of these models have 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,23 +44,20 @@ _UME_R1 = (
 
 
 def vlm2vec_text(content: Content, side: Side) -> str:
-    r"""The input of VLM2Vec-V2: a bare token for the medium, instruction and text; image tasks end with a new line.
+    r"""The input of VLM2Vec-V2: a bare token for the medium, instruction and text; image tasks have new lines around.
 
     Example:
-        >>> vlm2vec_text(Content("Find it:", "a kite", image=Path("kite.png")), "query")
-        '<|image_pad|> Find it: a kite\n'
+        >>> vlm2vec_text(Content("Find it:", "a kite", image=Path("kite.png"), ending="\n"), "query")
+        '<|image_pad|>\nFind it: a kite\n'
     """
     token = _IMAGE if content.image is not None else _VIDEO if content.frames else ""
-    text = f"{token} {content.words}".strip()
-    of_image_task = isinstance(content.image, Path)  # pages come from rows, and end without one
-    return text + "\n" * of_image_task
+    return f"{token}{content.ending or ' '}{content.words}{content.ending}" if token else content.words + content.ending
 
 
 def gme_text(content: Content, side: Side) -> str:
-    """The input of GME: the instruction of a query is the system message; candidates have the default one."""
+    """The input of GME: the instruction of a query is the system message; candidates have none but the default."""
     system = content.instruction if side == "query" and content.instruction else "You are a helpful assistant."
-    text = content.text.strip() if side == "query" else content.words
-    return f"<|im_start|>system\n{system}<|im_end|>\n{_user(content, text)}<|endoftext|>"
+    return f"<|im_start|>system\n{system}<|im_end|>\n{_user(content, content.text.strip())}<|endoftext|>"
 
 
 def ume_r1_text(content: Content, side: Side) -> str:
@@ -132,14 +130,15 @@ class Qwen2VLEmbedder:
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self.name = f"{Path(model).name}_{recipe}"
         self.settings: Mapping[str, Any] = {
-            "model": model,
+            "weights": _digest(self._model),
             "baseline": recipe,
             "dtype": str(dtype).removeprefix("torch."),
             "pixels": list(self._recipe.pixels),
             "video_num_frames": self._recipe.num_frames,
             "max_new_tokens": max_new_tokens if self._recipe.writes else None,
-            "batch_size": batch_size,
         }
+        self.runs_with: Mapping[str, Any] = {"model": model, "batch_size": batch_size}
+        self.dimension: int = self._model.config.get_text_config().hidden_size
 
     @torch.inference_mode()
     def embed(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
@@ -156,9 +155,10 @@ class Qwen2VLEmbedder:
             except (ValueError, OSError) as error:
                 errors[row] = str(error)
         rows = list(items)
-        vectors = np.full((len(contents), self._model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
+        vectors = np.full((len(contents), self.dimension), np.nan, dtype=np.float32)
         texts = [""] * len(contents) if self._recipe.writes else []
-        steps = 0
+        steps, unfinished = 0, 0
+        read_out = self._processor.tokenizer.convert_tokens_to_ids(READ_OUT)
         lengths = [self._processor.num_tokens(items[row]) + len(contents[row].words) // 4 for row in rows]
         for numbers in plan_batches(lengths, self._batch_size, 32_768):
             at = [rows[number] for number in numbers]
@@ -171,8 +171,9 @@ class Qwen2VLEmbedder:
                 for row, tokens in zip(at, written, strict=True):
                     texts[row] = self._processor.tokenizer.decode(tokens, skip_special_tokens=False)
                     steps += len(tokens)
+                    unfinished += tokens[-1] != read_out
             vectors[at] = F.normalize(found.float(), dim=-1).cpu().numpy()
-        return EmbeddedShard(vectors, errors, texts, steps, time.perf_counter() - began)
+        return EmbeddedShard(vectors, errors, texts, unfinished, steps, time.perf_counter() - began)
 
     def _tensors(self, texts: Sequence[str], items: Sequence[Item]) -> dict[str, Tensor]:
         """A batch, padded on the left; a placeholder becomes as many tokens as its image or video has."""
@@ -259,8 +260,8 @@ def _until(tokens: Sequence[int], stop: Sequence[int | None]) -> list[int]:
 class SentenceTransformerEmbedder:
     """Any model that sentence-transformers opens.
 
-    Where it takes dicts with text and media it gets one; a CLIP, which reads one kind at a time, gets each part alone,
-    and the vector is the mean of the parts' unit vectors, frames being parts as well.
+    A model that takes messages gets text and media of a content together. One that reads one kind at a time, such as
+    CLIP, gets each part alone; the vector is the mean of the parts' unit vectors, frames being parts as well.
     """
 
     def __init__(
@@ -272,50 +273,48 @@ class SentenceTransformerEmbedder:
             model: a folder or a Hub name.
             device: where it runs.
             batch_size: inputs per pass.
-            instructs: as Qwen3-VL-Embedding wants it: the instruction of a query is passed as `prompt`, that of
-                candidates is "Represent the user's input."; else the instruction is a part of the text.
+            instructs: as Qwen3-VL-Embedding wants it: the instruction of a query is passed as `prompt`, candidates have
+                "Represent the user's input." and no instruction of their own; else instructions are parts of texts.
             num_frames: of a video.
         """
         from sentence_transformers import SentenceTransformer
 
         self._model: Any = SentenceTransformer(model, device=device)
         self._batch_size, self._instructs, self._num_frames = batch_size, instructs, num_frames
-        self._kinds = set(getattr(self._model, "modalities", None) or ["text", "image"])
+        self._kinds = set(getattr(self._model, "modalities", None) or ["text"])
         self.name = Path(model).name + ("_instructed" if instructs else "")
         self.settings: Mapping[str, Any] = {
-            "model": model,
+            "weights": _digest(self._model),
             "baseline": "qwen3-vl-embedding" if instructs else "sentence-transformers",
+            "dtype": str(self._model.dtype).removeprefix("torch."),
             "video_num_frames": num_frames,
-            "batch_size": batch_size,
         }
+        self.runs_with: Mapping[str, Any] = {"model": model, "batch_size": batch_size}
+        self.dimension: int = self._model.get_embedding_dimension()
 
     def embed(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
         """Vectors of some contents, in their order."""
         began = time.perf_counter()
-        groups: dict[str, list[tuple[int, Any]]] = {}
+        sums = np.zeros((len(contents), self.dimension), dtype=np.float32)
         errors: dict[int, str] = {}
-        for row, content in enumerate(contents):
-            try:
-                for part in self._parts(content):
-                    groups.setdefault(self._prompt(content, side), []).append((row, part))
-            except (ValueError, OSError) as error:
-                errors[row] = str(error)
-        sums: np.ndarray | None = None
-        for prompt, parts in groups.items():
-            rows = [row for row, _ in parts]
-            settings = {"prompt": prompt} if prompt else {}
-            found = self._model.encode(
-                [part for _, part in parts],
-                batch_size=self._batch_size,
-                normalize_embeddings=True,
-                convert_to_numpy=True,
-                show_progress_bar=False,
-                **settings,
-            )
-            sums = np.zeros((len(contents), found.shape[1]), dtype=np.float32) if sums is None else sums
-            np.add.at(sums, rows, found)
-        if sums is None:
-            sums = np.zeros((len(contents), self._model.get_embedding_dimension()), dtype=np.float32)
+        for start in range(0, len(contents), self._batch_size):  # media of a batch are in memory at once
+            groups: dict[str, list[tuple[int, Any]]] = {}
+            for row, content in enumerate(contents[start : start + self._batch_size], start=start):
+                try:
+                    for part in self._parts(content):
+                        groups.setdefault(self._prompt(content, side), []).append((row, part))
+                except (ValueError, OSError) as error:
+                    errors[row] = str(error)
+            for prompt, parts in groups.items():
+                found = self._model.encode(
+                    [part for _, part in parts],
+                    batch_size=self._batch_size,
+                    normalize_embeddings=True,
+                    convert_to_numpy=True,
+                    show_progress_bar=False,
+                    **({"prompt": prompt} if prompt else {}),
+                )
+                np.add.at(sums, [row for row, _ in parts], found)
         vectors = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
         vectors[list(errors)] = np.nan
         return EmbeddedShard(vectors, errors, seconds=time.perf_counter() - began)
@@ -329,13 +328,32 @@ class SentenceTransformerEmbedder:
         return instruction if instruction[-1] in ".?!:;" else f"{instruction}."
 
     def _parts(self, content: Content) -> list[Any]:
-        """What is encoded for a content: one dict, or its parts one by one."""
-        text = content.text.strip() if self._instructs else content.words
+        """What is encoded for a content: one dict, or its parts one by one.
+
+        Raises:
+            ValueError: the model reads none of that kind, or there is nothing to read.
+        """
+        text = content.text if self._instructs else content.words
+        needed = {"image"} if content.image is not None or content.frames else {"text"}
+        if not needed <= self._kinds:
+            raise ValueError(f"this model reads {', '.join(sorted(self._kinds))}; the input has {needed.pop()}s")
         image, frames = loaded_media(content, self._num_frames)
-        media = {"image": image} if image is not None else {"video": frames} if frames else {}
-        if {"text", "image"} <= self._kinds and self._instructs:
-            return [{**media, **({"text": text} if text or not media else {})}]
-        return [*([image] if image is not None else []), *frames, *([text] if text else [])]
+        if "message" in self._kinds:
+            media = {"image": image} if image is not None else {"video": frames} if frames else {}
+            return [{**media, **({"text": text} if text.strip() or not media else {})}]
+        parts = [*([image] if image is not None else []), *frames, *([text] if text.strip() else [])]
+        if not parts:
+            raise ValueError("it is empty")
+        return parts
+
+
+def _digest(model: Any) -> str:
+    """Tells weights apart: a digest of 64 values of each."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        digest.update(name.encode() + flat[:: max(len(flat) // 64, 1)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 BASELINES = (*RECIPES, "qwen3-vl-embedding", "sentence-transformers")
@@ -361,5 +379,8 @@ def open_baseline(
         return Qwen2VLEmbedder(name, model, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if name in BASELINES:
         instructs = name == "qwen3-vl-embedding"
-        return SentenceTransformerEmbedder(model, device=device, batch_size=batch_size, instructs=instructs)
+        num_frames = 64 if instructs else 8
+        return SentenceTransformerEmbedder(
+            model, device=device, batch_size=batch_size, instructs=instructs, num_frames=num_frames
+        )
     raise ValueError(f"there is no baseline {name!r}; expected one of {', '.join(BASELINES)}")

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from plume_eval.mmeb.baselines import open_baseline
 from plume_eval.mmeb.embedders import MODES, Embedder, Mode, PlumeEmbedder
 from plume_eval.mmeb.report import System, write_files
-from plume_eval.mmeb.run import Evaluation, Settings
+from plume_eval.mmeb.run import Evaluation, Settings, processes
 from plume_eval.mmeb.tasks import find_tasks
 
 
@@ -60,11 +58,12 @@ def run_all(
         evaluation = Evaluation(embedder, data, out, settings, show_progress=show_progress)
         results = evaluation.run(wanted)
         folders.append(evaluation.folder)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             bad = sum(not one["is_complete"] for one in results)
             say(f"{embedder.name}: {len(results) - bad} of {len(results)} tasks complete, in {evaluation.folder}")
             incomplete += bad
-    if PartialState().is_main_process:
+        del embedder, evaluation  # before the next one is opened
+    if processes().is_main_process:
         command = f"plume-eval mmeb --model {model} --data {data}"
         path = write_files([System.read(folder) for folder in folders], out, command)
         say(f"written: {path}.{{md,json,png}}")
@@ -79,7 +78,7 @@ def _embedders(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[Embedder]:
-    device = str(PartialState().device)
+    device = str(processes().device)
     told = [f"--{name.replace('_', '-')}" for name, value in steps.items() if value is not None]
     if baseline is not None:
         if unused := ["--mode"] * bool(modes) + told:

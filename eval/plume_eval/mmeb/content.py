@@ -11,11 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in a row of a data set, which stays on disk until it is read."""
+    """An image in a row of a data set, which stays on disk until it is read.
+
+    rows: of the data set. index: which one. name: how messages call it. source: tells the files of the rows apart.
+    """
 
     rows: Any = field(repr=False, compare=False)
     index: int
     name: str
+    source: str = ""
 
     def read_bytes(self) -> bytes:
         """The image file."""
@@ -27,13 +31,18 @@ class Content:
     """A query or a candidate.
 
     instruction: what to do with it. text: its text. image: a file, or the row that holds it.
-    frames: files, in order; or a video file.
+    frames: files, in order; or a video file. ending: what VLM2Vec-V2 reads behind it.
     """
 
     instruction: str = ""
     text: str = ""
     image: Path | StoredImage | None = None
     frames: tuple[Path, ...] = ()
+    ending: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not isinstance(self.instruction, str):
+            raise TypeError(f"its text is {self.text!r:.40}; expected a string")
 
     @property
     def words(self) -> str:
@@ -62,9 +71,10 @@ class Content:
 
     @property
     def missing(self) -> str:
-        """The file that is not there, if one is not."""
+        """The file that is not there, if one is not. Frames were listed; a video file stands for a folder without."""
         files = [self.image] if isinstance(self.image, Path) else []
-        return next((str(file) for file in (*files, *self.frames) if not file.is_file()), "")
+        files += [self.frames[0]] if self.is_video_file else []
+        return next((str(file) for file in files if not file.is_file()), "")
 
     @property
     def name(self) -> str:
@@ -73,13 +83,35 @@ class Content:
             return str(self.image) if isinstance(self.image, Path) else self.image.name
         return str(self.frames[0].parent) if self.frames else repr(f"{self.words:.60}")
 
-    def key(self) -> str:
-        """A digest that changes with what would be embedded: files by path, size and time of change, rows by bytes."""
-        digest = hashlib.blake2b(repr((self.instruction, self.text)).encode(), digest_size=16)
-        if isinstance(self.image, StoredImage):
-            digest.update(self.image.read_bytes())
-        files: Sequence[Path] = [self.image] if isinstance(self.image, Path) else self.frames
-        for file in files:
+
+class Keys:
+    """Digests of contents, which change with what would be embedded: of files their path, size and time of change."""
+
+    def __init__(self, root: Path):
+        """Begin.
+
+        Args:
+            root: of the data; paths are taken from there on, so that the data may move.
+        """
+        self._root = root
+        self._facts: dict[Path, str] = {}
+
+    def of(self, content: Content) -> str:
+        """The key of a content.
+
+        Raises:
+            OSError: a file is gone.
+        """
+        said = [content.instruction, content.text, content.ending]
+        if isinstance(content.image, StoredImage):
+            said += [content.image.source, str(content.image.index)]
+        files: Sequence[Path] = [content.image] if isinstance(content.image, Path) else content.frames
+        said += map(self._file, files)
+        return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
+
+    def _file(self, file: Path) -> str:
+        if file not in self._facts:
             facts = file.stat()
-            digest.update(repr((str(file), facts.st_size, facts.st_mtime_ns)).encode())
-        return digest.hexdigest()
+            place = file.relative_to(self._root) if file.is_relative_to(self._root) else file
+            self._facts[file] = f"{place} {facts.st_size} {facts.st_mtime_ns}"
+        return self._facts[file]

@@ -30,11 +30,14 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 class Embedder(Protocol):
     """What the harness asks of a model.
 
-    name: of the folders of its vectors and results. settings: whatever changes vectors, plain data.
+    name: of the folders of its vectors and results. settings: whatever changes vectors, plain data; weights are told by
+    their fingerprint. runs_with: what else a reader of results should know. dimension: numbers of a vector.
     """
 
     name: str
     settings: Mapping[str, Any]
+    runs_with: Mapping[str, Any]
+    dimension: int
 
     def embed(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
         """Vectors of some contents, in their order."""
@@ -87,16 +90,19 @@ class PlumeEmbedder:
         self.name = f"{base}_{mode}" + (f"_K{counts}" if mode == "latent" else "")
         config = self._plume.plume_config
         self.settings: Mapping[str, Any] = {
-            "model": model,
-            "weights": self._plume.model_card_data.base_model_revision,
+            "weights": self._plume.fingerprint,
             "mode": mode,
             "num_latent_steps": self._steps,
             "max_new_tokens": max_new_tokens if mode == "explicit" else None,
             "dtype": str(self._plume.plume_model.dtype).removeprefix("torch."),
             "video_num_frames": config.video_num_frames,
+        }
+        self.runs_with: Mapping[str, Any] = {
+            "model": model,
             "batch_size": batch_size,
             "max_tokens_per_batch": max_tokens_per_batch,
         }
+        self.dimension = self._plume.get_embedding_dimension()
 
     def embed(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
         """Vectors of some contents, in their order."""
@@ -137,9 +143,9 @@ class PlumeEmbedder:
                 items[row] = processor.fit(Item.parse(content.input, f"input {row}", processor.limits), f"input {row}")
             except (ValueError, OSError) as error:
                 errors[row] = str(error)
-        vectors = np.full((len(contents), self._plume.get_embedding_dimension()), np.nan, dtype=np.float32)
+        vectors = np.full((len(contents), self.dimension), np.nan, dtype=np.float32)
         texts = [""] * len(contents) if self._mode == "explicit" else []
-        rows, steps = list(items), 0
+        rows, steps, unfinished = list(items), 0, 0
         lengths = [processor.num_tokens(items[row]) for row in rows]
         for numbers in plan_batches(lengths, self._batch_size, self._max_tokens):
             batch = dict(processor.encode([items[rows[number]] for number in numbers]).to(model.device))
@@ -149,10 +155,11 @@ class PlumeEmbedder:
                 embedded = embed_batch(model, batch, "explicit", max_new_tokens=self._max_new_tokens)
                 found = embedded.embedding
                 steps += int(embedded.num_reasoning_steps.sum())
+                unfinished += int((~embedded.is_complete).sum())
                 for number, tokens in zip(numbers, embedded.written, strict=True):
                     texts[rows[number]] = processor.tokenizer.decode(tokens)
             vectors[[rows[number] for number in numbers]] = found.float().cpu().numpy()
-        return EmbeddedShard(vectors, errors, texts, steps)
+        return EmbeddedShard(vectors, errors, texts, unfinished, steps)
 
 
 _SIDES: tuple[Side, ...] = get_args(Side)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from plume_eval.mmeb.content import Content, StoredImage
 from plume_eval.mmeb.rows import MissingDataError, Rows, media_root, read_rows
@@ -110,7 +112,7 @@ class _Reading:
     bare: bool
     faults: Faults = field(default_factory=Faults)
     data: TaskData = field(init=False)
-    _rows: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
+    _rows: dict[str, Rows] = field(default_factory=dict)
     _absent: set[str] = field(default_factory=set)
     _frames: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
 
@@ -121,10 +123,14 @@ class _Reading:
         """The rows of a part of the task."""
         if part not in self._rows:
             found: Rows = read_rows(self.task, self.root, part, from_hub=self.from_hub)
-            self._rows[part] = found.rows
+            self._rows[part] = found
             if found.revision not in self.data.revisions:
                 self.data.revisions.append(found.revision)
-        return self._rows[part]
+        return self._rows[part].rows
+
+    def source(self, part: str) -> str:
+        """What tells the files of a part apart."""
+        return self._rows[part].source
 
     def check_presence(self) -> None:
         """Raise what is missing altogether, rows and media in one message."""
@@ -143,10 +149,22 @@ class _Reading:
         """The folder of images or frames; pages are in rows."""
         return self.root if self.task.parser == "pages" else media_root(self.task, self.root)
 
-    def numbered(self, part: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """Rows, and how messages call each."""
-        for number, row in enumerate(self.rows(part)):
-            yield f"row {number}" + (f" of {part}" if part else ""), row
+    def each(self, read: Callable[[str, dict[str, Any]], None], part: str = "", most: int | None = None) -> None:
+        """Hand every row, and how messages call it, to a reader; a row that it cannot read is a fault.
+
+        Args:
+            read: takes a row.
+            part: of the task.
+            most: rows that are read; None: all.
+        """
+        for number, row in enumerate(islice(self.rows(part), most)):
+            where = f"row {number}" + (f" of {part}" if part else "")
+            try:
+                read(where, row)
+            except KeyError as error:
+                self.faults.add("rows that lack a field", f"{where}: {error}")
+            except (TypeError, ValueError, IndexError, AttributeError) as error:
+                self.faults.add("rows that cannot be read", f"{where}: {error}")
 
     def candidate(self, name: str, content: Content) -> bool:
         """Take a candidate; False if its files are not there."""
@@ -216,11 +234,13 @@ def read_task(task: Task, root: Path, *, from_hub: bool = False, prompts: str = 
         raise ValueError(f'prompts must be "vlm2vec" or "plume_published"; received {prompts!r}')
     reading = _Reading(task, root, from_hub, prompts == "plume_published" and task.group in _BARE_GROUPS)
     reading.check_presence()
-    try:
-        _PARSERS[task.parser](reading)
-    except KeyError as error:
-        raise MissingDataError(f"a row has no {error}; expected the fields of {task.repository}") from error
+    _PARSERS[task.parser](reading)
     data = reading.data
+    for place, pool in enumerate(data.pools or ()):
+        expected = task.num_candidates if task.name not in _LISTED_TWICE else None
+        if len(pool) == 1 or expected not in (None, len(pool)):
+            kind = "pools of another size" + (f" than {expected}" if expected else "")
+            reading.faults.add(kind, f"query {place}: {len(pool)}")
     data.problems = reading.faults.lines()
     if task.revision and (other := [one for one in data.revisions if one not in ("", task.revision)]):
         data.problems.append(f"its rows are of revision {other[0]}; expected {task.revision}")
@@ -228,49 +248,66 @@ def read_task(task: Task, root: Path, *, from_hub: bool = False, prompts: str = 
         data.notes.append(f"the local copy does not say of which revision it is; the table has {task.revision}")
     if (found := len(data.queries)) != task.num_queries:
         data.problems.append(f"{found} queries; expected {task.num_queries}")
-    most = max(map(len, data.pools), default=0) if data.pools is not None else len(data.candidates)
-    if task.num_candidates and most != task.num_candidates and data.queries:
-        data.notes.append(f"{most} candidates; {task.num_candidates} are listed in the table")
+    if data.pools is None and task.num_candidates not in (None, len(data.candidates)):
+        # Of videos to retrieve the table has the number of rows, of which several may show one.
+        told = data.notes if task.group == "V-RET" else data.problems
+        told.append(f"{len(data.candidates)} candidates; expected {task.num_candidates}")
     return data
 
 
 def _image_to_text(reading: _Reading) -> None:
     root = reading.media
-    for where, row in reading.numbered():
-        query = Content(_instruction(reading, where, row), row["qry_text"] or "", image=root / row["qry_img_path"])
+
+    def read(where: str, row: dict[str, Any]) -> None:
+        query = Content(
+            _instruction(reading, where, row), row["qry_text"] or "", root / row["qry_img_path"], ending="\n"
+        )
         texts = row["tgt_text"]
         reading.add(where, query, [(text, Content(text=text)) for text in texts], {texts[0]: 1} if texts else {})
+
+    reading.each(read)
 
 
 def _text_to_image(reading: _Reading) -> None:
     root = reading.media
-    for where, row in reading.numbered():
+    ending = "\n\n" if reading.task.name == "VisDial" else "\n"
+
+    def read(where: str, row: dict[str, Any]) -> None:
         pool = _pictures(root, row)
-        query = Content(_instruction(reading, where, row), row["qry_text"] or "")
+        query = Content(_instruction(reading, where, row), row["qry_text"] or "", ending=ending)
         reading.add(where, query, pool, {pool[0][0]: 1} if pool else {})
+
+    reading.each(read)
 
 
 def _image_to_image(reading: _Reading) -> None:
     root = reading.media
-    for where, row in reading.numbered():
+
+    def read(where: str, row: dict[str, Any]) -> None:
         pool = _pictures(root, row)
-        query = Content(_instruction(reading, where, row), row["qry_text"] or "", image=root / row["qry_img_path"])
+        query = Content(
+            _instruction(reading, where, row), row["qry_text"] or "", root / row["qry_img_path"], ending="\n"
+        )
         reading.add(where, query, pool, {pool[0][0]: 1} if pool else {})
+
+    reading.each(read)
 
 
 def _pictures(root: Path, row: Mapping[str, Any]) -> list[Named]:
     """Images with a caption each; one that is shown with two captions is two candidates."""
     instruction = _without_token(row["tgt_inst"])
     captions = row["tgt_text"] or [""] * len(row["tgt_img_path"])
-    pairs = zip(row["tgt_img_path"], captions, strict=True)
     return [
-        (f"{path}:{caption}".strip(":"), Content(instruction, caption.strip().strip('"'), image=root / path))
-        for path, caption in pairs
+        (
+            f"{path}:{caption.strip().strip(chr(34))}".strip(":"),
+            Content(instruction, caption, root / path, ending="\n"),
+        )
+        for path, caption in zip(row["tgt_img_path"], captions, strict=True)
     ]
 
 
 def _instruction(reading: _Reading, where: str, row: Mapping[str, Any]) -> str:
-    """What the row tells a model to do; a row that says something else than the table is a fault."""
+    """What the row tells a model to do with the query; a row that says something else than the table is a fault."""
     told, expected = _without_token(row["qry_inst"]), reading.task.query_prompt
     if not f"{told} {row['qry_text'] or ''}".startswith(expected):
         reading.faults.add(f"rows that do not begin with {expected!r}", f"{where}: {told!r}")
@@ -282,45 +319,53 @@ def _without_token(instruction: str | None) -> str:
 
 
 def _video_class(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
+    task, root = reading.task, reading.media
     for name in class_names(task):
         reading.candidate(name, Content(text=name))
-    for where, row in reading.numbered():
+
+    def read(where: str, row: dict[str, Any]) -> None:
         query = Content(task.query_prompt, frames=reading.frames(root / str(row["video_id"])))
         reading.add(where, query, None, {row["pos_text"]: 1})
 
+    reading.each(read)
+
 
 def _video_choice(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
-    for where, row in islice(reading.numbered(), task.num_queries):  # the file is longer
+    task, root = reading.task, reading.media
+
+    def read(where: str, row: dict[str, Any]) -> None:
         query = Content(task.query_prompt, frames=reading.frames(root / str(row["video_id"])))
         reading.add(where, query, [(text, Content(text=text)) for text in row["neg_text"]], {row["pos_text"]: 1})
 
+    reading.each(read, most=task.num_queries)  # the file is longer
+
 
 def _text_to_video(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
-    rows = list(reading.numbered())
-    names = [Path(str(row[task.id_field])).stem for _, row in rows]
-    for name in names:
+    task, root = reading.task, reading.media
+
+    def candidate(where: str, row: dict[str, Any]) -> None:
+        name = Path(str(row[task.id_field])).stem
         reading.candidate(name, Content(task.candidate_prompt, frames=reading.frames(root / name)))
-    for (where, row), name in zip(rows, names, strict=True):
+
+    def read(where: str, row: dict[str, Any]) -> None:
         text = row[task.text_field]
-        reading.add(where, Content(task.query_prompt, text if isinstance(text, str) else text[0]), None, {name: 1})
+        query = Content(task.query_prompt, text if isinstance(text, str) else text[0])
+        reading.add(where, query, None, {Path(str(row[task.id_field])).stem: 1})
+
+    reading.each(candidate)
+    reading.each(read)
 
 
 def _video_question(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
-    parts = MVBENCH if task.name == "MVBench" else ("",)
-    for part in parts:
-        for where, row in reading.numbered(part):
+    task, root = reading.task, reading.media
+    for part in MVBENCH if task.name == "MVBench" else ("",):
+
+        def read(where: str, row: dict[str, Any], part: str = part) -> None:
             video, text, options, right = _QUESTIONS[task.name](row)
             query = Content(task.query_prompt, text, frames=reading.frames(root / part / video))
-            pool = [(option, Content(text=option)) for option in options]
-            reading.add(where, query, pool, {right: 1})
+            reading.add(where, query, [(option, Content(text=option)) for option in options], {right: 1})
+
+        reading.each(read, part)
 
 
 Question = tuple[str, str, list[str], str]
@@ -335,13 +380,13 @@ def _lettered(question: str, options: Sequence[str]) -> tuple[str, list[str]]:
 def _mvbench(row: Mapping[str, Any]) -> Question:
     text, lettered = _lettered(row["question"], row["candidates"])
     right = lettered[row["candidates"].index(row["answer"])] if row["answer"] in row["candidates"] else row["answer"]
-    return row["video"], text, lettered, right
+    return str(row["video"]), text, lettered, right
 
 
 def _video_mme(row: Mapping[str, Any]) -> Question:
     options = row["options"]
     bare = [_without_letter(option) for option in options]
-    return row["videoID"], "\n".join([row["question"], *options]), bare, bare["ABCDEFGH".index(row["answer"])]
+    return str(row["videoID"]), "\n".join([row["question"], *options]), bare, bare["ABCDEFGH".index(row["answer"])]
 
 
 def _nextqa(row: Mapping[str, Any]) -> Question:
@@ -351,7 +396,7 @@ def _nextqa(row: Mapping[str, Any]) -> Question:
 
 def _egoschema(row: Mapping[str, Any]) -> Question:
     bare = [_without_letter(option) for option in row["option"]]
-    return row["video_idx"], row["question"] + " ".join(row["option"]), bare, bare[int(row["answer"])]
+    return str(row["video_idx"]), row["question"] + " ".join(row["option"]), bare, bare[int(row["answer"])]
 
 
 def _activitynetqa(row: Mapping[str, Any]) -> Question:
@@ -378,11 +423,12 @@ _QUESTIONS: dict[str, Callable[[Mapping[str, Any]], Question]] = {
 
 
 def _moment(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
-    for where, row in reading.numbered():
+    task, root = reading.task, reading.media
+
+    def read(where: str, row: dict[str, Any]) -> None:
         folder = root / Path(row["video_path"]).stem
-        clips = sorted((path for path in folder.glob("*_clip*") if path.is_dir()), key=_natural)
+        there = folder.iterdir() if folder.is_dir() else ()
+        clips = sorted((path for path in there if path.is_dir() and path.name != "query"), key=_natural)
         pool = [
             (f"{folder.name}/{clip.name}", Content(task.candidate_prompt, frames=reading.frames(clip)))
             for clip in clips
@@ -391,11 +437,13 @@ def _moment(reading: _Reading) -> None:
         right = {name: 1 for name, _ in pool if name.rpartition("/")[2].startswith("positive")}
         reading.add(where, query, pool, right)
 
+    reading.each(read)
+
 
 def _momentseeker(reading: _Reading) -> None:
-    task = reading.task
-    root = reading.media
-    for where, row in reading.numbered():
+    task, root = reading.task, reading.media
+
+    def read(where: str, row: dict[str, Any]) -> None:
         shown = row["input_frames"] or ""
         kind = "video" if shown.endswith(".mp4") else "image" if shown else "text"
         query = Content(
@@ -410,27 +458,48 @@ def _momentseeker(reading: _Reading) -> None:
         pool = [(clip.name, Content(task.candidate_prompt, frames=reading.frames(clip))) for clip in (*right, *wrong)]
         reading.add(where, query, pool, {clip.name: 1 for clip in right})
 
+    reading.each(read)
+
 
 def _clip(root: Path, video: str) -> Path:
     return root / "video_frames" / video.replace("/", "_").split(".mp4")[0]
 
 
 def _pages(reading: _Reading) -> None:
-    task = reading.task
+    task, data = reading.task, reading.data
     query_prompt, page_prompt = ("", "") if reading.bare else (task.query_prompt, task.candidate_prompt)
-    corpus = reading.rows("corpus")
-    ids = [str(one) for one in corpus["corpus-id"]]  # type: ignore[call-overload]
-    for index, name in enumerate(ids):
-        if name in reading.data.candidates:
+    corpus: Any = reading.rows("corpus")
+    source, empty = reading.source("corpus"), _rows_without_image(corpus)
+    for index, name in enumerate(map(str, corpus["corpus-id"])):
+        if index in empty:
+            reading.faults.add("pages without an image", name)
+        elif name in data.candidates:
             reading.faults.add("pages whose id another page has", name)
-        reading.candidate(name, Content(page_prompt, image=StoredImage(corpus, index, f"page {name} of {task.name}")))
+        else:
+            page = StoredImage(corpus, index, f"page {name} of {task.name}", source)
+            data.candidates[name] = Content(page_prompt, image=page)
     grades: dict[str, dict[str, int]] = {}
-    for _, row in reading.numbered("qrels"):
-        if (grade := int(row["score"])) > 0:
+
+    def grade(where: str, row: dict[str, Any]) -> None:
+        if (found := int(row["score"])) > 0:
             of_query = grades.setdefault(str(row["query-id"]), {})
-            of_query[str(row["corpus-id"])] = max(grade, of_query.get(str(row["corpus-id"]), 0))
-    for where, row in reading.numbered("queries"):
+            of_query[str(row["corpus-id"])] = max(found, of_query.get(str(row["corpus-id"]), 0))
+
+    def read(where: str, row: dict[str, Any]) -> None:
         reading.add(where, Content(query_prompt, row["query"]), None, grades.get(str(row["query-id"]), {}))
+
+    reading.each(grade, "qrels")
+    reading.each(read, "queries")
+
+
+def _rows_without_image(rows: Any) -> set[int]:
+    """Rows whose column "image" holds no file, without reading those that do."""
+    import pyarrow.compute
+
+    column = rows.data.column("image")
+    pc: Any = pyarrow.compute
+    is_null = pc.or_(pc.is_null(column), pc.is_null(pc.struct_field(column, "bytes")))
+    return set(np.flatnonzero(is_null.to_numpy(zero_copy_only=False)).tolist())
 
 
 _PARSERS: dict[str, Callable[[_Reading], None]] = {

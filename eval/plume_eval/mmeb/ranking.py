@@ -21,6 +21,8 @@ from torch import Tensor
 CUTOFFS = (1, 5, 10)
 #: Scores that are held at once, at most.
 BLOCK = 2**23
+#: Candidates that are held in float64 at once, at most.
+_PART = 2**14
 
 Labels = Mapping[int, int]
 """Grade of each label of a query, by the place of the candidate; greater than 0."""
@@ -88,10 +90,16 @@ def rank(
             places = {candidate: place for place, candidate in enumerate(pools[start])}
             grades = [{places[candidate]: grade for candidate, grade in labels[start].items()}]
             among = candidates[torch.as_tensor(pool, device=candidates.device)]
-        products = queries[rows].float() @ among.float().T  # [q, n]
+        products = _products(queries[rows], among)  # [q, n]
         kept, best, is_tied[rows] = _best(products, grades, min(num_kept, len(pool)))
         found[rows, : kept.shape[1]], scores[rows, : kept.shape[1]] = pool[kept], best
     return Ranking(found, scores, is_tied)
+
+
+def _products(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Dot products in float32, summed in float64: equal vectors get equal scores, wherever they stand, `[q, n]`."""
+    parts = candidates.split(_PART)
+    return torch.cat([(queries.double() @ part.double().T).float() for part in parts], dim=1)
 
 
 def _best(products: Tensor, labels: Sequence[Labels], num_kept: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

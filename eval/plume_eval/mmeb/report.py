@@ -6,7 +6,7 @@ Scores are in per cent, as the field prints them. A mean is given only over task
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ class System:
         names = {task.name for task in all_tasks()}
         files = [file for file in sorted(folder.glob("*.json")) if file.stem in names]
         if not files:
-            raise FileNotFoundError(
-                f"{folder} holds no results; expected a folder that `plume-eval mmeb run` has written"
-            )
+            raise FileNotFoundError(f"{folder} holds no results; expected a folder that `plume-eval mmeb` has written")
         return cls(folder.name, {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files})
 
     @property
@@ -173,9 +171,10 @@ def _comparison(first: System, second: System) -> str:
     return f"{title}{told}\n\n{markdown_table(['task', 'difference [95 %]'], rows)}"
 
 
-def cost(system: System) -> dict[str, float]:
-    """Milliseconds and reasoning steps per input, over all that the tasks have embedded; empty if that is nothing."""
-    sides = [side for one in system.results.values() for side in one.get("cost", {}).values()]
+def cost(system: System, tasks: Collection[str] | None = None) -> dict[str, float]:
+    """Milliseconds and reasoning steps per input, over what some tasks have embedded; empty if that is nothing."""
+    chosen = [one for name, one in system.results.items() if tasks is None or name in tasks]
+    sides = [side for one in chosen for side in one.get("cost", {}).values()]
     embedded = sum(side["num_inputs"] for side in sides)
     if not embedded:
         return {}
@@ -190,13 +189,14 @@ def _table_of_costs(systems: Sequence[System]) -> str:
     common = set.intersection(*(set(system.scores) for system in systems))
     rows = []
     for system in systems:
-        of = cost(system)
+        of = cost(system, common)
         score = float(np.mean([system.scores[name] for name in common])) if common else None
         cells = [f"{of[name]:.1f}" if of else "" for name in ("ms_per_input", "steps_per_input")]
         rows.append([system.name, _percent(score), *cells, int(of["num_inputs"]) if of else 0])
     note = (
         f"Scores are means over the {len(common)} tasks that all systems have complete. Times are those of embedding "
-        "in the run's batches, with media decoded, summed over processes; compare only runs of one machine."
+        "the inputs that these tasks were the first to need, in the run's batches, with media decoded, summed over "
+        "processes; compare only runs of one machine."
     )
     columns = ["system", "score", "ms per input", "reasoning steps per input", "inputs embedded"]
     return markdown_table(columns, rows) + f"\n\n{note}"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from plume_eval.mmeb.tasks import Task
 
 #: Where media lie below ROOT, by modality and then group; archives were packed in several ways.
@@ -28,6 +30,7 @@ _FRAMES = {
     "V-QA": ("frames/video_qa/{}", "frames/video_qa/video_qa/{}"),
     "V-MRET": ("frames/video_mret/{}", "frames/video_mret/video_mret/{}"),
 }
+_KINDS = (".parquet", ".jsonl", ".json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -37,10 +40,14 @@ class MissingDataError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a part of a task, and the revision that they are of; "" if it is not known."""
+    """Rows of a part of a task.
+
+    revision: that they are of; "" if it is not known. source: tells the files that they are of apart.
+    """
 
     rows: Sequence[dict[str, Any]]
     revision: str
+    source: str
 
 
 def read_rows(task: Task, root: Path, part: str = "", *, from_hub: bool = False) -> Rows:
@@ -58,9 +65,10 @@ def read_rows(task: Task, root: Path, part: str = "", *, from_hub: bool = False)
     config = part or task.config
     for folder in local_folders(task, root):
         if folder.is_dir():
-            return Rows(_read_folder(folder, config, task.split), _downloaded_revision(folder))
+            files = _files(folder, config, task.split)
+            return Rows(_read_files(files), _downloaded_revision(folder), _source(files))
     if (file := root / "video-tasks" / "data" / f"{task.rows}.jsonl").is_file() and task.rows:
-        return Rows(_read_lines(file), _downloaded_revision(root, str(file.relative_to(root))))
+        return Rows(_read_lines(file), _downloaded_revision(root, str(file.relative_to(root))), _source([file]))
     if not from_hub:
         raise MissingDataError(f"its rows are not in {root}; {how_to_get(task, root)}")
     return _read_hub(task, config)
@@ -98,24 +106,53 @@ def media_root(task: Task, root: Path) -> Path:
     return places[0]
 
 
-def _read_folder(folder: Path, config: str, split: str) -> Sequence[dict[str, Any]]:
-    """Rows of a copy of a Hub data set, by what its README says, else by the names of its files."""
+def _files(folder: Path, config: str, split: str) -> list[Path]:
+    """The files of a part of a copy of a Hub data set, by what its README says, else by their names.
+
+    The copy is not handed to `datasets` as a folder, since that keeps rows by the folder's name: a changed file
+    would not be read again.
+    """
+    declared = _declared(folder, config, split)
+    if declared is not None:
+        files = sorted({file for pattern in declared for file in folder.glob(pattern)})
+    else:
+        files = sorted(file for file in folder.rglob("*") if file.suffix in _KINDS and ".cache" not in file.parts)
+        if config:
+            files = [file for file in files if config in (file.stem, *file.parts) or file.stem.endswith(f"_{config}")]
+        files = [file for file in files if split in file.stem] or files
+    if not files:
+        raise MissingDataError(f"{folder} holds no rows of {config or 'the data set'}, split {split!r}")
+    return files
+
+
+def _declared(folder: Path, config: str, split: str) -> list[str] | None:
+    """Patterns of a split's files in the README's front matter; None if that says nothing of them."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    parts = text.split("---\n")
+    said = yaml.safe_load(parts[1]) if text.startswith("---\n") and len(parts) > 2 else {}
+    configs = said.get("configs") or [] if isinstance(said, dict) else []
+    for one in configs:
+        is_wanted = one.get("config_name") == config if config else len(configs) == 1 or one.get("default")
+        if not is_wanted:
+            continue
+        listed = one.get("data_files") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        found = [part["path"] for part in listed if isinstance(part, dict) and part.get("split") == split]
+        found += [part for part in listed if isinstance(part, str)]
+        return [path for of_part in found for path in (of_part if isinstance(of_part, list) else [of_part])]
+    return None
+
+
+def _read_files(files: Sequence[Path]) -> Sequence[dict[str, Any]]:
+    """Rows of files, which stay on disk; of files that have not changed since, those that were prepared before."""
     import datasets
 
-    says = folder / "README.md"
+    kind = "parquet" if files[0].suffix == ".parquet" else "json"
     try:
-        if says.is_file() and "configs:" in says.read_text(encoding="utf-8"):
-            return _undecoded(datasets.load_dataset(str(folder), config or None, split=split))
-        named = [file for file in sorted(folder.rglob(f"{split}*")) if file.suffix in (".parquet", ".jsonl", ".json")]
-        files = [str(file) for file in named if not config or config in file.relative_to(folder).parts]
-        if not files:
-            raise MissingDataError(f"{folder} holds no rows of the split {split!r} of {config or 'the data set'}")
-        kind = "parquet" if files[0].endswith(".parquet") else "json"
-        return _undecoded(datasets.load_dataset(kind, data_files=files, split="train"))
-    except MissingDataError:
-        raise
+        return _undecoded(datasets.load_dataset(kind, data_files=list(map(str, files)), split="train"))
     except Exception as error:  # what data sets raise has no common class
-        raise MissingDataError(f"{folder} cannot be read: {error}") from error
+        raise MissingDataError(f"{files[0]} cannot be read: {error}") from error
 
 
 def _read_hub(task: Task, config: str) -> Rows:
@@ -124,10 +161,18 @@ def _read_hub(task: Task, config: str) -> Rows:
 
     try:
         revision = task.revision or str(HfApi().dataset_info(task.repository).sha)
-        rows = datasets.load_dataset(task.repository, config or None, split=task.split, revision=revision)
+    except Exception:  # without the network, what was downloaded before is read
+        revision = ""
+    try:
+        rows = datasets.load_dataset(task.repository, config or None, split=task.split, revision=revision or None)
     except Exception as error:  # of the network, of the Hub, of data sets
         raise MissingDataError(f"{task.repository} cannot be read from the Hub: {error}") from error
-    return Rows(_undecoded(rows), revision)
+    return Rows(_undecoded(rows), revision, f"{task.repository} {config} {revision}")
+
+
+def _source(files: Sequence[Path]) -> str:
+    """What tells files apart: their names, sizes and times of change."""
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 def _undecoded(rows: Any) -> Sequence[dict[str, Any]]:
@@ -142,11 +187,12 @@ def _undecoded(rows: Any) -> Sequence[dict[str, Any]]:
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise MissingDataError(f"{file}:{number}: no JSON: {error}") from error
+    with file.open(encoding="utf-8", newline="\n") as lines:  # JSON may hold what else is the end of a line
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise MissingDataError(f"{file}:{number}: no JSON: {error}") from error
     return rows
 
 

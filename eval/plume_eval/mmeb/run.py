@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 from plume.space.zero_shot import check_templates, mean_directions
 from plume.version import __version__
 from plume_eval.metrics import bootstrap
-from plume_eval.mmeb.content import Content
+from plume_eval.mmeb.content import Content, Keys
 from plume_eval.mmeb.embedders import Embedder, Side
 from plume_eval.mmeb.parsers import Faults, TaskData, read_task
 from plume_eval.mmeb.ranking import measure, rank
@@ -35,7 +37,14 @@ from plume_eval.report import commit
 
 Precision = Literal["float32", "int8", "binary"]
 #: Inputs of a shard: few enough that little is lost by a stop.
-SHARD_SIZE = 256
+SHARD_SIZE = 128
+#: Raised when the same vectors would get another score, so that results from before are made anew.
+_SCORING = 1
+
+
+def processes() -> PartialState:
+    """The processes that share the work; one may wait long for another that ranks or writes rationales."""
+    return PartialState(timeout=timedelta(days=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,8 @@ class Settings:
         """What tells a folder of results from that of whole vectors."""
         dim = f"_dim{self.truncate_dim}" if self.truncate_dim else ""
         prompts = "" if self.prompts == "vlm2vec" else f"_{self.prompts}"
-        templates = "" if self.templates == ("{}",) else f"_{len(self.templates)}templates"
+        told = hashlib.blake2b(repr(self.templates).encode(), digest_size=3).hexdigest()
+        templates = "" if self.templates == ("{}",) else f"_templates-{told}"
         return dim + templates + ("" if self.precision == "float32" else f"_{self.precision}") + prompts
 
 
@@ -110,10 +120,14 @@ class Evaluation:
         self.embedder, self.root = embedder, root
         self.settings = settings or Settings()
         self.folder = out / f"{embedder.name}{self.settings.suffix}"
-        self._processes = PartialState()
+        self._processes = processes()
+        if (dim := self.settings.truncate_dim) is not None and dim > embedder.dimension:
+            raise ValueError(f"truncate_dim={dim} is more than the {embedder.dimension} numbers of a vector")
         with self._processes.main_process_first():
             self._store = VectorStore(out / "vectors" / embedder.name, embedder.settings)
         self._places: Places = {}
+        self._keys = Keys(root)
+        self._tried: set[str] = set()  # shards of this run, whose errors are not tried again
         self._shows_progress = show_progress and self._processes.is_main_process
 
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -126,21 +140,64 @@ class Evaluation:
         return results
 
     def _task(self, task: Task, name: str) -> dict[str, Any] | None:
-        settings = {"from_hub": self.settings.from_hub, "prompts": self.settings.prompts}
-        try:
-            data = read_task(task, self.root, **settings)
-        except MissingDataError as error:
-            return self._write(task, {"problems": [str(error)], "num_queries": 0}) if self._is_main else None
+        data = self._read(task)
+        if isinstance(data, str):
+            return self._write(task, {"problems": [data], "num_queries": 0}) if self._is_main else None
         if not data.queries:
             facts = {"problems": data.problems, "notes": data.notes, "num_queries": 0}
             return self._write(task, facts) if self._is_main else None
         sides = [self._side("query", data.queries), self._side("document", self._documents(data))]
         print_of_data = self._fingerprint(data, sides)
-        if (known := self._finished(task, print_of_data)) is not None:
-            return known if self._is_main else None
-        self._embed(sides, name)
+        shards = [shard for side in sides for shard, _ in side.shards]
+        plan = self._agree(lambda: self._plan(task, print_of_data, shards))
+        for side in sides:
+            self._places |= {
+                key: (shard, row)
+                for shard, keys in side.shards
+                if plan["known"] is None or self._store.holds(shard)  # of a finished task some may have been deleted
+                for row, key in enumerate(keys)
+            }
+        if plan["known"] is not None:
+            return plan["known"] if self._is_main else None
+        self._embed(sides, set(plan["wanted"]), name)
         self._processes.wait_for_everyone()
         return self._score(data, sides, print_of_data) if self._is_main else None
+
+    def _read(self, task: Task) -> TaskData | str:
+        """The task's data, or what is missing; the first process reads first, since it may download."""
+
+        def read() -> TaskData | str:
+            try:
+                return read_task(task, self.root, from_hub=self.settings.from_hub, prompts=self.settings.prompts)
+            except MissingDataError as error:
+                return str(error)
+
+        mine: list[TaskData | str] = []
+
+        def first() -> str:
+            mine.append(read())
+            return mine[0] if isinstance(mine[0], str) else ""
+
+        missing = self._agree(first)
+        data = mine[0] if mine else missing or read()
+        if not missing and isinstance(data, str):
+            raise MissingDataError(f"{task.name}: the first process has read it, and this one cannot: {data}")
+        return data
+
+    def _plan(self, task: Task, print_of_data: str, shards: Sequence[str]) -> dict[str, Any]:
+        """The result if there is one, and the shards that are to be embedded."""
+        known = self._finished(task, print_of_data)
+        if known is not None:
+            return {"known": known, "wanted": []}
+        tried = self._tried
+        wanted = [one for one in shards if not (self._store.holds(one) if one in tried else self._store.is_whole(one))]
+        return {"known": None, "wanted": wanted}
+
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """What the first process decides; the others wait for it."""
+        decided = [decide() if self._is_main else None]
+        broadcast_object_list(decided)
+        return decided[0]
 
     def _documents(self, data: TaskData) -> list[Content]:
         """What is embedded of each candidate: itself, or of a class a sentence for each template."""
@@ -156,28 +213,26 @@ class Evaluation:
 
     def _side(self, side: Side, contents: Sequence[Content]) -> _Side:
         """Keys of some contents, and shards of those that no earlier task of this run has."""
-        keys = [f"{side} {content.key()}" for content in contents]
+        keys = [f"{side} {self._keys.of(content)}" for content in contents]
         by_key = dict(zip(keys, contents, strict=True))
         new = [key for key in by_key if key not in self._places]
         size = self.settings.shard_size
         result = _Side(side, by_key, keys)
         for start in range(0, len(new), size):
             part = new[start : start + size]
-            name = self._store.name(part)
-            result.shards.append((name, part))
-            self._places |= {key: (name, row) for row, key in enumerate(part)}
+            result.shards.append((self._store.name(part), part))
         return result
 
-    def _embed(self, sides: Sequence[_Side], name: str) -> None:
+    def _embed(self, sides: Sequence[_Side], wanted: set[str], name: str) -> None:
         """Embed this process's share of what has no vectors yet."""
-        wanted = [(side, shard, keys) for side in sides for shard, keys in side.shards]
-        mine = wanted[self._processes.process_index :: self._processes.num_processes]
+        todo = [(side, shard, keys) for side in sides for shard, keys in side.shards if shard in wanted]
+        mine = todo[self._processes.process_index :: self._processes.num_processes]
+        self._tried |= wanted
         total = sum(len(keys) for _, _, keys in mine)
         with tqdm(total=total, desc=name, unit="input", disable=not self._shows_progress) as bar:
             for side, shard, keys in mine:
-                if not self._store.holds(shard):
-                    contents = [side.contents[key] for key in keys]
-                    self._store.save(shard, self.embedder.embed(contents, side.side))
+                contents = [side.contents[key] for key in keys]
+                self._store.save(shard, self.embedder.embed(contents, side.side))
                 bar.update(len(keys))
 
     def _collect(self, side: _Side) -> tuple[torch.Tensor, list[str | None], list[str]]:
@@ -228,14 +283,18 @@ class Evaluation:
             labels.append(there)
             if data.pools is not None:
                 pools.append([numbers[name] for name in data.pools[row] if name in numbers])
+        cost = self._cost(sides)
+        unfinished = sum(side["num_unfinished"] for side in cost.values())
+        told = [f"{unfinished} rationales reached their limit without a read-out"] if unfinished else []
         facts: dict[str, Any] = {
             "problems": data.problems + faults.lines(),
-            "notes": data.notes,
+            "notes": data.notes + told,
+            "num_failed": sum(map(bool, query_errors)) + sum(map(bool, candidate_errors)),
             "revisions": data.revisions,
             "num_queries": len(kept),
             "num_candidates": len(numbers),
             "fingerprint": print_of_data,
-            "cost": self._cost(sides),
+            "cost": cost,
         }
         if kept:
             among = None if data.pools is None else pools
@@ -284,8 +343,6 @@ class Evaluation:
         """Vectors as they are compared: cut, then quantised."""
         dim, precision = self.settings.truncate_dim, self.settings.precision
         if dim is not None:
-            if dim > queries.shape[1]:
-                raise ValueError(f"truncate_dim={dim} is more than the {queries.shape[1]} numbers of a vector")
             queries, candidates = (torch.nn.functional.normalize(one[:, :dim], dim=-1) for one in (queries, candidates))
         if precision == "binary":
             queries, candidates = ((one > 0).float() * 2 - 1 for one in (queries, candidates))
@@ -306,6 +363,7 @@ class Evaluation:
             embedded = sum(len(shard.vectors) - len(shard.errors) for shard in shards)
             cost[side.side] = {
                 "num_inputs": embedded,
+                "num_unfinished": sum(shard.num_unfinished for shard in shards),
                 "reasoning_steps": sum(shard.reasoning_steps for shard in shards) / max(embedded, 1),
                 "seconds": sum(shard.seconds for shard in shards),
             }
@@ -320,9 +378,11 @@ class Evaluation:
             data.labels,
             data.pools,
             data.problems,
-            vars(self.settings),
+            data.notes,
+            data.revisions,
+            (self.settings.truncate_dim, self.settings.precision, self.settings.templates),
             dict(self.embedder.settings),
-            __version__,
+            (__version__, _SCORING),
         ):
             digest.update(json.dumps(part, sort_keys=True).encode())
         return digest.hexdigest()
@@ -332,7 +392,7 @@ class Evaluation:
         if not file.exists():
             return None
         result = json.loads(file.read_text(encoding="utf-8"))
-        return result if result.get("fingerprint") == fingerprint else None
+        return result if result.get("fingerprint") == fingerprint and not result["num_failed"] else None
 
     def _write(self, task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
         result = {
@@ -348,10 +408,11 @@ class Evaluation:
             "prompts": self.settings.prompts,
             "query_prompt": task.query_prompt,
             "candidate_prompt": task.candidate_prompt,
+            "templates": list(self.settings.templates) if task.group.endswith("-CLS") else None,
             "truncate_dim": self.settings.truncate_dim,
             "precision": self.settings.precision,
             "system": self.embedder.name,
-            "settings": dict(self.embedder.settings),
+            "settings": {**self.embedder.settings, **self.embedder.runs_with},
             "plume": __version__,
             "commit": commit(),
             **facts,

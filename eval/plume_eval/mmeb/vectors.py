@@ -8,9 +8,9 @@ not.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,14 @@ class EmbeddedShard:
 
     vectors `[n, D]`: float32, of unit length; a row of NaN for an input that could not be embedded.
     errors: why not, by row. texts: what was written before the vector was read, if anything was.
+    num_unfinished: rationales that reached their limit without a read-out.
     reasoning_steps: latent steps or tokens written, summed over the inputs. seconds: what it took.
     """
 
     vectors: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    num_unfinished: int = 0
     reasoning_steps: int = 0
     seconds: float = 0.0
 
@@ -71,17 +73,25 @@ class VectorStore:
         """Whether a shard is there."""
         return (self.folder / f"{name}.npz").exists()
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a shard is there, with a vector for each of its inputs."""
+        if not self.holds(name):
+            return False
+        with np.load(self.folder / f"{name}.npz") as arrays:
+            return not json.loads(str(arrays["facts"]))["errors"]
+
     def save(self, name: str, shard: EmbeddedShard) -> None:
         """Write a shard, whole or not at all."""
         facts = {
             "errors": {str(row): why for row, why in shard.errors.items()},
             "texts": shard.texts,
+            "num_unfinished": shard.num_unfinished,
             "reasoning_steps": shard.reasoning_steps,
             "seconds": shard.seconds,
         }
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-            np.savez(file, vectors=shard.vectors, facts=np.array(json.dumps(facts)))
-        os.replace(file.name, self.folder / f"{name}.npz")
+        content = io.BytesIO()
+        np.savez(content, vectors=shard.vectors, facts=np.array(json.dumps(facts)))
+        _write(self.folder / f"{name}.npz", content.getvalue())
 
     def load(self, name: str) -> EmbeddedShard:
         """Read a shard."""
@@ -103,6 +113,6 @@ def write_lines(file: Path, rows: Sequence[Any]) -> None:
 
 def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
-        unfinished.write(content)
-    os.replace(unfinished.name, file)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(file)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from plume import Plume
-from plume.space.zero_shot import classify
+from plume.space.zero_shot import classify, sentence
 
 LABELS = ["red", "blue", "kite"]
 INPUTS = ["a red kite", {"text": "blue table"}, "kite"]
@@ -26,11 +26,11 @@ def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("templates", [["{}"], ["a photo of a {}.", "{}", "the {} one"]])
+@pytest.mark.parametrize("templates", [["{}"], ["a photo of a {}.", "{}", "the {} one"], [lambda label: f"a {label}"]])
 def test_probabilities_are_the_softmax_of_similarities_to_mean_sentences(model, templates):
     found = classify(model, INPUTS, LABELS, templates=templates, instruction="Say what it is:", temperature=0.1)
     vectors = unit(
-        np.stack([model.encode([one.replace("{}", label) for one in templates]).mean(axis=0) for label in LABELS])
+        np.stack([model.encode([sentence(one, label) for one in templates]).mean(axis=0) for label in LABELS])
     )
     expected = softmax(model.encode(INPUTS, instruction="Say what it is:") @ vectors.T / 0.1)
     np.testing.assert_allclose(found, expected, atol=1e-5)

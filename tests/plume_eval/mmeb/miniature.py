@@ -103,16 +103,20 @@ def _video_task(root: Path, task: Task) -> None:
         for part in MVBENCH:
             _frames(media / part / "clip.mp4", hash_of(part))
             row = {"question": "what is red?", "video": "clip.mp4", "candidates": ["a kite", "a table"]}
-            file = root / "MVBench" / "json" / part / "train.json"
-            file.parent.mkdir(parents=True)
+            file = root / "MVBench" / "json" / f"{part}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps([{**row, "answer": "a table"}]))
         return
     rows = [_video_row(task, media, number) for number in range(NUM_ROWS)]
     if task.group in ("V-CLS", "V-MRET") or task.name == "ActivityNetQA":
         write_lines(root / "video-tasks" / "data" / f"{task.rows}.jsonl", rows)
     else:
-        name, config = task.repository.rpartition("/")[2], task.config or "data"
-        _write_parquet(root / name / config / f"{task.split}-00000-of-00001.parquet", rows)
+        folder = root / task.repository.rpartition("/")[2]
+        if task.name in ("DiDeMo", "MSR-VTT", "MSVD"):
+            part = f"_{task.config.removeprefix('test_')}" if task.config else ""
+            write_lines(folder / f"{task.name.lower().replace('-', '')}_test{part}.json", rows)
+        else:
+            _write_parquet(folder / (task.config or "data") / f"{task.split}-00000-of-00001.parquet", rows)
 
 
 def _video_row(task: Task, media: Path, number: int) -> dict[str, Any]:

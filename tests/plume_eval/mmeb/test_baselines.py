@@ -45,10 +45,11 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 
 def test_the_prompts_are_those_of_the_authors(pictures):
-    image, text = Content("Find it:", "a kite", image=pictures[0]), Content("Find it:", "a kite ")
+    image, text = Content("Find it:", "a kite", pictures[0], ending="\n"), Content("Find it:", "a kite ")
     page = Content("Understand it.", image=StoredImage(None, 0, "page 0"))
     clip = Content("Recognize it.", frames=tuple(pictures))
-    assert vlm2vec_text(image, "query") == "<|image_pad|> Find it: a kite\n"
+    assert vlm2vec_text(image, "query") == "<|image_pad|>\nFind it: a kite\n"
+    assert vlm2vec_text(Content("Find it:", "a kite", ending="\n\n"), "query") == "Find it: a kite\n\n"
     assert vlm2vec_text(page, "document") == "<|image_pad|> Understand it."
     assert vlm2vec_text(clip, "query") == "<|video_pad|> Recognize it."
     assert vlm2vec_text(Content(text="yes"), "document") == "yes"
@@ -58,7 +59,7 @@ def test_the_prompts_are_those_of_the_authors(pictures):
     )
     assert gme_text(page, "document") == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
-        "<|vision_end|>Understand it.<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+        "<|vision_end|><|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     )
     asked = ume_r1_text(image, "query")
     assert "<|vision_start|><|image_pad|><|vision_end|>Find it: a kite\n<disc_emb>\nRepresent the above input" in asked
@@ -147,6 +148,11 @@ class Recorded:
     def get_embedding_dimension(self):
         return 4
 
+    def named_parameters(self):
+        return {}.items()
+
+    dtype = torch.float32
+
 
 def opened(monkeypatch, modalities, **settings) -> tuple[SentenceTransformerEmbedder, Recorded]:
     import sentence_transformers
@@ -157,7 +163,7 @@ def opened(monkeypatch, modalities, **settings) -> tuple[SentenceTransformerEmbe
 
 
 def test_qwen3_vl_embedding_gets_the_instruction_as_prompt(monkeypatch, pictures):
-    embedder, inside = opened(monkeypatch, ["text", "image", "video"], instructs=True)
+    embedder, inside = opened(monkeypatch, ["text", "image", "video", "message"], instructs=True)
     embedder.embed([Content("Find the image", "a kite"), Content("Why?", "red", image=pictures[0])], "query")
     (first, prompt), (second, other) = inside.calls
     assert (first, prompt) == ([{"text": "a kite"}], "Find the image.")
@@ -178,6 +184,14 @@ def test_a_clip_reads_parts_alone_and_their_mean_is_the_vector(monkeypatch, pict
     np.testing.assert_allclose(found.vectors[1], [0, 0, 1, 0], atol=1e-6)
     frames = embedder.embed([Content(frames=tuple(pictures))], "document")
     np.testing.assert_allclose(frames.vectors[0], [3**-0.5] * 3 + [0], atol=1e-6)
+
+
+def test_what_a_model_does_not_read_is_an_error_and_no_zero(monkeypatch, pictures):
+    embedder, _ = opened(monkeypatch, ["text"])
+    found = embedder.embed([Content("Find it:", "a kite", pictures[0]), Content(), Content(text="yes")], "query")
+    assert found.errors == {0: "this model reads text; the input has images", 1: "it is empty"}
+    assert np.isnan(found.vectors[:2]).all()
+    assert np.isfinite(found.vectors[2]).all()
 
 
 def test_any_sentence_transformer_opens_by_its_name(plume_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,10 +12,9 @@ import numpy as np
 import pytest
 
 from plume_eval.mmeb import tasks as tasks_module
-from plume_eval.mmeb.content import Content
+from plume_eval.mmeb.content import Content, Keys
 from plume_eval.mmeb.embedders import MODES, PlumeEmbedder
 from plume_eval.mmeb.parsers import read_task
-from plume_eval.mmeb.rows import MissingDataError
 from plume_eval.mmeb.run import Evaluation, Settings
 from plume_eval.mmeb.tasks import all_tasks, find_tasks
 from plume_eval.mmeb.vectors import EmbeddedShard
@@ -47,18 +47,21 @@ class Fake:
 
     name = "fake"
     settings: dict = {"model": "fake"}  # noqa: RUF012
+    runs_with: dict = {}  # noqa: RUF012
+    dimension = 8
 
     def __init__(self, fails_after: int | None = None):
         self.seen: list[str] = []
+        self._keys = Keys(Path("/"))
         self._fails_after = fails_after
 
     def embed(self, contents, side):
         if self._fails_after is not None and len(self.seen) >= self._fails_after:
             raise KeyboardInterrupt
-        self.seen += [content.key() for content in contents]
+        self.seen += [f"{side} {self._keys.of(content)}" for content in contents]
         rows = []
         for content in contents:
-            seed = int(content.key(), 16) % 2**32
+            seed = int(self._keys.of(content), 16) % 2**32
             vector = np.random.default_rng(seed).standard_normal(8)
             rows.append(vector / np.linalg.norm(vector))
         return EmbeddedShard(np.array(rows, dtype=np.float32))
@@ -194,11 +197,86 @@ def test_a_query_image_of_momentseeker_is_never_replaced(data, tmp_path):
     assert "1 queries whose files are missing" in found.problems[0]
 
 
-def test_a_row_without_its_fields_is_told(data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changed", "expected"),
+    [
+        ("k700", {"pos_text": None}, "1 queries with a label that their pool does not hold, the first: row 1: None"),
+        ("qvhighlight", {"video_path": None}, "1 rows that cannot be read, the first: row 1: "),
+        ("qvhighlight", {"query": None}, "1 rows that cannot be read, the first: row 1: its text is None"),
+        ("ssv2", {"neg_text": ["red", None]}, "1 rows that cannot be read, the first: row 1: its text is None"),
+        ("momentseeker_1k6", {"positive_frames": [{}]}, "1 rows that lack a field, the first: row 1: 'output_path'"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_told_and_the_others_are_read(data, tmp_path, name, changed, expected):
     root = copied(data, tmp_path)
-    rewrite(root / "video-tasks/data/k700.jsonl", lambda listed: [{"video_id": "clip0"}])
-    with pytest.raises(MissingDataError, match="a row has no 'pos_text'"):
-        read_task(one("K700"), root)
+    file = root / "video-tasks" / "data" / f"{name}.jsonl"
+    rewrite(file, lambda rows: [rows[0], {**rows[1], **changed}, rows[2]])
+    (task,) = [task for task in miniature_tasks() if task.rows == name]
+    found = read_task(task, root)
+    assert len(found.queries) == 2
+    assert any(problem.startswith(expected) for problem in found.problems), found.problems
+
+
+def test_no_fields_at_all_is_a_problem_and_no_crash(data, tmp_path):
+    root = copied(data, tmp_path)
+    (root / "video-tasks/data/k700.jsonl").write_text('{"video_id": "a\\u2028b"}\n\n', encoding="utf-8")
+    (result,) = Evaluation(Fake(), root, tmp_path / "out").run([one("K700")])
+    assert result["problems"][0] == "1 rows that lack a field, the first: row 0: 'pos_text'"
+    assert result["score"] is None
+
+
+def test_a_page_without_an_image_is_told(data, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = copied(data, tmp_path)
+    file = root / "visdoc-tasks/data/tabfquad_test_subsampled_beir/corpus/test-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[3]["image"]["bytes"] = None
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    found = read_task(one("ViDoRe_tabfquad"), root)
+    assert found.problems == ["1 pages without an image, the first: 3"]
+    assert len(found.candidates) == 5
+
+
+def test_fewer_candidates_than_expected_are_told(data, tmp_path):
+    """Else a score would rise with every candidate that is missing."""
+    root = copied(data, tmp_path)
+    media = root / "video-tasks/frames/video_mret/QVHighlight"
+    shutil.rmtree(media / "clip1" / "negative_clip_2")
+    task = replace(one("QVHighlight"), num_candidates=4)
+    assert read_task(task, root).problems == ["1 pools of another size than 4, the first: query 1: 3"]
+    for clip in media.glob("*/negative_clip_*"):
+        shutil.rmtree(clip)
+    assert read_task(one("QVHighlight"), root).problems == ["3 pools of another size, the first: query 0: 1"]
+    task = replace(one("ViDoRe_tabfquad"), num_candidates=70)
+    assert read_task(task, root).problems == ["6 candidates; expected 70"]
+
+
+def test_rows_that_change_on_disk_are_read_anew(data, tmp_path):
+    import pyarrow.parquet as pq
+
+    root = copied(data, tmp_path)
+    file = root / "MMEB_Test_Instruct" / "GQA" / "test-00000-of-00001.parquet"
+    assert len(read_task(one("GQA"), root).queries) == 3
+    pq.write_table(pq.read_table(file).slice(0, 2), file)
+    assert len(read_task(one("GQA"), root).queries) == 2
+
+
+def test_captions_keep_their_quotes_and_names_do_not(data, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = copied(data, tmp_path)
+    file = root / "MMEB_Test_Instruct" / "RefCOCO-Matching" / "test-00000-of-00001.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[0]["tgt_text"][0] = '"the red kite"'
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    found = read_task(one("RefCOCO-Matching"), root)
+    ((name, _),) = found.labels[0].items()
+    assert name.endswith(":the red kite")
+    assert found.candidates[name].words.endswith('"the red kite"')
 
 
 def result_files(folder: Path) -> dict[str, str]:
@@ -215,8 +293,9 @@ def result_files(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_all_tasks_run(data, tmp_path):
-    results = Evaluation(Fake(), data, tmp_path).run(miniature_tasks())
+def test_all_tasks_run(data, tmp_path, plume_folder):
+    embedder = PlumeEmbedder(str(plume_folder), device="cpu", num_latent_steps=1)
+    results = Evaluation(embedder, data, tmp_path).run(miniature_tasks())
     assert len(results) == 78
     assert all(result["is_complete"] for result in results)
 
@@ -237,6 +316,29 @@ def test_a_stopped_run_ends_with_the_files_of_one_that_was_not(data, tmp_path):
         seen += embedder.seen
     assert result_files(tmp_path / "stopped" / "fake") == result_files(whole.folder)
     assert seen == uninterrupted.seen  # nothing twice
+
+
+def test_an_error_is_tried_again_by_the_next_run(data, tmp_path):
+    class Failing(Fake):
+        def embed(self, contents, side):
+            shard = super().embed(contents, side)
+            if side == "query":
+                shard.vectors[0], shard.errors[0] = np.nan, "no memory"
+            return shard
+
+    (first,) = Evaluation(Failing(), data, tmp_path).run([one("HMDB51")])
+    assert "1 queries that could not be embedded" in first["problems"][0]
+    again = Fake()
+    (second,) = Evaluation(again, data, tmp_path).run([one("HMDB51")])
+    assert second["is_complete"]
+    assert {key.split()[0] for key in again.seen} == {"query"}
+
+
+def test_vectors_that_are_gone_are_made_again_where_they_are_needed(data, tmp_path):
+    Evaluation(Fake(), data, tmp_path).run(find_small(["OK-VQA"]))
+    shutil.rmtree(tmp_path / "vectors")
+    results = Evaluation(Fake(), data, tmp_path).run(find_small(["OK-VQA", "GQA"]))
+    assert all(result["is_complete"] for result in results)
 
 
 def test_what_tasks_share_is_embedded_once(data, tmp_path):
@@ -316,4 +418,4 @@ def test_quantised_candidates_are_near_the_whole_ones(data, tmp_path):
     _, candidates = evaluation._compress(vectors[:3], vectors)
     assert (candidates - vectors).abs().max() < 2 / 255
     with pytest.raises(ValueError, match="truncate_dim=9 is more than the 8 numbers"):
-        Evaluation(Fake(), data, tmp_path, Settings(truncate_dim=9))._compress(vectors, vectors)
+        Evaluation(Fake(), data, tmp_path, Settings(truncate_dim=9))

@@ -57,6 +57,21 @@ def test_local_pools_are_ranked_each_for_itself():
         assert ranking.candidates[row].tolist() == expected + [-1] * (10 - len(expected))
 
 
+@pytest.mark.parametrize("count", [2, 3, 10, 1000])
+def test_equal_vectors_get_equal_scores_wherever_they_stand(count):
+    """A sum of 1536 products in float32 differs in its last bits from column to column."""
+    for seed in range(5):
+        vector = torch.nn.functional.normalize(
+            torch.randn(1, 1536, generator=torch.Generator().manual_seed(seed)), dim=1
+        )
+        same = vector.expand(count, -1).contiguous()
+        whole = rank(same[:2], same, [{0: 1}, {count - 1: 1}])
+        local = rank(same[:1], same, [{0: 1}], [list(range(count))])
+        assert whole.is_tied.all()
+        assert local.is_tied.all()
+        assert whole.candidates[0, 0] == local.candidates[0, 0] == 1
+
+
 def test_a_model_that_gives_every_input_one_vector_scores_nothing():
     same, pools = torch.ones(3, 2), [[0, 1, 2], [2, 1, 0], [1, 0, 2]]
     ranking = rank(same, same, [{pool[0]: 1} for pool in pools], pools)

@@ -181,9 +181,9 @@ def test_a_model_that_needs_no_steps_is_told_from_one_that_does(model, task, mon
     prober.real = prober.read()
     prober.right = prober.is_right(prober.real.vectors)
     wanted = "the answers need them" if needs_steps else "no difference that can be told from noise"
+    assert ("more steps than trained with do harm" in prober.more_steps().verdict) == needs_steps
     for probe in (
         prober.without_steps(),
-        prober.more_steps(),
         prober.random_inputs(),
         prober.inputs_of_another(),
         prober.skipped(),
