@@ -86,6 +86,7 @@ def mean_directions(vectors: Tensor) -> Tensor:
         vectors: unit vectors `[C, t, D]`.
 
     Example:
+        >>> import torch
         >>> mean_directions(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
         [[0.7071067690849304, 0.7071067690849304]]
     """
