@@ -158,7 +158,9 @@ def test_an_input_may_stop_early(plume_folder):
 
 def test_int8_is_close(plume_folder, plain, asked):
     found = Plume(plume_folder, device="cpu", int8=True).encode(asked)
-    assert 0.98 < (found * plain.encode(asked)).sum(axis=1).min() < 0.9999999
+    steps = 127 / (127 if torch.cpu._is_vnni_supported() else 63)  # how much coarser numbers are on this CPU
+    # Half of a step is the error of a number, and the angle grows with it: its cosine falls with the square.
+    assert 1 - 0.02 * steps**2 < (found * plain.encode(asked)).sum(axis=1).min() < 0.9999999
 
 
 def test_weights_are_float32_on_a_cpu_unless_asked_otherwise(plume_folder, tmp_path):
