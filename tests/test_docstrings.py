@@ -12,7 +12,6 @@ import plume
 import plume_eval
 import plume_train
 
-
 #: Modules that need a library which only `make test-clients` installs.
 ELSEWHERE = ("plume_eval.mteb_model",)
 
