@@ -36,16 +36,10 @@ FORMS = {"page": ("tiles",), "image": ("arrows",), "video": ("cups",), "text": (
 #: Public sets, whose data must be there.
 PUBLIC = ("babi", "prosqa")
 
-#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it: a latent
-#: step, unlike a word with its full stop, has one pass to find the cell, its arrow and what that leads to. In a story,
+#: Layers where those of the others are too few. An arrow leads to one of many cells, before or behind it. In a story,
 #: what something is must be brought together, then be found, then be said behind a full stop.
 _STORIES = {"num_layers": 3}
-_LAYERS = {
-    "image": {"vision_layers": 3, "num_layers": 3},
-    "text": _STORIES,
-    "babi": _STORIES,
-    "prosqa": _STORIES,
-}
+_LAYERS = {"image": {"vision_layers": 3}, "text": _STORIES, "babi": _STORIES, "prosqa": _STORIES}
 
 #: Settings of a family's reading. A vision tower of three layers does not learn to look on at a higher rate.
 _READING = {"image": {"learning_rate": 2e-3}}

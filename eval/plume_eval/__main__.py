@@ -1,5 +1,6 @@
 """`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead` and others."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -321,7 +322,9 @@ def run_mmeb(
         int | None, typer.Option(help="K of queries; the checkpoint's own if not given.")
     ] = None,
     document_latent_steps: Annotated[int | None, typer.Option(help="K of candidates, if another.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a written rationale.", min=1)] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Limit of a written rationale; 512 if not given.", min=1)
+    ] = None,
     truncate_dim: Annotated[int | None, typer.Option(help="Numbers of a vector that are kept.", min=1)] = None,
     precision: Annotated[Literal["float32", "int8", "binary"], typer.Option(help="Of vectors.")] = "float32",
     template: Annotated[
@@ -367,6 +370,7 @@ def run_mmeb(
             ),
             show_progress=is_watched(),
             say=typer.echo,
+            command=_typed("plume-eval mmeb", context.params),
         )
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
@@ -535,6 +539,19 @@ def latency(
     typer.echo(json.dumps(result))
     if result["failed"]:
         raise typer.Exit(_fail(RuntimeError("some of it failed: " + "; ".join(result["left_out"]))))
+
+
+def _typed(program: str, options: dict[str, Any]) -> str:
+    """The command with the options that were given."""
+    words = [program]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"{flag} {shlex.quote(str(one))}" for one in listed]
+    return " ".join(words)
 
 
 def _fail(error: Exception) -> int:

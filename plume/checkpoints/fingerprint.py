@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 # Fields of the configuration that decide embeddings, besides K.
@@ -40,10 +41,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     fields["backbone"] = config.backbone_config.model_type
     fields["pixels"] = None if processor is None else sorted(dict(processor.image_processor.size).items())
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    add_weights(digest, model)
+    return digest.hexdigest()[:16]
+
+
+def add_weights(digest: Any, model: nn.Module) -> None:
+    """Add 64 values of each weight to a digest of `hashlib`, evenly spaced."""
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
         count = min(64, len(flat))
         places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
         # Rounded, so that a checkpoint in bfloat16 is the same one when it is loaded as float32.
         digest.update(name.encode() + flat[places].bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

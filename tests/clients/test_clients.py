@@ -178,6 +178,22 @@ def test_mteb_runs_its_tasks_of_text_images_and_video(folder, tmp_path, name):
     assert again.get_score() == pytest.approx(first.get_score())  # rounded on disk
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_is_run_by_the_command(folder, tmp_path, monkeypatch):
+    import mteb
+    from mteb.mocks import mock_tasks
+    from typer.testing import CliRunner
+
+    from plume_eval.__main__ import app
+
+    monkeypatch.setattr(mteb, "get_task", lambda name: getattr(mock_tasks, name)())
+    command = ["mteb", "--model", folder, "--out", str(tmp_path), "--num-latent-steps", "1", "--task"]
+    shown = CliRunner().invoke(app, [*command, "MockRetrievalTask"])
+    assert shown.exit_code == 0, shown.output
+    assert "MockRetrievalTask: 0." in shown.output or "MockRetrievalTask: 1." in shown.output
+    assert len(list(tmp_path.rglob("MockRetrievalTask.json"))) == 1
+
+
 def test_mteb_gives_instructions_and_steps_to_the_right_side(folder):
     from datasets import Dataset
     from mteb.mocks.mock_tasks import MockRetrievalTask, MockZeroShotClassificationTask

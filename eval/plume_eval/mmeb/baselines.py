@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
+from plume.checkpoints.fingerprint import add_weights
 from plume.config import PlumeConfig
 from plume.embedder.encode import plan_batches
 from plume.inputs.item import Item
@@ -347,12 +348,10 @@ class SentenceTransformerEmbedder:
         return parts
 
 
-def _digest(model: Any) -> str:
-    """Tells weights apart: a digest of 64 values of each."""
+def _digest(model: torch.nn.Module) -> str:
+    """Tells weights apart."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        digest.update(name.encode() + flat[:: max(len(flat) // 64, 1)].float().cpu().numpy().tobytes())
+    add_weights(digest, model)
     return digest.hexdigest()
 
 

@@ -12,6 +12,9 @@ from plume_eval.mmeb.report import System, write_files
 from plume_eval.mmeb.run import Evaluation, Settings, processes
 from plume_eval.mmeb.tasks import find_tasks
 
+#: Limit of a rationale where none is given.
+_MAX_NEW_TOKENS = 512
+
 
 def run_all(
     model: str,
@@ -23,11 +26,12 @@ def run_all(
     baseline: str | None = None,
     num_latent_steps: int | None = None,
     document_latent_steps: int | None = None,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     settings: Settings | None = None,
     show_progress: bool = False,
     say: Callable[[str], Any] = print,
+    command: str = "run_all",
 ) -> int:
     """Score a model in each mode, write a file for each task and a report; returns how many results are incomplete.
 
@@ -45,6 +49,7 @@ def run_all(
         settings: of the evaluation.
         show_progress: show a bar for each task.
         say: takes lines for the user.
+        command: what was typed, for the report.
 
     Raises:
         ValueError: unknown names, no data folder, or settings that cannot be honoured.
@@ -52,9 +57,14 @@ def run_all(
     wanted = find_tasks(task_names)
     if not data.is_dir():
         raise ValueError(f"there is no folder {data}; name the local copy of TIGER-Lab/MMEB-V2 with --data")
+    if max_new_tokens is not None and "explicit" not in modes and baseline != "ume-r1":
+        raise ValueError("--max-new-tokens has no effect where nothing is written; drop it")
+    has_classes = any(task.group.endswith("-CLS") for task in wanted)
+    if settings is not None and settings.templates != Settings().templates and not has_classes:
+        raise ValueError("--template has no effect without a classification task; drop it")
     folders, incomplete = [], 0
     steps = {"num_latent_steps": num_latent_steps, "document_latent_steps": document_latent_steps}
-    for embedder in _embedders(model, modes, baseline, steps, max_new_tokens, batch_size):
+    for embedder in _embedders(model, modes, baseline, steps, max_new_tokens or _MAX_NEW_TOKENS, batch_size):
         evaluation = Evaluation(embedder, data, out, settings, show_progress=show_progress)
         results = evaluation.run(wanted)
         folders.append(evaluation.folder)
@@ -64,7 +74,6 @@ def run_all(
             incomplete += bad
         del embedder, evaluation  # before the next one is opened
     if processes().is_main_process:
-        command = f"plume-eval mmeb --model {model} --data {data}"
         path = write_files([System.read(folder) for folder in folders], out, command)
         say(f"written: {path}.{{md,json,png}}")
     return incomplete

@@ -127,7 +127,7 @@ class PlumeEmbedder:
         errors = {}
         for warning in caught:
             if isinstance(warning.message, SkippedInputsWarning):
-                errors |= {error.index or 0: str(error) for error in warning.message.errors}
+                errors |= {error.index: str(error) for error in warning.message.errors if error.index is not None}
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return EmbeddedShard(vectors, errors, reasoning_steps=steps * (len(contents) - len(errors)))

@@ -234,7 +234,10 @@ def read_task(task: Task, root: Path, *, from_hub: bool = False, prompts: str = 
         raise ValueError(f'prompts must be "vlm2vec" or "plume_published"; received {prompts!r}')
     reading = _Reading(task, root, from_hub, prompts == "plume_published" and task.group in _BARE_GROUPS)
     reading.check_presence()
-    _PARSERS[task.parser](reading)
+    try:
+        _PARSERS[task.parser](reading)
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # columns of another name or type
+        raise MissingDataError(f"its rows are not those of {task.repository}: {error}") from error
     data = reading.data
     for place, pool in enumerate(data.pools or ()):
         expected = task.num_candidates if task.name not in _LISTED_TWICE else None

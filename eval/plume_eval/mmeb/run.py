@@ -29,7 +29,7 @@ from plume_eval.metrics import bootstrap
 from plume_eval.mmeb.content import Content, Keys
 from plume_eval.mmeb.embedders import Embedder, Side
 from plume_eval.mmeb.parsers import Faults, TaskData, read_task
-from plume_eval.mmeb.ranking import measure, rank
+from plume_eval.mmeb.ranking import Ranking, measure, rank
 from plume_eval.mmeb.rows import MissingDataError
 from plume_eval.mmeb.tasks import Task
 from plume_eval.mmeb.vectors import EmbeddedShard, Places, VectorStore, write_json, write_lines
@@ -298,9 +298,8 @@ class Evaluation:
         }
         if kept:
             among = None if data.pools is None else pools
-            there = list(numbers.values())  # what could not be embedded is in no pool
-            if among is None and len(there) < len(names):
-                among = [there] * len(kept)
+            if among is None and len(numbers) < len(names):  # what could not be embedded is in no pool
+                among = [list(numbers.values())] * len(kept)
             ready = self._compress(queries[kept], candidates.nan_to_num())
             device = "cuda" if torch.cuda.is_available() else "cpu"
             ranking = rank(ready[0].to(device), ready[1].to(device), labels, among)
@@ -321,19 +320,20 @@ class Evaluation:
         kept: Sequence[int],
         labels: Sequence[Mapping[int, int]],
         names: Sequence[str],
-        ranking,
-        texts,
+        ranking: Ranking,
+        texts: Sequence[str],
     ) -> None:
+        """Write what was found for each query, for people to read."""
         rows = []
         for place, row in enumerate(kept):
-            found = [(names[number], score) for number, score in zip(*_of(ranking, place), strict=True) if number >= 0]
+            found = zip(ranking.candidates[place].tolist(), ranking.scores[place].tolist(), strict=True)
             content = data.queries[row]
             rows.append(
                 {
                     "query": content.words,
                     "media": content.name if content.image is not None or content.frames else None,
                     "labels": {names[number]: grade for number, grade in labels[place].items()},
-                    "found": [[name, round(float(score), 6)] for name, score in found[:5]],
+                    "found": [[names[number], round(score, 6)] for number, score in found if number >= 0][:5],
                     **({"written": texts[row]} if texts[row] else {}),
                 }
             )
@@ -419,7 +419,3 @@ class Evaluation:
         }
         write_json(self.folder / f"{task.name}.json", result)
         return result
-
-
-def _of(ranking: Any, row: int) -> tuple[list[int], list[float]]:
-    return ranking.candidates[row].tolist(), ranking.scores[row].tolist()

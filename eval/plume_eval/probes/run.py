@@ -162,13 +162,14 @@ class Prober:
         found = [self.is_right(vectors), self.is_right(vectors, self.symbols_at(num_latent_steps))]
         return max(found, key=np.mean)
 
-    def compared(self, name: str, right: np.ndarray, what: str) -> Probe:
+    def compared(self, name: str, right: np.ndarray, what: str, harm: str = "") -> Probe:
         """A probe that asks how much worse the answers become.
 
         Args:
             name: of the probe.
             right: which questions are still answered rightly.
             what: begins the verdict.
+            harm: what worse answers mean, if not that the answers need what was taken away.
         """
         difference = bootstrap(self.right - right, seed=self.seed)
         values = {
@@ -177,7 +178,8 @@ class Prober:
             "difference": asdict(difference),
             "by_hops": self.by_hops(right),
         }
-        return Probe(name, values, f"{what}: {judged(bootstrap(self.right).mean, bootstrap(right).mean, difference)}")
+        verdict = judged(bootstrap(self.right).mean, bootstrap(right).mean, difference, harm)
+        return Probe(name, values, f"{what}: {verdict}")
 
     def by_hops(self, right: np.ndarray) -> dict[str, float]:
         """Recall of the questions of each number of hops."""
@@ -220,10 +222,8 @@ class Prober:
     def more_steps(self) -> Probe:
         """Two steps more than the model was trained with."""
         steps = self.steps + 2
-        probe = self.compared("more steps", self.is_right_at(steps), f"K = {steps} in place of {self.steps}")
-        told = "more steps than trained with do harm"
-        probe.verdict = probe.verdict.replace("the answers need them", told).replace("a small part needs them", told)
-        return probe
+        what, harm = f"K = {steps} in place of {self.steps}", "more steps than trained with do harm"
+        return self.compared("more steps", self.is_right_at(steps), what, harm)
 
     def random_inputs(self) -> Probe:
         """Noise in place of latent inputs."""
@@ -445,7 +445,7 @@ class Prober:
         return share.tolist()
 
 
-def judged(real: float, probed: float, difference: Estimate) -> str:
+def judged(real: float, probed: float, difference: Estimate, harm: str = "") -> str:
     """What a paired difference of recall means.
 
     Example:
@@ -457,6 +457,8 @@ def judged(real: float, probed: float, difference: Estimate) -> str:
         return f"{change}: no difference that can be told from noise"
     if difference.mean < 0:
         return f"{change}: the answers are better without"
+    if harm:
+        return f"{change}: {harm}"
     return f"{change}: the answers need them" if difference.mean > 0.1 * real else f"{change}: a small part needs them"
 
 

@@ -46,6 +46,7 @@ def test_two_modes_give_results_and_a_report(small, data, tmp_path, plume_folder
     assert f"{plume_folder.name}_latent_K2: 4 of 4 tasks complete" in shown.output
     (page,) = tmp_path.glob("mmeb_*.md")
     assert f"## {plume_folder.name}_latent_K2 less {plume_folder.name}_single_pass" in page.read_text()
+    assert "--task V-MRET --task GQA --mode latent --mode single_pass --num-latent-steps 2" in page.read_text()
     joined = typed("report", *sorted(tmp_path.glob(f"{plume_folder.name}_*")), "--out", tmp_path / "joined")
     assert joined.exit_code == 0, joined.output
 
@@ -67,6 +68,8 @@ def test_a_check_says_what_is_missing(small, data, tmp_path):
         (["--task", "GQB"], "MMEB-V2 has no 'GQB'"),
         (["--mode", "fast"], "there is no mode 'fast'"),
         (["--mode", "explicit", "--num-latent-steps", "3"], "--num-latent-steps has no effect on explicit"),
+        (["--max-new-tokens", "8"], "--max-new-tokens has no effect where nothing is written"),
+        (["--task", "GQA", "--template", "a {}"], "--template has no effect without a classification task"),
         (["--baseline", "clip"], "there is no baseline 'clip'"),
         (["--baseline", "gme", "--mode", "latent"], "--mode has no effect on a baseline"),
     ],

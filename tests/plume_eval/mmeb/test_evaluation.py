@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -238,6 +239,42 @@ def test_a_page_without_an_image_is_told(data, tmp_path):
     found = read_task(one("ViDoRe_tabfquad"), root)
     assert found.problems == ["1 pages without an image, the first: 3"]
     assert len(found.candidates) == 5
+
+
+def test_columns_of_another_name_or_type_are_told(data, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = copied(data, tmp_path)
+    file = root / "visdoc-tasks/data/tabfquad_test_subsampled_beir/corpus/test-00000-of-00001.parquet"
+    for rows in ([{"id": 0, "image": {"bytes": b"", "path": ""}}], [{"corpus-id": 0, "image": "page.png"}]):
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        bad, good = Evaluation(Fake(), root, tmp_path / "out").run([one("ViDoRe_tabfquad"), one("ActivityNetQA")])
+        assert bad["problems"][0].startswith("its rows are not those of vidore/tabfquad_test_subsampled_beir: ")
+        assert good["is_complete"]
+
+
+def test_rows_come_from_the_hub_at_their_revision(data, tmp_path, monkeypatch):
+    """The network is put in: what is asked of it, and what is noted."""
+    import huggingface_hub
+
+    root = copied(data, tmp_path)
+    asked, load = [], datasets.load_dataset
+
+    def hub(path, config=None, split=None, revision=None, **local):
+        if local:
+            return load(path, split=split, **local)
+        asked.append((path, config, split, revision))
+        file = data / "NExTQA" / "MC" / "test-00000-of-00001.parquet"
+        return load("parquet", data_files=[str(file)], split="train")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha="f" * 40))
+    shutil.rmtree(root / "NExTQA")
+    found = read_task(one("NExTQA"), root, from_hub=True)
+    assert (len(found.queries), found.revisions) == (3, ["f" * 40])
+    read_task(replace(one("NExTQA"), revision="a" * 40), root, from_hub=True)
+    assert asked == [("VLM2Vec/NExTQA", "MC", "test", one_letter * 40) for one_letter in "fa"]
 
 
 def test_fewer_candidates_than_expected_are_told(data, tmp_path):
