@@ -71,10 +71,12 @@ class Content:
 
     @property
     def missing(self) -> str:
-        """The file that is not there, if one is not. Frames were listed; a video file stands for a folder without."""
-        files = [self.image] if isinstance(self.image, Path) else []
-        files += [self.frames[0]] if self.is_video_file else []
-        return next((str(file) for file in files if not file.is_file()), "")
+        """What is not there, if something is not. Frames were listed; a video file stands for a folder without."""
+        if isinstance(self.image, Path) and not self.image.is_file():
+            return str(self.image)
+        if self.is_video_file and not self.frames[0].is_file():
+            return f"neither frames in {self.frames[0].with_suffix('')} nor {self.frames[0].name}"
+        return ""
 
     @property
     def name(self) -> str:

@@ -69,7 +69,7 @@ def write_text(systems: Sequence[System]) -> tuple[str, dict[str, Any]]:
 
 def _table_of_means(systems: Sequence[System]) -> str:
     columns: list[tuple[str, Mapping[str, float]]] = [(system.name, means(system.scores)) for system in systems]
-    columns += [(f"{one.system} ({one.labels})", one.groups | one.means) for one in published()]
+    columns += [(f"{one.system}, {one.labels}", one.groups | one.means) for one in published()]
     names = [name for modality, groups in GROUPS.items() for name in (*groups, modality)] + ["all"]
     rows = [[name, *(_percent(of.get(name)) for _, of in columns)] for name in names]
     told = "; ".join(dict.fromkeys(f"{one.system}: {one.source}" for one in published()))
@@ -258,6 +258,6 @@ def draw(file: Path, systems: Sequence[System]) -> None:
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("score, per cent")
     axes.set_title("MMEB-V2 by group; a group with a missing task has no bar")
-    axes.legend(fontsize="small", ncols=3)
+    figure.legend(fontsize="small", ncols=len(shown), loc="outside lower center")
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -166,7 +166,7 @@ def broken(data: Path, kind: str) -> str:
 
 
 EXPECTED = {
-    "missing query": "1 queries whose files are missing, the first: row 1: ",
+    "missing query": "1 queries whose files are missing, the first: row 1: neither frames in ",
     "missing candidate": "1 candidates whose files are missing",
     "corrupt image": "1 queries that could not be embedded, the first: ",
     "corrupt candidate": "1 candidates that could not be embedded, the first: ",
