@@ -10,7 +10,6 @@ import random
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
 
 from plume import Item, PlumeModel
 from plume.engine import graphs
@@ -141,23 +140,28 @@ def read(layers: TextLayers, kv: torch.Tensor, lengths: torch.Tensor, embeds: to
 
 
 @torch.inference_mode()
-def test_vectors_and_neighbours_are_those_of_float32(model):
-    reference, engine = Engine(copy.deepcopy(model).float(), backend="eager"), Engine(model, backend="triton")
-    found, expected = [], []
+def test_vectors_and_neighbours_are_as_near_to_those_of_float32_as_of_plain_operations(model):
+    exact = Engine(copy.deepcopy(model).float(), backend="eager")
+    engines = {"exact": exact, "plain": Engine(model, backend="eager"), "kernels": Engine(model, backend="triton")}
+    vectors: dict[str, list] = {name: [] for name in engines}
     for seed in range(8):  # eight at a time, so that kernels take the suffix too
         batch = texts(model, 8, seed)
-        own, exact = engine(batch), reference(batch)
-        is_clear = is_clearly_routed(exact.gates, model.transition.top_k)
-        found.append(own.embedding.float()[is_clear])
-        expected.append(exact.embedding[is_clear])
-    found, expected = torch.cat(found), torch.cat(expected)
-    assert len(found) >= 32
-    assert cosine_similarity(found, expected).min() >= 0.9995
-    scores, exact = (one[:12] @ one[12:].T for one in (found, expected))
-    kept, theirs = scores.topk(10).indices.sort().values, exact.topk(11)
-    is_clear = theirs.values[:, 9] - theirs.values[:, 10] > 5e-4  # nothing can tell those that are nearer than that
-    assert is_clear.sum() >= 4
-    assert torch.equal(kept[is_clear], theirs.indices[:, :10].sort().values[is_clear])
+        results = {name: engine(batch) for name, engine in engines.items()}
+        is_clear = is_clearly_routed(results["exact"].gates, model.transition.top_k)
+        for name, result in results.items():
+            vectors[name].append(result.embedding.float()[is_clear])
+    found = {name: torch.cat(parts) for name, parts in vectors.items()}
+    assert len(found["exact"]) >= 32
+    own, plain = ((found[name] - found["exact"]).norm() for name in ("kernels", "plain"))
+    kept, theirs = (share_of_neighbours(found[name], found["exact"]) for name in ("kernels", "plain"))
+    assert own <= 2 * plain, (own, plain)
+    assert kept >= theirs - 0.1, (kept, theirs)
+
+
+def share_of_neighbours(found: torch.Tensor, exact: torch.Tensor, count: int = 10) -> float:
+    """Share of the nearest vectors of the first twelve that are the same."""
+    own, expected = ((one[:12] @ one[12:].T).topk(count).indices for one in (found, exact))
+    return float((own[:, :, None] == expected[:, None]).any(dim=2).float().mean())
 
 
 def is_clearly_routed(gates: torch.Tensor, top_k: int, margin: float = 0.03) -> torch.Tensor:

@@ -83,8 +83,8 @@ def table(results: list[dict]) -> str:
         [
             one["num_latent_steps"],
             one["method"],
-            f"{one['pairs_per_second']:.1f}",
-            f"{one['speed_up']:.1f}x",
+            "out of memory" if one["seconds"] is None else f"{one['pairs_per_second']:.1f}",
+            "" if one["speed_up"] is None else f"{one['speed_up']:.1f}x",
             "" if one["peak_memory_gib"] is None else f"{one['peak_memory_gib']:.1f}",
         ]
         for one in results

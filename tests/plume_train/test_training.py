@@ -13,6 +13,7 @@ from plume_train.curriculum import PAPER, Curriculum
 from plume_train.data.collate import PairCollator, StagedRecords
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
+from plume_train.objective.gradcache import Step
 from plume_train.run import load_model, train
 from plume_train.throughput import METHODS, pairs_per_second
 from tests.plume_train.runs import settings
@@ -182,3 +183,28 @@ def test_the_throughput_of_every_way_is_measured_at_every_number_of_steps(plume_
     assert {one["method"] for one in found} == set(METHODS)
     assert all(one["speed_up"] == 1 for one in found if one["method"] == "loop over rows")
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_a_way_that_needs_too_much_memory_is_named_and_the_others_are_measured(plume_folder, hops_folder, monkeypatch):
+    direct = Step.direct
+
+    def limited(self, batch):
+        if all(len(passes) == 1 for passes in batch["passes"].values()):
+            raise torch.OutOfMemoryError("too little")
+        return direct(self, batch)
+
+    monkeypatch.setattr(Step, "direct", limited)
+    args = PlumeTrainingArguments(num_segments=2, output_dir="unused", use_cpu=True, report_to="none")
+    records = list(Records(hops_folder / "train.jsonl"))[:4]
+    saved: list[list] = []
+    found = pairs_per_second(
+        PlumeModel.from_pretrained(plume_folder),
+        records,
+        args,
+        num_runs=1,
+        num_warm_up=0,
+        save=lambda results: saved.append([one["num_latent_steps"] for one in results]),
+    )
+    assert saved[1] == [0] * 4 + [2] * 4  # the ends come first
+    assert {one["method"] for one in found if one["seconds"] is None} == {"batch", "batch, checkpointing"}
+    assert all(one["pairs_per_second"] is None for one in found if one["seconds"] is None)

@@ -63,6 +63,7 @@ def pairs_per_second(
     Returns:
         For every stage and method: "stage", "num_latent_steps", "method", the median "seconds" of a step,
         "pairs_per_second", "speed_up" over the first method, and "peak_memory_gib" (of the device; None on a CPU).
+        Times are None where the device has too little memory for the method.
     """
     curriculum, objective = args.build_curriculum(), Objective(args, model.config.num_experts)
     device, results = model.device, []
@@ -74,8 +75,11 @@ def pairs_per_second(
         batches = {name: _batch(model, records, args, stage, steps, method[0]) for name, method in methods.items()}
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         memory: dict[str, float] = {}
+        too_large: set[str] = set()
         for run in range(num_warm_up + num_runs):
             for name, (_, is_cached, checkpoints) in methods.items():
+                if name in too_large:
+                    continue
                 if checkpoints:
                     model.gradient_checkpointing_enable()
                 else:
@@ -90,35 +94,44 @@ def pairs_per_second(
                 _wait(device)
                 peak_memory_gib(device)
                 begin = time.perf_counter()
-                step.cached(batches[name]) if is_cached else step.direct(batches[name])
+                try:
+                    step.cached(batches[name]) if is_cached else step.direct(batches[name])
+                except torch.OutOfMemoryError:
+                    too_large.add(name)
+                    optimizer.zero_grad()
+                    continue
                 optimizer.step()
                 optimizer.zero_grad()
                 _wait(device)
                 if run >= num_warm_up:
                     seconds[name].append(time.perf_counter() - begin)
                     memory[name] = max(memory.get(name, 0.0), peak_memory_gib(device))
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        first = next(iter(medians.values()))
-        results += [
-            {
-                "stage": stage,
-                "num_latent_steps": steps,
-                "method": name,
-                "seconds": median,
-                "pairs_per_second": len(records) / median,
-                "speed_up": first / median,
-                "peak_memory_gib": memory[name] if device.type == "cuda" else None,
-            }
-            for name, median in medians.items()
-        ]
+        first = next(iter(seconds))
+        for name, values in seconds.items():
+            median = None if name in too_large else statistics.median(values)
+            results.append(
+                {
+                    "stage": stage,
+                    "num_latent_steps": steps,
+                    "method": name,
+                    "seconds": median,
+                    "pairs_per_second": median and len(records) / median,
+                    "speed_up": statistics.median(seconds[first]) / median
+                    if median and first not in too_large
+                    else None,
+                    "peak_memory_gib": memory[name] if device.type == "cuda" and median else None,
+                }
+            )
+        results.sort(key=lambda one: one["num_latent_steps"])
         save(results)
     return results
 
 
 def _distinct(curriculum: Curriculum) -> list[int]:
-    """One stage for every number of latent steps."""
+    """One stage for every number of latent steps; the ends first, so that a run that is cut short has them."""
     steps = [curriculum.num_latent_steps(stage) for stage in curriculum.stages]
-    return [index for index, count in enumerate(steps) if count not in steps[:index]]
+    found = [index for index, count in enumerate(steps) if count not in steps[:index]]
+    return [*found[:1], *found[:0:-1]]
 
 
 def _batch(
