@@ -80,7 +80,8 @@ gpu-kernels:
 
 gpu-latency:
 	@failed=0; \
-	$(call PART,$(GPU) timeout 450 $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)); \
+	$(call PART,$(GPU) timeout 280 $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_2b.yaml --out $(OUT)); \
+	$(call PART,$(GPU) timeout 160 $(GPU_PYTHON) -m plume_eval latency --config configs/eval/latency_2b_batches.yaml --out $(OUT)); \
 	exit $$failed
 
 gpu-train:

@@ -34,8 +34,8 @@ MOST_SPLIT = 4
 #: Bytes of shared memory that the stages of a default tile may take in bfloat16, so that all fits devices from 8.6 on.
 LEAST_SHARED = 88 * 1024
 
-#: Buckets of rows in the tables.
-BUCKETS = (16, 32, 64)
+#: Buckets of rows in the tables. What is best for a row by itself is not for eight, though both are one tile of 16.
+BUCKETS = (4, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Tile:
 def bucket(num_rows: int) -> int:
     """The bucket of a number of rows; the last has no end."""
     return next((size for size in BUCKETS if num_rows <= size), BUCKETS[-1])
+
+
+def block_rows(num_rows: int) -> int:
+    """Rows of a product that a program takes at a time: what a tensor core takes, or twice that."""
+    return 16 if num_rows <= 16 else 32
 
 
 def few(num_rows: int, block_m: int) -> int:
@@ -98,7 +103,7 @@ def deepest(stage_bytes: int, most: int) -> int:
 
 def default(kernel: str, columns: int, num_rows: int) -> Tile:
     """A tile that fits everywhere: about as many programs as a large device has multiprocessors, or twice that."""
-    block_m = min(32, bucket(num_rows))
+    block_m = block_rows(num_rows)
     block_n = 16 if columns <= 4096 and kernel != "experts_first" else 32  # which each expert has programs of
     block_k = 128 if num_rows <= 16 else 64  # as much as registers hold
     num_warps = 2 if block_n == 16 and kernel != "out" else 4

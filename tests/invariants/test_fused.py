@@ -85,7 +85,21 @@ def test_every_kind_of_adapter_runs_in_fused_ops(tmp_path_factory, anywhere, fie
 
 
 @torch.inference_mode()
-def test_captured_rollouts_keep_no_trace_and_share_no_memory_with_results(model, anywhere, captured):
+def test_more_rows_than_kernels_take_give_the_bits_of_no_kernels(model, anywhere, monkeypatch):
+    monkeypatch.setattr(ops, "has_kernel", lambda name, num_rows, like: num_rows <= 2)
+    monkeypatch.setattr(ops, "experts_first", None)
+    monkeypatch.setattr(ops, "qkv", None)
+    found, expected = (Engine(model, backend=backend)(batch(model), 3) for backend in ("triton", "eager"))
+    for name in ("embedding", "states", "gates"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("largest", [2, 64])
+def test_captured_rollouts_keep_no_trace_and_share_no_memory_with_results(
+    model, anywhere, captured, monkeypatch, largest
+):
+    monkeypatch.setattr(ops, "has_kernel", lambda name, num_rows, like: num_rows <= largest)
     engine = Engine(model, backend="triton")
     expected = [model(**batch(model), num_latent_steps=steps) for steps in (3, 1)]
     for _ in range(2):

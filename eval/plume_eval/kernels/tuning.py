@@ -23,7 +23,7 @@ from plume_kernels import kernel, tiles
 from plume_kernels.tiles import Tile
 
 #: Rows at which each bucket is tuned: those that come most often.
-TUNED_ROWS = {16: 1, 32: 32, 64: 48}
+TUNED_ROWS = {4: 1, 16: 8, 32: 32, 64: 48}
 
 #: Rows at which kernels and cuBLAS are compared.
 CROSSOVER_ROWS = (16, 32, 64, 96, 128)
@@ -51,7 +51,7 @@ def candidates(name: str, columns: int, num_rows: int) -> list[Tile]:
         sizes = [(16, 256, 2, 3), (16, 128, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (16, 64, 2, 6)]
     else:
         sizes = [(16, 64, 2, 5), (32, 64, 4, 4), (32, 128, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4)]
-    block_m = min(32, tiles.bucket(num_rows))
+    block_m = tiles.block_rows(num_rows)
     found = [tiles.default(name, columns, num_rows), *(Tile(block_m, *size) for size in sizes)]
     is_split = name == "down" and num_rows <= tiles.MOST_SPLIT
     return list(dict.fromkeys(replace(tile, is_split=is_split) for tile in found))

@@ -93,7 +93,7 @@ def _run(
     device = measure_device(model.device, model.dtype)
     bench = _Bench(config, model, implementations, device)
     cosines = bench.gate()
-    groups = [(size, name) for name in config.inputs for size in config.batch_sizes if any(bench.cases(size, name))]
+    groups = [(size, name) for size in config.batch_sizes for name in config.inputs if any(bench.cases(size, name))]
     total = sum(len(list(bench.cases(*group))) for group in groups)
     with tqdm(total=total, desc="Latency", unit="case", disable=not show_progress) as bar:
         for size, name in groups:

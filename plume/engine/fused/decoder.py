@@ -43,8 +43,12 @@ class FusedTextLayers(TextLayers):
     def decoder(self, cache: StaticCache, prefix_states: Tensor) -> StaticDecoder:
         return FusedDecoder(self, cache, prefix_states)
 
+    def has_kernels(self, num_rows: int) -> bool:
+        """Whether products of so many rows are the kernels'; those of more are cuBLAS's, as without kernels."""
+        return ops.has_kernel("qkv", num_rows, self.norm)
+
     def read_next(self, segment: Segment, cache: StaticCache) -> Tensor:
-        if len(segment) > MOST_NEW:
+        if len(segment) > MOST_NEW or not self.has_kernels(segment.mask.numel()):
             return super().read_next(segment, cache)
         hidden = ops.final_norm(self.pass_through(segment, cache), self.norm, self.weights.eps)
         return hidden.unflatten(0, segment.mask.shape)
@@ -76,6 +80,8 @@ class FusedExperts:
 
     def __call__(self, state: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `TransitionAdapter.forward`."""
+        if not self.layers.has_kernels(len(state)):
+            return self.experts(state, step, context)
         return self._step(None, state, step, context)
 
     def after_pass(self, stream: Tensor, step: int, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +110,7 @@ class FusedDecoder(StaticDecoder):
     def latent_step(
         self, segment: Segment, adapter: Adapter, step: int, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not isinstance(adapter, FusedExperts):
+        if not isinstance(adapter, FusedExperts) or not self.layers.has_kernels(segment.mask.numel()):
             return super().latent_step(segment, adapter, step, context)
         stream = self.layers.pass_through(segment, self.cache)
         return adapter.after_pass(stream, step, context)

@@ -100,8 +100,9 @@ def test_tables_of_tiles_are_read_and_cut_to_what_divides(tmp_path, monkeypatch)
     wide = tiles.Tile(block_n=128, block_k=256, num_warps=8)
     table = {"largest_rows": 96, "tiles": {tiles.key("gate_up", 8960, 1536, 16): asdict(wide)}}
     (tmp_path / "Some_GPU.json").write_text(json.dumps(table))
-    assert tiles.find("gate_up", 8960, 1536, 3, "Some GPU") == wide
-    assert tiles.find("gate_up", 8960, 1536, 17, "Some GPU") == tiles.default("gate_up", 8960, 17)
+    assert tiles.find("gate_up", 8960, 1536, 9, "Some GPU") == wide
+    for num_rows in (3, 17):
+        assert tiles.find("gate_up", 8960, 1536, num_rows, "Some GPU") == tiles.default("gate_up", 8960, num_rows)
     assert tiles.find("gate_up", 64 * 3, 64, 1).block_k == 64
     assert tiles.largest_rows("Some GPU") == 96
     assert tiles.largest_rows("Another") == tiles.LARGEST_ROWS
@@ -112,6 +113,19 @@ def test_tables_of_tiles_are_read_and_cut_to_what_divides(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="largest_rows is 16, expected at least 64"):
         tiles.find("gate_up", 64, 64, 1, "Small")
     tiles.read_table.cache_clear()
+
+
+def test_the_tables_of_devices_name_products_that_are_looked_up():
+    tables = sorted(tiles.FOLDER.glob("*.json"))
+    assert tables
+    known = {
+        tiles.key(name, *size, num_rows)
+        for shapes in BY_NAME.values()
+        for name, size in products(shapes).items()
+        for num_rows in tiles.BUCKETS
+    }
+    for table in tables:
+        assert set(tiles.read_table(table.stem.replace("_", " "))[1]) <= known
 
 
 @pytest.mark.parametrize("path", sorted(tiles.FOLDER.glob("*.json")), ids=lambda path: path.stem)
