@@ -102,10 +102,11 @@ class Engine:
 
         Args:
             model: in eval mode, on one device. Later changes of its weights in place take effect.
-            backend: "graph" replays CUDA graphs; "eager" launches every operation; "auto" takes graphs on a GPU.
-                "triton" is "graph" with fused kernels for the latent steps (`plume.engine.fused.decoder`), whose
-                results do not depend on the batch, to the bit, up to 64 rows of a pass. Where something is impossible
-                it warns and takes the next simpler one.
+            backend: "graph" replays CUDA graphs; "eager" launches every operation. "triton" is "graph" with fused
+                kernels for the latent steps (`plume.engine.fused.decoder`), whose results do not depend on the
+                batch, to the bit, up to 64 rows of a pass. Where something is impossible it warns and takes the next
+                simpler one. "auto" takes kernels in bfloat16 on devices for which they have been tuned (an H200 so
+                far), graphs on other GPUs.
             int8: products of backbone and vision tower in int8, on a CPU only: several times faster there, and not the
                 same vectors (see eval/README.md for what it costs).
             exit_tolerance: a row stops reasoning at the first step that changes its state by at most this share of its

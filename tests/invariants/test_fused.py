@@ -20,7 +20,7 @@ from plume.engine.layers.weights import UnsupportedModelError, text_weights
 from plume.model.interface import Segment
 from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume_eval.kernels.cases import Shapes, arguments
-from plume_kernels import MODULES
+from plume_kernels import MODULES, tiles
 from tests.processes import run
 
 
@@ -111,6 +111,24 @@ def test_captured_rollouts_keep_no_trace_and_share_no_memory_with_results(
             buffers.cache.kv.fill_(torch.nan)
             buffers.prefix_states.fill_(torch.nan)
     assert engine.num_captures > 0
+
+
+def test_auto_takes_kernels_where_they_have_been_measured(tmp_path_factory, anywhere, captured, monkeypatch, recwarn):
+    table = 64, {"qkv/64x64/4": tiles.Tile()}
+    monkeypatch.setattr(tiles, "device_name", lambda tensor: "Known GPU")
+    monkeypatch.setattr(tiles, "read_table", lambda device: table if device == "Known GPU" else (64, {}))
+    model = built(tmp_path_factory)
+    assert Engine(model).backend == "graph"  # in float32 kernels are for checking
+    model = model.bfloat16()
+    engine = Engine(model)
+    assert engine.backend == "triton"
+    assert torch.equal(engine(batch(model)).embedding, Engine(model, backend="triton")(batch(model)).embedding)
+    monkeypatch.setattr(tiles, "device_name", lambda tensor: "Another")
+    assert Engine(model).backend == "graph"
+    monkeypatch.setattr(tiles, "device_name", lambda tensor: "Known GPU")
+    monkeypatch.setattr(ops, "unsupported_reason", lambda device, **options: "no reason")
+    assert Engine(model).backend == "graph"
+    assert not [one for one in recwarn if "plume" in str(one.message)]
 
 
 def test_stopping_early_looks_at_finished_states(model, anywhere):

@@ -280,3 +280,39 @@ def test_a_row_that_cannot_be_loaded_weighs_nothing(trainee, rows, tmp_path):
     assert len(batch["bad_rows"]) == 1
     assert "rows.jsonl:6" in batch["bad_rows"][0]
     assert largest_difference(alone, with_bad) < 1e-9
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_passes_share_what_autocast_makes_of_the_weights(trainee, rows, tmp_path, monkeypatch, micro_batch_size):
+    """Each pass's own copy would live until backward; sixteen rows, one by one, then fill a GPU."""
+    model = trainee.float()
+    weight = model.backbone.language_model.layers[0].mlp.gate_proj.weight
+    objective = Objective(arguments(tmp_path, micro_batch_size=micro_batch_size), model.config.num_experts)
+    batch = batch_of(model, rows, objective.args, DRAWS["latent"])
+    for one in (one for passes in batch["passes"].values() for one in passes):
+        if "pixel_values" in one["inputs"]:
+            one["inputs"]["pixel_values"] = one["inputs"]["pixel_values"].float()
+
+    def run() -> tuple[set[int], dict]:
+        copies: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype == torch.bfloat16 and tensor.shape[::-1] == weight.shape:
+                copies[tensor.data_ptr()] = tensor
+            return tensor
+
+        model.zero_grad()
+        autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+        step = Step(model=model, objective=objective, accelerator=Accelerator(cpu=True), autocast=autocast)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step.direct(batch)
+        return set(copies), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    shared, gradients_shared = run()
+    monkeypatch.setattr(Step, "_casts_kept", lambda self: nullcontext())
+    own, gradients_own = run()
+    num_passes = sum(len(passes) for passes in batch["passes"].values())
+    assert len(own) == num_passes * len(shared)
+    assert gradients_shared.keys() == gradients_own.keys()
+    for name, gradient in gradients_own.items():
+        assert (gradient - gradients_shared[name]).norm() <= 2e-2 * gradient.norm() + 1e-6, name

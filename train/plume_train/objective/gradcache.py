@@ -57,7 +57,8 @@ class Step:
 
     def direct(self, batch: Batch) -> dict[str, Tensor]:
         """All passes, then one backward pass; returns the terms."""
-        parts = self._run_all(batch)
+        with self._casts_kept():
+            parts = self._run_all(batch)
         self._keep(parts)
         self._backward(self.objective.weighted(parts) * self.scale)
         return self.parts
@@ -120,6 +121,16 @@ class Step:
     def _run(self, **inputs) -> PlumeOutput:
         with self.autocast():
             return self.model(**inputs)
+
+    def _casts_kept(self) -> AbstractContextManager:
+        """While this lasts, passes share what autocast makes of the weights; else each keeps a copy until backward.
+
+        torch forgets its copies when the outermost context ends, whether or not that one casts. Under FSDP, weights are
+        gathered for a layer at a time, and copies would keep them all.
+        """
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, enabled=False)
 
     def _observe(self, role: Role, output: PlumeOutput, micro_batch: Pass) -> None:
         if self.observe is not None:
