@@ -205,18 +205,25 @@ def test_bytes_are_those_that_must_be_moved():
     assert all_used - few == 2 * 4 * (128 * 64 + 128 + 2 * 128)  # two experts less: weights, biases, inner activations
 
 
-def test_the_bytes_in_the_readme_are_those_that_are_counted():
+def test_the_bytes_and_times_in_the_readme_are_those_that_are_counted_and_measured():
     lines = (ROOT / "kernels" / "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    told = {row[0].strip("`"): [float(cell) for cell in row[2:6]] for row in rows if len(row) == 7}
+    told = {row[0].strip("`"): [float(cell) for cell in row[2:8]] for row in rows if len(row) == 8}
+    measured = json.loads((ROOT / "eval" / "results" / "kernels_2b_cuda_202611.json").read_text())["results"]["kernels"]
     assert set(told) == {*tuning.products(cases.QWEN2_VL_2B), "attention"}
-    for place, size in ((0, 1), (2, 8)):
+    for place, size in ((0, 1), (3, 8)):
+        times = {
+            row["kernel"]: row["median_us"]
+            for row in measured
+            if row["batch_size"] == size and row["implementation"] == "kernel"
+        }
         args = cases.arguments(cases.QWEN2_VL_2B, [300] * size, num_slots=512, dtype=torch.bfloat16)
         for name, numbers in told.items():
             used = 3 if size == 1 and name.startswith("experts") else None  # all five in a batch of eight
             moved = timing.num_bytes(name, args[name], used)
             assert numbers[place] == pytest.approx(moved / 1e6, abs=0.006), name
             assert numbers[place + 1] == pytest.approx(moved / 4.3e6, abs=0.06), name
+            assert numbers[place + 2] == pytest.approx(times[name], abs=0.051), name
 
 
 def test_tuning_takes_the_fastest_tile_that_is_right(monkeypatch):
