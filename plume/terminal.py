@@ -123,6 +123,7 @@ _EXTRAS = {
     "peft": "train",
     "tensorboard": "train",
     "deepspeed": "deepspeed",
+    "openai": "rationales",
 }
 
 

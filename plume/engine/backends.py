@@ -12,7 +12,6 @@ from plume.engine.layers.text import JoinedExperts, JoinedLinear, TextLayers, jo
 from plume.engine.layers.weights import TextWeights, UnsupportedModelError
 from plume.model.interface import Adapter
 from plume.model.transition import TransitionAdapter
-from plume_kernels import tiles
 
 Backend = Literal["auto", "eager", "graph", "triton"]
 
@@ -61,7 +60,11 @@ def choose_backend(
 def _is_measured(weights: TextWeights) -> bool:
     """Whether kernels have been measured where a model is, and in its dtype."""
     weight = weights.norm.weight
-    return weight.dtype == torch.bfloat16 and bool(tiles.read_table(tiles.device_name(weight))[1])
+    if weight.dtype != torch.bfloat16:
+        return False
+    from plume.engine.fused.ops import is_tuned  # loads Triton
+
+    return is_tuned(weight)
 
 
 def _with_kernels(plain: Choice, weights: TextWeights, *, dependent_launch: bool = False) -> Choice:

@@ -1,4 +1,4 @@
-"""`plume-train --config FILE [--SETTING VALUE ...]`, and `check DATA`, `merge CHECKPOINT DST`, `accelerate NAME`."""
+"""`plume-train --config FILE [--SETTING VALUE ...]`, and commands beside it, each with its own `--help`."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from plume.checkpoints.place import check_place, stay_offline_without_network
 from plume.configurations import find_config
 from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
 
-_COMMANDS = ("check", "merge", "accelerate")
+_COMMANDS = ("check", "rationales", "merge", "accelerate")
 
 
 def main() -> None:
@@ -38,7 +38,8 @@ def main() -> None:
         say(f"plume-train {__version__}")
         sys.exit()
 
-    _check_places(words)
+    if command != "rationales":  # whose --model is a server's
+        _check_places(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with plain_warnings("plume-train"):
         quiet_libraries()
@@ -77,6 +78,10 @@ def _run(command: str, words: list[str]) -> None:
 
     folder = None
     try:
+        if command == "rationales":
+            from plume_train.rationales.command import rationales
+
+            sys.exit(rationales(words))
         if command:
             sys.exit({"check": check, "merge": merge}[command](words))
         if "--help-all" in words:

@@ -14,6 +14,7 @@ _USAGE = """\
 plume-train [--config FILE] [--SETTING VALUE ...]   train; a flag wins over the same key in the YAML file, which is one
                                                     of yours, or comes with plume: demo, lora, paper, published
 plume-train check DATA [--SETTING VALUE ...]        look at training data before a GPU is paid for
+plume-train rationales DATA --out FILE ...          write the rationales that pairs lack, with any model on a server
 plume-train merge CHECKPOINT FOLDER                 merge a checkpoint of a LoRA run into a plain model
 plume-train accelerate NAME                         where a configuration of accelerate is: single, ddp, zero2, ...
 """

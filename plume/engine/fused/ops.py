@@ -108,6 +108,11 @@ def has_kernel(name: str, num_rows: int, like: Tensor) -> bool:
     return OPS[name].rows is None or num_rows <= tiles.largest_rows(tiles.device_name(like))
 
 
+def is_tuned(like: Tensor) -> bool:
+    """Whether there is a table of tiles for the device on which a tensor is."""
+    return bool(tiles.read_table(tiles.device_name(like))[1])
+
+
 def _use_kernel(name: str, device: str) -> None:
     """Have a kernel compute an op on a device, as long as rows are few and numbers such as it is written for."""
     op, kernel = OPS[name], plume_kernels.kernel(name)

@@ -246,6 +246,11 @@ class Records:
         where, row = origin.read(number)
         return row_format.read(row, where)
 
+    def raw(self, index: int) -> Any:
+        """A row as it was parsed, before it was read as a `Record`."""
+        source, number = self._places[index]
+        return self._sources[source][0].read(number)[1]
+
     def _scan(self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool) -> None:
         for number, row in tqdm(source.scan(), desc=f"Checking {source.name}", unit=" rows", disable=not show_progress):
             try:

@@ -190,6 +190,8 @@ class RecordFormat:
 
     def _plain(self, side: Any, where: str) -> Side | None:
         """A side of a row in our own format."""
+        if isinstance(side, list) and len(side) == 1:
+            side = side[0]
         if side is None:
             return None
         if isinstance(side, str):
