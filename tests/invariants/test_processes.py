@@ -92,6 +92,10 @@ def step_gradients(rank, world, folder, case):
         balance_weight=10.0,
         temperature=0.1,
         num_negatives=2,
+        false_negative_margin=0.05,
+        duplicate_similarity=0.99,
+        hardness=3.0,
+        same_side_negatives=True,
         distillation_weight=1.0,
         per_step_weight=0.5,
     )

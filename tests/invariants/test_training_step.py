@@ -30,6 +30,10 @@ EVERY_TERM = {
     "distillation_weight": 2.0,
     "learn_temperature": True,
     "num_negatives": 2,
+    "false_negative_margin": 0.05,
+    "duplicate_similarity": 0.99,
+    "hardness": 3.0,
+    "same_side_negatives": True,
     "balance_weight": 10.0,
     "temperature": 0.1,
 }

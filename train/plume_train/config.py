@@ -73,10 +73,10 @@ class PlumeTrainingArguments(TrainingArguments):
     """Settings of a training run. Unset ones are transformers' or the paper's."""
 
     model: str = ""
-    """Where to start: a plume checkpoint, or a stock Qwen-VL one, which then gets an adapter."""
+    """A plume checkpoint, or a stock Qwen-VL one, which then gets an adapter."""
 
     train_file: list[str] = field(default_factory=list)
-    """Training rows: one or more of JSONL, JSON, parquet, a `datasets` folder or a Hub name; see train/README.md."""
+    """Training rows: JSONL, JSON, parquet, a `datasets` folder or a Hub name; see train/README.md."""
 
     validation_file: list[str] = field(default_factory=list)
     """Held-out rows in the same formats; their loss is measured every `validate_every` steps."""
@@ -165,13 +165,25 @@ class PlumeTrainingArguments(TrainingArguments):
     """Hard negatives per row; rows with more give their first ones, rows with fewer leave places empty."""
 
     mask_duplicates: bool = True
-    """Whether a target equal to a row's own, or the target of an equal query, is no negative of that row."""
+    """Whether rows with an equal target or query are no negatives of each other."""
 
     micro_batch_size: int | None = None
     """Rows of one pass of the model. Smaller than the batch, GradCache computes the same gradients in less memory."""
 
     contrastive_loss: Literal["info_nce", "sigmoid"] = "info_nce"
-    """Contrast of all pairs of a batch: softmax over candidates (paper), or every pair alone (SigLIP)."""
+    """Softmax over candidates (paper), or every pair alone (SigLIP)."""
+
+    false_negative_margin: float | None = None
+    """Leaves out negatives that are nearer than the own pair by this; 0.1 for Qwen3-VL-Embedding."""
+
+    duplicate_similarity: float | None = None
+    """Cosine above which two queries, or targets, are no negatives (WeMM: 0.97)."""
+
+    hardness: float = 0.0
+    """Times its cosine, added to a negative's logit: harder ones weigh more (LLaVE: 9)."""
+
+    same_side_negatives: bool = False
+    """Whether other queries are negatives of a query too, and other targets of a target."""
 
     temperature: float = 0.02
     """Contrastive logits are divided by it; with "sigmoid" the loss learns its own factor and bias instead."""
@@ -207,7 +219,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Of the log mean Gaussian potential between embeddings of a side."""
 
     distillation_weight: float = 0.0
-    """Of the distance between states at `<gen_emb>` after latent and after written reasoning (CODI)."""
+    """Of the distance of states at `<gen_emb>`, latent from written (CODI)."""
 
     teacher_cross_entropy_weight: float = 1.0
     """Of the cross-entropy of the written reasoning that distillation learns from."""
@@ -358,6 +370,15 @@ class PlumeTrainingArguments(TrainingArguments):
             )
         if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
             raise SettingsError("matryoshka_dims and matryoshka_weight go together; set both or neither")
+        rules = ("false_negative_margin", "duplicate_similarity", "hardness", "same_side_negatives")
+        for name in rules if self.contrastive_loss == "sigmoid" else ():
+            if getattr(self, name) not in (None, 0, False):
+                raise SettingsError(f"{name} belongs to contrastive_loss=info_nce; received sigmoid; drop one of them")
+        for name, most in (("false_negative_margin", 2), ("duplicate_similarity", 1), ("hardness", None)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= (value if most is None else most):
+                bound = "at least 0" if most is None else f"0 to {most}"
+                raise SettingsError(f"{name} is {value}; expected {bound}")
         for name, least in (("temperature", 1e-6), ("mixing_temperature", 1e-3), ("validate_every", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} must be positive; received {getattr(self, name)}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from plume_train.objective.losses import Contrast, balance_loss, info_nce, suffix_cross_entropy
+from plume_train.objective.losses import Contrast, NegativeRules, balance_loss, info_nce, suffix_cross_entropy
 
 
 def test_suffix_cross_entropy_is_a_mean_over_rows_of_means_over_tokens():
@@ -71,6 +71,68 @@ def test_equal_targets_and_equal_queries_are_no_negatives():
     contrast = Contrast.of(torch.ones(4, dtype=torch.bool), query_keys, target_keys)
     loss = info_nce(query, target, 0.02, contrast)
     assert torch.allclose(loss, total / 8)
+
+
+RULES = {
+    "none": {},
+    "margin": {"margin": 0.1},
+    "no margin": {"margin": 0.0},
+    "duplicate": {"duplicate": 0.3},
+    "hardness": {"hardness": 2.0},
+    "same side": {"same_side": True},
+    "all": {"margin": 0.1, "duplicate": 0.5, "hardness": 2.0, "same_side": True},
+}
+
+
+def are_alike(query, target, row, column, duplicate):
+    return max(query[row] @ query[column], target[row] @ target[column]) > duplicate
+
+
+def with_rules(query, target, negative, temperature, margin=None, duplicate=None, hardness=0.0, same_side=False):
+    """InfoNCE with rules, row by row; weights of negatives are constants."""
+    losses = []
+    for mine, others, in_front in ((query, target, True), (target, query, False)):
+        for row in range(len(query)):
+            own = mine[row] @ others[row]
+            candidates = [(others[column], column) for column in range(len(query)) if column != row]
+            if same_side:
+                candidates += [(mine[column], column) for column in range(len(query)) if column != row]
+            if in_front:
+                candidates += [(one, None) for one in negative]
+            terms = [own / temperature]
+            for candidate, column in candidates:
+                cosine = mine[row] @ candidate
+                if margin is not None and cosine > own + margin:
+                    continue
+                if duplicate is not None and column is None and target[row] @ candidate > duplicate:
+                    continue
+                if duplicate is not None and column is not None and are_alike(query, target, row, column, duplicate):
+                    continue
+                terms.append(cosine / temperature + hardness * cosine.detach())
+            losses.append(torch.logsumexp(torch.stack(terms), dim=0) - terms[0])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rules_leave_negatives_out_and_weigh_them_without_a_gradient(rules):
+    torch.manual_seed(0)
+    leaves = [vectors(*shape).requires_grad_() for shape in ((6, 4), (6, 4), (5, 4))]
+    contrast = Contrast.of(torch.ones(6, dtype=torch.bool), is_negative=torch.ones(5, dtype=torch.bool))
+    found = info_nce(leaves[0], leaves[1], 0.5, contrast, leaves[2], NegativeRules(**RULES[rules]))
+    expected = with_rules(*leaves, 0.5, **RULES[rules])
+    assert torch.allclose(found, expected)
+    if rules != "none":
+        assert not torch.allclose(found, with_rules(*leaves, 0.5))
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other)
+
+
+def test_rules_at_their_limits_change_nothing_or_leave_the_pair_alone():
+    query, target = vectors(6, 4), vectors(6, 4)
+    plain = info_nce(query, target, 0.1)
+    assert torch.equal(info_nce(query, target, 0.1, rules=NegativeRules(margin=2.0, duplicate=1.1)), plain)
+    assert info_nce(query, target, 0.1, rules=NegativeRules(duplicate=-1.1)).item() == 0
 
 
 def test_a_row_without_a_pair_is_neither_anchor_nor_negative():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from plume.model.interface import at_least_float32, normalize
 from plume_train.objective.gather import gather_rows, num_processes, total
-from plume_train.objective.losses import Contrast, info_nce
+from plume_train.objective.losses import Contrast, NegativeRules, info_nce
 
 
 def sigmoid_loss(
@@ -55,6 +55,7 @@ def matryoshka_loss(
     temperature: float | Tensor,
     contrast: Contrast,
     negative: Tensor | None = None,
+    rules: NegativeRules | None = None,
 ) -> Tensor:
     """InfoNCE on the first d numbers of the vectors, mean over d in `dims` (arXiv 2205.13147)."""
     losses = []
@@ -62,7 +63,7 @@ def matryoshka_loss(
         short = [None if x is None else normalize(x[:, :dim]) for x in (query, target, negative)]
         assert short[0] is not None
         assert short[1] is not None
-        losses.append(info_nce(short[0], short[1], temperature, contrast, short[2]))
+        losses.append(info_nce(short[0], short[1], temperature, contrast, short[2], rules))
     return torch.stack(losses).mean()
 
 

@@ -120,12 +120,32 @@ class Contrast:
         return (per_row * self.is_pair).sum() * num_processes() / self.num_pairs.clamp(min=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NegativeRules:
+    """Which candidates are no negatives, and how much the others count, by how similar they are.
+
+    margin: a candidate that is more similar to a row than the row's own pair by more than this is taken for a false
+        negative (Qwen3-VL-Embedding, arXiv 2601.04720, with 0.1); None keeps all.
+    duplicate: two queries, or two targets, with a cosine above this are taken for the same, and so are no negatives of
+        each other (WeMM, arXiv 2608.24053; 0.95 to 0.99); None: only those of equal content are.
+    hardness: times its cosine, added to the logit of a negative: harder ones weigh more (LLaVE, arXiv 2503.04812, with
+        9 at a temperature of 0.02).
+    same_side: other queries are negatives of a query too, and other targets of a target (arXiv 2601.04720).
+    """
+
+    margin: float | None = None
+    duplicate: float | None = None
+    hardness: float = 0.0
+    same_side: bool = False
+
+
 def info_nce(
     query: Tensor,
     target: Tensor,
     temperature: float | Tensor,
     contrast: Contrast | None = None,
     negative: Tensor | None = None,
+    rules: NegativeRules | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE with in-batch negatives from all processes.
 
@@ -137,32 +157,49 @@ def info_nce(
         temperature: logits are divided by it.
         contrast: which columns count; None: all.
         negative: hard negatives, `[H, D]`: further columns for every query, and not anchors themselves.
+        rules: which of them count by their similarity; None: all alike. No gradient flows through what they decide.
 
     Returns:
         A scalar; zero, but connected to the vectors, where there is no pair anywhere.
     """
-    query, target = at_least_float32(query), at_least_float32(target)
+    query, target, rules = at_least_float32(query), at_least_float32(target), rules or NegativeRules()
     contrast = contrast or Contrast.of(torch.ones(len(query), dtype=torch.bool, device=query.device))
-    forwards = _scores(query, gather_rows(target), temperature, contrast.allowed)  # [B, N]
-    backwards = _scores(target, gather_rows(query), temperature, contrast.allowed)
-    if negative is not None:
+    queries, targets = gather_rows(query), gather_rows(target)
+    negatives = None if negative is None else gather_rows(at_least_float32(negative))
+    allowed = contrast.allowed
+    if rules.duplicate is not None:
+        allowed = allowed & ~((query @ queries.T > rules.duplicate) | (target @ targets.T > rules.duplicate))
+        allowed = allowed.scatter(1, contrast.own[:, None], value=True)
+    positive = (query * target).sum(dim=1).detach()  # [B]
+
+    def logits(rows: Tensor, columns: Tensor, allowed: Tensor, own: Tensor | None) -> Tensor:
+        """Scaled similarities, `[B, columns]`; own: column of each row's pair, to which no rule applies."""
+        cosine = rows @ columns.T
+        seen, scaled = cosine.detach(), cosine / temperature
+        is_negative = torch.ones_like(allowed) if own is None else torch.ones_like(allowed).scatter(1, own[:, None], 0)
+        if rules.margin is not None:
+            allowed = allowed & ~(is_negative & (seen > positive[:, None] + rules.margin))
+        if rules.hardness:
+            scaled = scaled + rules.hardness * seen * is_negative
+        return scaled.masked_fill(~allowed, -torch.inf)
+
+    forwards = [logits(query, targets, allowed, contrast.own)]  # [B, N]
+    backwards = [logits(target, queries, allowed, contrast.own)]
+    if rules.same_side:
+        others = allowed.scatter(1, contrast.own[:, None], value=False)
+        forwards.append(logits(query, queries, others, None))
+        backwards.append(logits(target, targets, others, None))
+    if negatives is not None:
         assert contrast.allowed_negatives is not None
-        further = _scores(query, gather_rows(at_least_float32(negative)), temperature, contrast.allowed_negatives)
-        forwards = torch.cat([forwards, further], dim=1)
-    return (
-        sum(
-            (
-                contrast.mean(F.cross_entropy(scores, contrast.own, reduction="none"))
-                for scores in (forwards, backwards)
-            ),
-            start=query.new_zeros(()),
-        )
-        / 2
-    )
-
-
-def _scores(rows: Tensor, columns: Tensor, temperature: float | Tensor, allowed: Tensor) -> Tensor:
-    return (rows @ columns.T / temperature).masked_fill(~allowed, -torch.inf)
+        allowed_negatives = contrast.allowed_negatives
+        if rules.duplicate is not None:
+            allowed_negatives = allowed_negatives & (target @ negatives.T <= rules.duplicate)
+        forwards.append(logits(query, negatives, allowed_negatives, None))
+    losses = [
+        contrast.mean(F.cross_entropy(torch.cat(side, dim=1), contrast.own, reduction="none"))
+        for side in (forwards, backwards)
+    ]
+    return torch.stack(losses).mean()
 
 
 def in_batch_recall(query: Tensor, target: Tensor, target_keys: Tensor, is_pair: Tensor) -> Tensor:

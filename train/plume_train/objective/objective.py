@@ -30,7 +30,7 @@ from plume_train.objective.extra_losses import (
     uniformity_loss,
 )
 from plume_train.objective.gather import num_processes, total
-from plume_train.objective.losses import Contrast, balance_loss, info_nce, suffix_cross_entropy
+from plume_train.objective.losses import Contrast, NegativeRules, balance_loss, info_nce, suffix_cross_entropy
 
 Run = Callable[..., PlumeOutput]
 Representations = dict[str, Tensor]
@@ -171,6 +171,12 @@ class Objective:
             columns |= {"query_keys": None, "target_keys": None}
         contrast = Contrast.of(batch["is_pair"], **columns)
         scales = self._scales(sides)
+        rules = NegativeRules(
+            margin=self.args.false_negative_margin,
+            duplicate=self.args.duplicate_similarity,
+            hardness=self.args.hardness,
+            same_side=self.args.same_side_negatives,
+        )
 
         parts: dict[str, Tensor] = {}
         for name, kind, scale in (("contrastive", "embedding", scales[0]), ("anchor_contrastive", "anchor", scales[1])):
@@ -178,12 +184,18 @@ class Objective:
             if self.args.contrastive_loss == "sigmoid":
                 parts[name] = sigmoid_loss(query[kind], target[kind], scale, scales[2], contrast, negatives)
             else:
-                parts[name] = info_nce(query[kind], target[kind], 1 / scale, contrast, negatives)
+                parts[name] = info_nce(query[kind], target[kind], 1 / scale, contrast, negatives, rules)
 
         negatives = None if negative is None else negative["embedding"]
         if self.weights["matryoshka"]:
             parts["matryoshka"] = matryoshka_loss(
-                query["embedding"], target["embedding"], self.args.matryoshka_dims, 1 / scales[0], contrast, negatives
+                query["embedding"],
+                target["embedding"],
+                self.args.matryoshka_dims,
+                1 / scales[0],
+                contrast,
+                negatives,
+                rules,
             )
         if self.weights["alignment"]:
             parts["alignment"] = alignment_loss(
