@@ -12,7 +12,7 @@ from plume.checkpoints.place import check_place, stay_offline_without_network
 from plume.configurations import find_config
 from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
 
-_COMMANDS = ("check", "rationales", "merge", "accelerate")
+_COMMANDS = ("check", "rationales", "merge", "soup", "accelerate")
 
 
 def main() -> None:
@@ -75,6 +75,7 @@ def _run(command: str, words: list[str]) -> None:
     from plume_train.lora import merge
     from plume_train.run import train
     from plume_train.saving import RunError, reason, state_of
+    from plume_train.soup import soup
 
     folder = None
     try:
@@ -83,7 +84,7 @@ def _run(command: str, words: list[str]) -> None:
 
             sys.exit(rationales(words))
         if command:
-            sys.exit({"check": check, "merge": merge}[command](words))
+            sys.exit({"check": check, "merge": merge, "soup": soup}[command](words))
         if "--help-all" in words:
             settings_parser().print_help()
             sys.exit()

@@ -159,7 +159,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Stop at a bad row, or skip it and list it in `bad_rows.txt`."""
 
     last_state_predicts: Literal["latent_end", "next_word", "nothing"] = "latent_end"
-    """What the last latent state learns to predict: `<eot>` (PLUME), the first word behind it, nothing (Coconut)."""
+    """`<eot>` (PLUME), the first word behind it, or nothing (Coconut)."""
 
     num_negatives: int = 0
     """Hard negatives per row; rows with more give their first ones, rows with fewer leave places empty."""
@@ -177,7 +177,7 @@ class PlumeTrainingArguments(TrainingArguments):
     """Leaves out negatives that are nearer than the own pair by this; 0.1 for Qwen3-VL-Embedding."""
 
     duplicate_similarity: float | None = None
-    """Cosine above which two queries, or targets, are no negatives (WeMM: 0.97)."""
+    """Cosine above which two queries, or targets, are no negatives (WeMM)."""
 
     hardness: float = 0.0
     """Times its cosine, added to a negative's logit: harder ones weigh more (LLaVE: 9)."""

@@ -16,6 +16,7 @@ plume-train [--config FILE] [--SETTING VALUE ...]   train; a flag wins over the 
 plume-train check DATA [--SETTING VALUE ...]        look at training data before a GPU is paid for
 plume-train rationales DATA --out FILE ...          write the rationales that pairs lack, with any model on a server
 plume-train merge CHECKPOINT FOLDER                 merge a checkpoint of a LoRA run into a plain model
+plume-train soup MODEL MODEL ... --out FOLDER       one model whose weights are the mean of several
 plume-train accelerate NAME                         where a configuration of accelerate is: single, ddp, zero2, ...
 """
 
