@@ -138,12 +138,22 @@ def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]
 
 
 def _train_start(out: Path, family: str, seed: int, start: str) -> None:
-    """Train and measure what a system starts from; what is finished is not trained again."""
+    """Train and measure what a system starts from; what is finished is not trained again.
+
+    Raises:
+        ValueError: it has been measured, and its model is not there. One that is trained again, on another machine or
+            with another number of threads, is another model: what starts from it is not comparable.
+    """
     if start == "backbone":
         return
+    args = settings(out, family, seed, start)
+    if (args.output_folder / RESULT).exists() and not (args.output_folder / "config.json").exists():
+        raise ValueError(
+            f"{args.output_folder} holds a result without its model, and systems can be compared only if they start "
+            "from one model; put the model there, or name another --out"
+        )
     if start not in _STARTS:
         run_system(out, family, seed, start)
-    args = settings(out, family, seed, start)  # its result may have come without its model
     _train_start(out, family, seed, Path(args.model).name)
     train(args)
 
@@ -180,12 +190,12 @@ def main() -> None:
         for family in options.family:
             try:
                 prepare(options.out, family, seed, options.num_train)
+                for system in options.system:
+                    found = run_system(options.out, family, seed, system)
+                    recall = found["result"]["recall_at_1"]["name"]["mean"]
+                    print(f"{family}, seed {seed}, {system}: recall@1 {recall:.3f}", flush=True)  # noqa: T201
             except ValueError as error:
                 sys.exit(f"plume-hops: {error}")
-            for system in options.system:
-                found = run_system(options.out, family, seed, system)
-                recall = found["result"]["recall_at_1"]["name"]["mean"]
-                print(f"{family}, seed {seed}, {system}: recall@1 {recall:.3f}", flush=True)  # noqa: T201
 
 
 def start() -> None:

@@ -292,7 +292,7 @@ def report(
         text, numbers, lines = write_text(folder)
     except OSError as error:
         raise typer.Exit(_fail(error)) from None
-    path = write_report(out, "hops", "Does it reason?", f"plume-eval report {folder}", text, numbers)
+    path = write_report(out, folder.resolve().name, "Does it reason?", f"plume-eval report {folder}", text, numbers)
     draw_families(path, lines)
     typer.echo(text)
     typer.echo(f"written: {path}.{{md,json}} and a picture of each family")

@@ -1,7 +1,7 @@
 """`plume-train soup MODEL MODEL ... --out FOLDER`: one model whose weights are the mean of several.
 
 Models that began from the same weights may average to a better one than any of them (model soups, arXiv 2203.05482);
-Qwen3-VL-Embedding-2B went from 71.5 to 73.2 by its last two stages (arXiv 2601.04720). Whether they do is a matter of the
+Qwen3-VL-Embedding-2B went from 71.5 to 73.2 by its last two stages (arXiv 2601.04720). Whether they do depends on the
 data: `--data` measures each of them and the mean.
 """
 
