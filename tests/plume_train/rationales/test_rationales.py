@@ -361,6 +361,7 @@ STEPS = ("The bird has a red back and tail.", "Its tail is deeply forked at the 
         ((STEPS[0],) * 4, "red kite", "repeats itself"),
         (("This must be a red kite I think.", STEPS[1]), "red kite", "gives the target away before the last step"),
         ((STEPS[0], "So this must be a red kite."), "red kite", ""),
+        (("It is known as an airborne hunter.", "It forms part of the imagery of many tales."), "red kite", ""),
         (("In the image there is a bird.", STEPS[1]), "red kite", "speaks of the task instead of the content"),
         (("As an AI I see a bird here.", STEPS[1]), "red kite", "a refusal"),
         (("The <gen_emb> token is seen right here.", STEPS[1]), "red kite", "mentions a token of the model"),
@@ -375,6 +376,11 @@ def test_why_an_answer_is_not_taken(steps, answer, reason):
     with pytest.raises(RejectedError) as error:
         check_answer(Answer(steps, answer), asked, goal)
     assert str(error.value) == reason
+
+
+def test_an_input_without_words_leaves_the_script_to_the_answer():
+    steps = ("这只鸟的背部和尾巴都是红色的。", "它的尾巴分叉很深, 所以是赤鸢。")
+    check_answer(Answer(steps, "赤鸢"), Side("", (Image.new("RGB", (8, 8)),)), Side("赤鸢"))
 
 
 def test_a_long_target_is_given_away_by_most_of_its_words():

@@ -36,6 +36,8 @@ _SCRIPTS = (
     "DEVANAGARI",
     "THAI",
 )
+#: Scripts that put no spaces between words.
+_UNSPACED = ("CJK", "THAI")
 
 
 class RejectedError(ValueError):
@@ -91,14 +93,14 @@ def check_answer(answer: Answer, asked: Side, goal: Side | None) -> None:
         raise RejectedError(refusal)
     if any(token in whole for token in RESERVED):
         raise RejectedError("mentions a token of the model")
-    lowered = whole.lower()
-    if any(words in lowered and words not in asked.text.lower() for words in _META):
+    if any(_holds(whole, words) and not _holds(asked.text, words) for words in _META):
         raise RejectedError("speaks of the task instead of the content")
     if len(answer.steps) not in NUM_STEPS:
         raise RejectedError("too few or too many steps")
-    if (script := _script(asked.text)) and _script(whole) != script:
+    expected, script = _script(asked.text), _script(whole)
+    if expected and script != expected:
         raise RejectedError("another script than the input's")
-    if script in ("", "LATIN", "CYRILLIC") and any(len(step.split()) not in NUM_WORDS for step in answer.steps):
+    if script not in _UNSPACED and any(len(step.split()) not in NUM_WORDS for step in answer.steps):
         raise RejectedError("a step is too short or too long")
     words = _words(" ".join(answer.steps))
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -124,8 +126,18 @@ def _check_goal(answer: Answer, asked: Side, goal: Side) -> None:
 
 
 def _refusal(written: str) -> str:
-    start = written.lower().lstrip()[:200].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    return "a refusal" if any(words in start for words in _REFUSALS) else ""
+    start = written.lstrip()[:200].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    return "a refusal" if any(_holds(start, words) for words in _REFUSALS) else ""
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether a text holds some words, as words.
+
+    Example:
+        >>> _holds("As an AI, I do not see it.", "as an ai"), _holds("It serves as an airport.", "as an ai")
+        (True, False)
+    """
+    return re.search(rf"\b{re.escape(words)}\b", text, re.IGNORECASE) is not None
 
 
 def _words(text: str) -> list[str]:
