@@ -282,6 +282,16 @@ def test_a_budget_holds_over_runs_and_what_is_not_asked_is_said(tmp_path, capsys
     assert "--budget needs --price" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("finish_reason", ["length", "content_filter", "stop"])
+def test_answers_that_are_not_taken_count_for_the_budget_of_later_runs(tmp_path, finish_reason):
+    file = write_rows(tmp_path, 60)
+    with serving(lambda question, body: completion("no answer", finish_reason)) as server:
+        for _ in range(4):
+            words = ("--price", "10", "20", "--yes", "--budget", "0.05", "--concurrency", "1")
+            assert ask(server, file, *words) == 0
+        assert 10 <= len(server.asked) <= 25  # 0.002 each
+
+
 def test_nothing_is_asked_before_somebody_agrees_to_the_price(tmp_path, capsys, monkeypatch):
     file = write_rows(tmp_path)
     with serving(right) as server:

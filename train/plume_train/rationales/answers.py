@@ -41,7 +41,14 @@ _UNSPACED = ("CJK", "THAI")
 
 
 class RejectedError(ValueError):
-    """An answer that is not taken; the message is the reason, as the report counts it."""
+    """An answer that is not taken; the message is the reason, as the report counts it.
+
+    tokens: in and out, where the answer was not handed on and so cannot be counted elsewhere.
+    """
+
+    def __init__(self, reason: str, tokens: tuple[int, int] = (0, 0)):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 @dataclass(frozen=True)

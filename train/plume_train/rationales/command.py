@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,9 @@ async def _ask_all(
             for name, question in todo:
                 if failed.is_set():
                     return
+                paid = Paid()
                 try:
-                    entry = await _ask_until_right(server, question)
+                    entry = await _ask_until_right(server, question, paid)
                     journal.add(name, entry | {"by": {"model": options.model, "date": date.today().isoformat()}})
                 except NoAnswerError:
                     reasons[_NO_ANSWER] += 1
@@ -168,6 +170,8 @@ async def _ask_all(
                 except ServerError as error:
                     found.append(str(error))
                     failed.set()
+                if name not in journal.known and any(paid.tokens):  # under no question's key: it is asked again
+                    journal.add(f"{name} {time.time_ns()}", {"tokens": paid.tokens})
                 bar.update()
                 if bar.n == NUM_SAMPLED < len(questions):
                     share = len(questions) / bar.n
@@ -181,9 +185,19 @@ async def _ask_all(
         return found[0] if found else None
 
 
-async def _ask_until_right(server: Server, question: Question) -> dict[str, Any]:
+@dataclass
+class Paid:
+    """Tokens of a question so far, in and out, those of rejected answers included."""
+
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Count an answer."""
+        self.tokens = [self.tokens[0] + tokens[0], self.tokens[1] + tokens[1]]
+
+
+async def _ask_until_right(server: Server, question: Question, paid: Paid) -> dict[str, Any]:
     """What the journal keeps of a question: an answer that is taken, or why none is."""
-    tokens_in = tokens_out = 0
     reason, tries = "", 0
     try:
         messages = await asyncio.to_thread(question.messages)
@@ -195,14 +209,15 @@ async def _ask_until_right(server: Server, question: Question) -> dict[str, Any]
         )
         try:
             written, tokens = await server.ask(messages + hint, seed=tries)
-            tokens_in, tokens_out = tokens_in + tokens[0], tokens_out + tokens[1]
+            paid.add(tokens)
             answer = read_answer(written)
             check_answer(answer, question.content, question.goal)
         except RejectedError as error:
             reason = str(error)
+            paid.add(error.tokens)
             continue
-        return {"rationale": answer.rationale, "answer": answer.text, "tries": tries, "tokens": [tokens_in, tokens_out]}
-    return {"reason": reason, "tries": tries, "tokens": [tokens_in, tokens_out]}
+        return {"rationale": answer.rationale, "answer": answer.text, "tries": tries, "tokens": paid.tokens}
+    return {"reason": reason, "tries": tries, "tokens": paid.tokens}
 
 
 def _write(out: Path, records: Records, questions: Iterable[tuple[str, Question]], journal: Journal) -> None:

@@ -167,9 +167,9 @@ class Server:
         if self.spent.num_calls % MORE_AFTER == 0:
             self._allowed = min(float(self.concurrency), self._allowed + 1)
         if choice is None or choice.finish_reason == "length":
-            raise RejectedError("cut off")
+            raise RejectedError("cut off", tokens)
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
-            raise RejectedError("a refusal")
+            raise RejectedError("a refusal", tokens)
         return written, tokens
 
     @asynccontextmanager
