@@ -110,6 +110,15 @@ def test_equal_rows_are_asked_about_once_and_all_answered(tmp_path):
     assert all(row["query"]["rationale"] for row in rows_of(tmp_path))
 
 
+def test_an_answer_is_checked_against_the_target_of_its_own_row(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"query": "what number 1?", "target": target} for target in ("thing 1", "thing 2")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(right) as server:
+        assert ask(server, file) == 0
+    assert [isinstance(row["query"], dict) for row in rows_of(tmp_path)] == [True, False]
+
+
 def test_images_and_frames_travel_as_small_jpegs(tmp_path):
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "a.png")
     file = tmp_path / "pairs.jsonl"
