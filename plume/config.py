@@ -39,7 +39,7 @@ EMBEDDING_PROMPT = (
 TRANSITION_FIELDS = (
     *("latents", "refinements", "latent_scale", "transition", "num_experts", "top_k", "shared_expert"),
     *("expert_hidden_size", "expert_dropout", "num_step_embeddings", "router_context", "step_embedding"),
-    "num_latent_steps",
+    *("num_latent_steps", "document_latent_steps", "gate_threshold"),
 )
 
 
@@ -63,6 +63,13 @@ class PlumeConfig(PreTrainedConfig):
 
     num_latent_steps: int = 8
     """K, latent steps of an encoding unless the caller says otherwise; 0 is a single pass. Paper, table 4."""
+
+    document_latent_steps: int | None = None
+    """K of documents at most, in a model trained with fewer steps on targets; None: as many as queries take."""
+
+    gate_threshold: float | None = None
+    """Inputs whose gate says less than this, in [0, 1], take no latent steps unless a caller says how many; None: there
+    is no gate, and all take K. `plume-train gate` trains one."""
 
     latents: Latents = "sequential"
     """How the inputs of latent steps come about: each from the state before it ("sequential", PLUME), or all at once
@@ -188,6 +195,21 @@ class PlumeConfig(PreTrainedConfig):
         """The largest K that the adapter can run; None means any."""
         return self.num_step_embeddings if self.transition == "moe" or self.latents == "parallel" else None
 
+    def is_gated(self, requested: Any) -> bool:
+        """Whether the gate decides who takes latent steps, where this K is asked for."""
+        return requested is None and self.gate_threshold is not None
+
+    def document_steps(self, query_steps: int | None = None) -> int:
+        """K of documents, where queries take so many steps; None: this checkpoint's own.
+
+        Example:
+            >>> config = PlumeConfig(num_latent_steps=8, document_latent_steps=2)
+            >>> config.document_steps(), config.document_steps(1)
+            (2, 1)
+        """
+        steps = self.num_latent_steps if query_steps is None else query_steps
+        return steps if self.document_latent_steps is None else min(steps, self.document_latent_steps)
+
     @property
     def is_one_pass(self) -> bool:
         """Whether latent inputs are known before the prefix has been read, so that no adapter runs."""
@@ -274,6 +296,13 @@ class PlumeConfig(PreTrainedConfig):
             raise ValueError(
                 f"refinements={self.refinements} belongs to parallel latents; set latents='parallel', or refinements=0"
             )
+        if self.gate_threshold is not None and not 0 <= self.gate_threshold <= 1:
+            raise ValueError(f"gate_threshold must be None or lie in [0, 1]; received {self.gate_threshold}")
+        if self.gate_threshold is not None and self.is_one_pass:
+            raise ValueError(
+                "gate_threshold: latents that are read in the pass of the prefix cannot be decided about after it; set "
+                "refinements, or gate_threshold=None"
+            )
         if self.blank_image_size is not None and self.blank_image_size < 28:
             raise ValueError(f"blank_image_size must be None or at least 28; received {self.blank_image_size}")
         if self.background is not None:
@@ -295,6 +324,8 @@ class PlumeConfig(PreTrainedConfig):
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout must lie in [0, 1); received {self.expert_dropout}")
         self.check_num_latent_steps(self.num_latent_steps)
+        if self.document_latent_steps is not None:
+            self.check_num_latent_steps(self.document_latent_steps)
 
         prompt, suffix = self.prompt_template, self.suffix_template
         if prompt.count("{content}") != 1 or ANCHOR not in prompt or not prompt.endswith(LATENT_START):

@@ -26,6 +26,7 @@ from plume_eval.hops.make import FAMILIES, Sizes, make_task
 from plume_eval.hops.report import MAIN, RESULT
 from plume_eval.hops.run import HopsTask, evaluate, evaluate_control
 from plume_train.config import PlumeTrainingArguments, arguments_from
+from plume_train.mine import mine
 from plume_train.run import train
 
 _HOME = "runs/hops/page"
@@ -46,6 +47,9 @@ _READING = {"image": {"learning_rate": 2e-3}}
 
 #: How much longer a family is trained than configs/train/hops says, once it can read.
 _LONGER = {"image": 1.5, "text": 1.5, "babi": 2.0, "prosqa": 2.0}
+
+#: The system whose vectors negatives are mined by.
+_MINER = "latent"
 
 #: Configurations that others start from.
 _STARTS = ("read_easy", "read")
@@ -70,9 +74,11 @@ def settings(out: Path, family: str, seed: int, system: str) -> PlumeTrainingArg
     has_easy = family in PUBLIC or FAMILIES[family].easy is not None
     start = "runs/hops/page/0/read_easy" if system == "read" and has_easy else args.model
     files = [moved(file) for file in args.train_file if family not in PUBLIC or "control" not in file]
-    changes = (
+    changes: dict[str, Any] = dict(
         _READING.get(family, {}) if system in _STARTS else {"max_steps": round(args.max_steps * _LONGER.get(family, 1))}
     )
+    if args.media_root:
+        changes["media_root"] = moved(args.media_root)
     return arguments_from(
         config,
         model=moved(start),
@@ -118,6 +124,8 @@ def run_system(out: Path, family: str, seed: int, system: str) -> dict[str, Any]
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     _train_start(out, family, seed, Path(args.model).name)
+    if args.num_negatives:
+        _mine(out, family, seed, Path(args.train_file[0]))
     began = time.perf_counter()
     model = train(args)
     minutes = (time.perf_counter() - began) / 60
@@ -156,6 +164,16 @@ def _train_start(out: Path, family: str, seed: int, start: str) -> None:
         run_system(out, family, seed, start)
     _train_start(out, family, seed, Path(args.model).name)
     train(args)
+
+
+def _mine(out: Path, family: str, seed: int, file: Path) -> None:
+    """Hard negatives by the vectors of the system `latent`, which is trained for it where it is not there."""
+    if file.exists():
+        return
+    run_system(out, family, seed, _MINER)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    model, data = str(out / family / str(seed) / _MINER), out / family / "data"
+    mine([str(data / "train.jsonl"), "--model", model, "--out", str(file), "--media-root", str(data)])
 
 
 def mode_of(args: PlumeTrainingArguments) -> Mode:

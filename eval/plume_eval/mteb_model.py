@@ -48,7 +48,8 @@ class PlumeMTEB(AbsEncoder):
             revision: of the Hub.
             device: where it runs.
             num_latent_steps: K; None is the checkpoint's own.
-            document_latent_steps: K of documents and of labels in words, if another.
+            document_latent_steps: K of documents and of labels in words; None is the checkpoint's own, or that of
+                queries.
             kwargs: as for `Plume`.
 
         Raises:
@@ -59,7 +60,7 @@ class PlumeMTEB(AbsEncoder):
         self.model = Plume(model, device=device, **{"truncate": True, **hub, **kwargs})
         config = self.model.plume_config
         query = config.num_latent_steps if num_latent_steps is None else num_latent_steps
-        document = query if document_latent_steps is None else document_latent_steps
+        document = config.document_steps(query) if document_latent_steps is None else document_latent_steps
         self.model.num_latent_steps = {"query": query, "document": document}
         told = {"num_latent_steps": query}
         if document != query:

@@ -22,7 +22,7 @@ from plume_eval.baselines import MODES, Mode, embed
 from plume_eval.metrics import mean_reciprocal_rank, ranks, recall_at_1
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-_IGNORED = {"text", "rationale", "answer"}
+_IGNORED = {"text", "instruction", "rationale", "answer"}
 
 
 class PairsEvaluation:
@@ -95,11 +95,14 @@ class PairsEvaluation:
                     model,
                     self._items(model, inputs),
                     mode,
-                    num_latent_steps=num_latent_steps,
+                    num_latent_steps=steps,
                     batch_size=self.batch_size,
                     max_new_tokens=self.max_new_tokens,
                 ).embedding
-                for inputs in (self.queries, self.targets)
+                for inputs, steps in (
+                    (self.queries, num_latent_steps),
+                    (self.targets, model.config.document_steps(num_latent_steps)),
+                )
             )
             rank = ranks((query @ target.T).cpu().numpy(), np.array(self.labels))
             numbers[f"recall_at_1_{mode}"] = recall_at_1(rank).mean
@@ -123,4 +126,4 @@ def read_side(side: Any, root: Path, where: str) -> Any:
         value = media[kind]
         paths = [str(root / one) for one in (value if isinstance(value, list) else [value])]
         found[kind] = paths if isinstance(value, list) else paths[0]
-    return found | ({"text": side["text"]} if side.get("text") else {})
+    return found | {name: side[name] for name in ("instruction", "text") if side.get(name)}

@@ -26,7 +26,7 @@ _DECISIVE = (
     "video_max_pixels",
 )
 # Fields that came later count where they differ from their default, so that indexes made before them stay valid.
-_DECISIVE_LATER = {"background": "white", "vision_positions": "all_axes"}
+_DECISIVE_LATER = {"background": "white", "vision_positions": "all_axes", "gate_threshold": None}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -551,6 +551,11 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         """K of a call; None is the checkpoint's own."""
         self._check_steps(requested)
         steps = self.num_latent_steps if requested is None else requested
+        config = self.plume_config
+        if steps is None and task == "document":
+            return config.document_steps()  # a gate is for queries
+        if steps is None and task is None and config.document_steps() != config.num_latent_steps:
+            steps = {"query": config.num_latent_steps, "document": config.document_steps()}
         if not isinstance(steps, Mapping):
             return steps
         if task not in ("query", "document"):

@@ -24,7 +24,7 @@ class RolloutBuffers:
     """The cache of a rollout, and the tensors that go in.
 
     prefix_states `[B, 2, D]`: hidden states at anchor and `<bot>`. start, num_latent_steps `[B]`: as in `BatchLayout`.
-    prefixes: graphs that read into the cache. graphs: of the rollout, by number of steps. Only
+    prefixes: graphs that read into the cache. graphs: of the rollout, by number of steps and gate. Only
     buffers that are reused have both: those that graphs are captured over.
     """
 

@@ -158,7 +158,7 @@ class Engine:
 
         Args:
             batch: tensors from the processor; on the CPU, since others are copied there and the GPU waits.
-            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's, or 0 where a gate says so.
             media_keys: of the images and of the videos of each row, for the caches, as
                 `plume.embedder.digests.media_keys` makes them; without them nothing is cached.
 
@@ -212,7 +212,8 @@ class Engine:
             )
         size, steps = len(embeds), layout.max_latent_steps
         buffers = self.rollout_buffers(size, embeds.shape[1] + steps + len(self._suffix_ids))
-        launch = self.rollout_launcher(buffers, steps)  # first, since it runs for capture on whatever they hold
+        # First, since it runs for capture on whatever they hold.
+        launch = self.rollout_launcher(buffers, steps, layout.is_gated)
         buffers.fill(layout, self.read_prefix(layout, embeds, buffers))
         result = launch()
         return PlumeOutput(
@@ -265,7 +266,7 @@ class Engine:
             (rows, slots), lambda: RolloutBuffers(self.layers, rows, slots, max_graphs=self._max_graphs)
         )
 
-    def rollout_launcher(self, buffers: RolloutBuffers, steps: int) -> Callable[[], Rollout]:
+    def rollout_launcher(self, buffers: RolloutBuffers, steps: int, is_gated: bool = False) -> Callable[[], Rollout]:
         """A function that takes latent steps behind the prefixes in some buffers, and embeds.
 
         It is captured if the buffers are reused. It fills the cache further: set `buffers.cache.lengths` before it is
@@ -288,6 +289,7 @@ class Engine:
                 router_context=self.model.config.router_context,
                 latent_inputs=self.model.embed_latents(steps),
                 refinements=self.model.config.refinements,
+                gate=self.model.thinks if is_gated else None,
                 exit_tolerance=self.exit_tolerance,
                 ends_early=not buffers.is_reused,
             )
@@ -295,7 +297,7 @@ class Engine:
         if not buffers.is_reused:
             return roll_out
         buffers.reset()
-        return buffers.graphs.get_or_make(steps, lambda: self.capture(roll_out))
+        return buffers.graphs.get_or_make((steps, is_gated), lambda: self.capture(roll_out))
 
     def on_device(self) -> AbstractContextManager:
         """Makes the model's GPU the one that streams and graphs belong to."""

@@ -46,7 +46,7 @@ class BatchLayout:
     is_one_pass: whether nothing follows, since K = 0 or since latent inputs are known before (`PlumeConfig.latents`).
     latent_columns `[N]`: where latent inputs go in one pass, in the flattened ids; latent_steps `[N]`: their steps.
     start `[B]`: rotary position of latent step 0.
-    num_latent_steps `[B]`: K of each row; max_latent_steps: the largest.
+    num_latent_steps `[B]`: K of each row; max_latent_steps: the largest. is_gated: whether the model's gate decides.
     media: of all rows, and what the caches ask of them.
     """
 
@@ -60,6 +60,7 @@ class BatchLayout:
     start: Tensor
     num_latent_steps: Tensor
     max_latent_steps: int
+    is_gated: bool
     media: MediaLayout
 
     def pinned(self) -> BatchLayout:
@@ -108,7 +109,7 @@ def lay_out(
     Args:
         model: gives configuration and positions.
         batch: what the processor makes; padded on either side.
-        num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+        num_latent_steps: K, one number or one per row `[B]`; None: the configuration's, which a gate may lower.
         suffix_ids: `[S]`, with K = 0 only; the hidden state of its last token is read. None: the configuration's,
             whose `<gen_emb>` is read.
         media_keys: of the images and of the videos of each row; see `plume.embedder.digests`.
@@ -143,6 +144,7 @@ def lay_out(
         start=start,
         num_latent_steps=steps,
         max_latent_steps=max_steps,
+        is_gated=config.is_gated(num_latent_steps) and not is_one_pass,
         media=_media(model, batch, ids, rows.columns[:, 0], media_keys),
     )
 

@@ -58,6 +58,7 @@ class ModelInputs:
     prefix_ids `[B, L]`, prefix_mask `[B, L]` (True at real tokens): each row ends with `<bot>` in the last column.
     media: of all rows. suffix_ids, suffix_mask `[B, S]`: right-padded.
     num_latent_steps `[B]`: K of each row; max_latent_steps: the passes to run, known on the host.
+    is_gated: whether the model's gate lets rows do without, since nobody has said how many they take.
     anchor_column `[B]`: where the anchor is in the prefix.
     """
 
@@ -69,6 +70,7 @@ class ModelInputs:
     num_latent_steps: Tensor
     max_latent_steps: int
     anchor_column: Tensor
+    is_gated: bool
 
 
 def read_inputs(
@@ -101,7 +103,8 @@ def read_inputs(
         check_prefix_end(config, ids[:, -1])
     anchor_column = find_anchor(config, ids, mask)
     suffix_ids, suffix_mask = resolve_suffix(config, len(ids), ids.device, suffix_ids, suffix_mask)
-    return ModelInputs(ids, mask, Media.of(batch), suffix_ids, suffix_mask, steps, max_steps, anchor_column)
+    is_gated = config.is_gated(num_latent_steps)
+    return ModelInputs(ids, mask, Media.of(batch), suffix_ids, suffix_mask, steps, max_steps, anchor_column, is_gated)
 
 
 def padded_on_the_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class PlumePreTrainedModel(PreTrainedModel):
         config.backbone_config = backbone.config
         config.dtype = backbone.dtype
         model: Any = cls(config, backbone, head)
-        for part in (model.transition, model.latent_inputs, model.latent_norm):
+        for part in (model.transition, model.latent_inputs, model.latent_norm, model.gate):
             if part is not None:
                 part.to(backbone.dtype)
         model.processor = processor

@@ -40,7 +40,7 @@ from plume.model.interface import (
 from plume.model.loading import PlumePreTrainedModel
 from plume.model.reconstruction import Reconstruction
 from plume.model.rollout import Rollout, rollout
-from plume.model.transition import LatentNorm, build_adapter, scaled
+from plume.model.transition import Gate, LatentNorm, build_adapter, scaled
 
 _STEP_TABLE = "transition.step_embed.weight"
 
@@ -82,6 +82,7 @@ class PlumeModel(PlumePreTrainedModel):
         )
         embeddings = backbone.get_input_embeddings().weight
         self.latent_norm = LatentNorm(embeddings) if config.latent_scale == "embedding" else None
+        self.gate = Gate(config.hidden_size) if config.gate_threshold is not None else None
         self.processor: PlumeProcessor | None = None
         self.loss_scalars: nn.Module | None = (
             None  # set by the trainer; called in `forward`, so that wrappers see its parameters
@@ -128,7 +129,7 @@ class PlumeModel(PlumePreTrainedModel):
             suffix_ids: right-padded suffixes, `[B, S]`; None: the configuration's, the same for every row.
             suffix_mask: 1 at real suffix tokens, `[B, S]`.
             labels: suffix tokens to predict, -100 elsewhere, `[B, S]`.
-            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's.
+            num_latent_steps: K, one number or one per row `[B]`; None: the configuration's, or 0 where a gate says so.
             return_dict: accepted because sentence-transformers passes it; the output is the same.
             max_latent_steps: run at least this many steps, without effect on rows that take fewer. Under ZeRO-3 and
                 FSDP all processes must run the same number of passes.
@@ -231,6 +232,7 @@ class PlumeModel(PlumePreTrainedModel):
             keep_layers=keep_layers,
             latent_inputs=self.embed_latents(inputs.max_latent_steps),
             refinements=self.config.refinements,
+            gate=self.thinks if inputs.is_gated else None,
         )
         return decoder, result
 
@@ -262,7 +264,7 @@ class PlumeModel(PlumePreTrainedModel):
         config.backbone_config = self.backbone.config
         model = PlumeModel(config, self.backbone, self.lm_head)
         nn.Module.to(model, self.device)
-        for part in (model.transition, model.latent_inputs, model.latent_norm):
+        for part in (model.transition, model.latent_inputs, model.latent_norm, model.gate):
             if part is not None:
                 part.to(self.dtype)
         mine, its = self.state_dict(), model.state_dict()
@@ -278,6 +280,11 @@ class PlumeModel(PlumePreTrainedModel):
     def adapter(self) -> Adapter:
         """The transition adapter, its outputs as long as `PlumeConfig.latent_scale` says."""
         return self.transition if self.latent_norm is None else scaled(self.transition, self.latent_norm)
+
+    def thinks(self, anchor: Tensor) -> Tensor:
+        """Whether the gate gives an input its latent steps, by the hidden state at its anchor, `[B, D] -> [B]`."""
+        assert self.gate is not None
+        return self.gate(anchor) >= self.config.gate_threshold
 
     def embed_prefix(self, inputs: ModelInputs, vision: Vision | None = None) -> tuple[Segment, Tensor]:
         """The prefix with its vision features in place, and the rotary position of latent step 0, `[B]`."""

@@ -23,6 +23,7 @@ Letters: B batch, D hidden size, K latent steps, E experts, S suffix length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,7 @@ def rollout(
     keep_layers: bool = False,
     latent_inputs: Tensor | None = None,
     refinements: int = 0,
+    gate: Callable[[Tensor], Tensor] | None = None,
     exit_tolerance: float | None = None,
     ends_early: bool = True,
 ) -> Rollout:
@@ -94,16 +96,18 @@ def rollout(
         keep_layers: whether to return the suffix's states of all layers.
         latent_inputs: learnt inputs of parallel latents, `[M, D]` with M >= K; None takes sequential ones.
         refinements: n, of parallel latents.
+        gate: says of anchors `[B, D]` which rows take their steps at all, `[B]`; None: all of them. It cannot be asked
+            where latents are read in the pass of the prefix.
         exit_tolerance: of sequential latents: a row stops at the first step that changes its state by at most this
             share of its norm.
         ends_early: whether to ask the device then if all rows have stopped, and end; a CUDA graph cannot.
     """
     rows = torch.arange(len(start), device=start.device)
-    run = _Run(decoder, adapter, prefix, anchor_column, start, router_context)
+    run = _Run(decoder, adapter, prefix, anchor_column, start, router_context, gate, ends_early)
     if max_latent_steps == 0:
         steps = _Steps(prefix, 1, num_latent_steps)
     elif latent_inputs is None:
-        steps = _take_steps(run, num_latent_steps, max_latent_steps, exit_tolerance, ends_early)
+        steps = _take_steps(run, num_latent_steps, max_latent_steps, exit_tolerance)
     elif refinements == 0:
         latents = run.segment(latent_inputs[:max_latent_steps].expand(len(start), -1, -1), num_latent_steps)
         steps = _Steps(prefix.followed_by(latents), 1 + max_latent_steps, num_latent_steps)
@@ -159,6 +163,8 @@ class _Run:
     anchor_column: Tensor
     start: Tensor
     router_context: RouterContext
+    gate: Callable[[Tensor], Tensor] | None
+    ends_early: bool
     anchor: Tensor | None = None
     context: Tensor | None = None
 
@@ -170,6 +176,15 @@ class _Run:
         self.context = {"anchor": self.anchor, "prefix_last": state, "none": None}[self.router_context]
         return state
 
+    def gated(self, num_latent_steps: Tensor) -> Tensor:
+        """K of each row, `[B]`: 0 where the gate says so."""
+        assert self.anchor is not None
+        return num_latent_steps if self.gate is None else num_latent_steps.where(self.gate(self.anchor), 0)
+
+    def is_over(self, step: int, num_latent_steps: Tensor) -> bool:
+        """Whether no row takes another step; the device is asked only where that may end the work early."""
+        return self.ends_early and bool((step >= num_latent_steps).all())
+
     def segment(self, inputs: Tensor, num_latent_steps: Tensor, first_step: int = 0) -> Segment:
         """Inputs `[B, n, D]` of consecutive steps where they stand; masked beyond a row's own K."""
         steps = torch.arange(first_step, first_step + inputs.shape[1], device=inputs.device)
@@ -177,14 +192,15 @@ class _Run:
         return Segment(inputs, steps < num_latent_steps[:, None], torch.cat(places, dim=2))
 
 
-def _take_steps(
-    run: _Run, num_latent_steps: Tensor, max_latent_steps: int, exit_tolerance: float | None, ends_early: bool
-) -> _Steps:
+def _take_steps(run: _Run, num_latent_steps: Tensor, max_latent_steps: int, exit_tolerance: float | None) -> _Steps:
     """One pass per step; the last latent input is left for the suffix's."""
     pending, states, gates = run.prefix, [], []
     for step in range(max_latent_steps):
         if step == 0:
             state = run.read_prefix()
+            num_latent_steps = run.gated(num_latent_steps)
+            if run.gate is not None and run.is_over(0, num_latent_steps):
+                return _Steps(pending.empty_like(), 0, num_latent_steps, [state])
             next_input, gate = run.adapter(state, step, run.context)
         else:
             state, next_input, gate = run.decoder.latent_step(pending, run.adapter, step, run.context)
@@ -192,7 +208,7 @@ def _take_steps(
         if step and exit_tolerance is not None:
             is_settled = (states[-1] - states[-2]).norm(dim=-1) <= exit_tolerance * states[-1].norm(dim=-1)
             num_latent_steps = torch.where(is_settled, num_latent_steps.clamp(max=step), num_latent_steps)
-            if ends_early and (step >= num_latent_steps).all():
+            if run.is_over(step, num_latent_steps):
                 return _Steps(pending.empty_like(), 0, num_latent_steps, states, gates)
         gates.append(gate)
         pending = run.segment(next_input[:, None], num_latent_steps, step)
@@ -202,6 +218,7 @@ def _take_steps(
 def _refine(run: _Run, num_latent_steps: Tensor, latent_inputs: Tensor, refinements: int) -> _Steps:
     """Passes over all latents at once; their inputs become what the adapter makes of the states before them."""
     state = run.read_prefix()
+    num_latent_steps = run.gated(num_latent_steps)
     first, gate = run.adapter(state, 0, run.context)
     inputs = [first, *(row.expand_as(first) for row in latent_inputs[1:])]
     gates = [gate]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plume.config import PlumeConfig
-from plume.model.interface import Adapter, at_least_float32
+from plume.model.interface import Adapter, at_least_float32, normalize
 
 
 class TransitionAdapter(nn.Module):
@@ -163,6 +163,21 @@ class LatentNorm(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.normalize(inputs, dim=-1) * self.weight
+
+
+class Gate(nn.Module):
+    """Probability that latent steps help an input, by its anchor (TWN, arXiv 2605.14448); one half until it is trained.
+
+    `[B, D] -> [B]`, logistic regression on the anchor embedding, in float32 whatever the weights' dtype.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, anchor: Tensor) -> Tensor:
+        return torch.sigmoid(normalize(anchor) @ at_least_float32(self.weight) + at_least_float32(self.bias))
 
 
 def scaled(adapter: Adapter, norm: nn.Module) -> Adapter:

@@ -367,6 +367,55 @@ def test_a_row_stops_when_its_states_agree(model, captured):
     assert never.num_latent_steps.tolist() == [6] * 5
 
 
+def test_a_gate_decides_who_takes_steps_where_nobody_else_does(model, captured):
+    """As if each row had been given 0 or K: in model and engine, with and without graphs, alone and in a batch."""
+    gated, new = model.reconfigured(num_latent_steps=4, gate_threshold=0.5)
+    assert new == ["gate"]
+    batch = dict(gated.processor.encode(items()))
+    with torch.no_grad():
+        anchors = gated(**batch, num_latent_steps=0).anchor_embedding
+        assert gated(**batch).num_latent_steps.tolist() == [4] * 5  # an untrained gate lets all think
+        gated.gate.weight.copy_(anchors[0] - anchors[1:].mean(dim=0))
+        gated.gate.bias.copy_(-(anchors @ gated.gate.weight).median())
+        expected = torch.where(torch.sigmoid(anchors @ gated.gate.weight + gated.gate.bias) >= 0.5, 4, 0)
+        assert 0 < (expected > 0).sum() < 5
+        told = gated(**batch, num_latent_steps=expected)
+        found = gated(**batch)
+    assert found.num_latent_steps.tolist() == expected.tolist()
+    for name in ("embedding", "anchor_embedding", "states"):
+        assert torch.allclose(found[name], told[name], atol=1e-6)
+    for backend in ("eager", "graph"):
+        engine = Engine(gated, backend=backend)
+        output = engine(batch)
+        assert output.num_latent_steps.tolist() == expected.tolist()
+        assert (output.embedding - told.embedding).abs().max() < 1e-5
+        assert engine(batch, 4).num_latent_steps.tolist() == [4] * 5  # a caller who says how many means it
+        assert (engine(batch).embedding - told.embedding).abs().max() < 1e-5
+        for row, item in enumerate(items()):
+            alone = engine(dict(gated.processor.encode([item])))
+            assert (alone.embedding[0] - told.embedding[row]).abs().max() < 1e-5
+    gated.config.gate_threshold = 1.0
+    with torch.no_grad():
+        nobody = gated(**batch)
+    assert nobody.num_latent_steps.tolist() == [0] * 5
+    assert nobody.states.shape[1] == 1  # nor are they run
+    assert (Engine(gated, backend="eager")(batch).embedding - nobody.embedding).abs().max() < 1e-5
+    assert (nobody.embedding - gated(**batch, num_latent_steps=0).embedding).abs().max() < 1e-6
+
+
+def test_a_gate_decides_about_refined_latents_and_not_about_those_of_one_pass(model):
+    with pytest.raises(ValueError, match="gate_threshold: latents that are read in the pass of the prefix"):
+        model.reconfigured(latents="parallel", gate_threshold=0.5)
+    with pytest.raises(ValueError, match=r"gate_threshold must be None or lie in \[0, 1\]; received 2"):
+        model.reconfigured(gate_threshold=2)
+    refined, _ = model.reconfigured(latents="parallel", refinements=1, num_latent_steps=3, gate_threshold=1.0)
+    batch = dict(refined.processor.encode(items()))
+    with torch.no_grad():
+        expected = refined(**batch, num_latent_steps=0).embedding
+        assert (refined(**batch).embedding - expected).abs().max() < 1e-6
+        assert (Engine(refined)(batch).embedding - expected).abs().max() < 1e-5
+
+
 def test_int8_stays_close_and_no_row_depends_on_another(model):
     batch = dict(model.processor.encode(items()))
     exact, engine = Engine(model)(batch).embedding, Engine(model, int8=True)

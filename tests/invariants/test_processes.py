@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plume import PlumeModel
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import Curriculum, Stage
-from plume_train.data.collate import PairCollator
+from plume_train.data.collate import SUPERVISED, PairCollator
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
 from plume_train.objective.gradcache import Step
@@ -97,6 +97,8 @@ def step_gradients(rank, world, folder, case):
         hardness=3.0,
         same_side_negatives=True,
         distillation_weight=1.0,
+        ranking_weight=2.0,
+        ranking_temperature=0.1,
         per_step_weight=0.5,
     )
     model = PlumeModel.from_pretrained(f"{folder}/model").double().train()
@@ -113,7 +115,7 @@ def step_gradients(rank, world, folder, case):
         curriculum,
         micro_batch_size=micro_batch_size,
         num_negatives=2,
-        with_teacher=True,
+        teacher_roles=SUPERVISED,
         touch_all=world > 1,
         on_bad_row="skip",
     )

@@ -6,17 +6,20 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from plume import PlumeModel
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import PAPER, Curriculum, Stage
-from plume_train.data.collate import PairCollator, StagedRecords
+from plume_train.data.collate import SUPERVISED, PairCollator, StagedRecords
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
+from plume_train.data.vectors import VectorStore
 from plume_train.objective.gradcache import Step
 from plume_train.objective.objective import Objective
 
@@ -28,6 +31,8 @@ EVERY_TERM = {
     "alignment_weight": 0.3,
     "uniformity_weight": 0.2,
     "distillation_weight": 2.0,
+    "ranking_weight": 3.0,
+    "ranking_temperature": 0.1,
     "learn_temperature": True,
     "num_negatives": 2,
     "false_negative_margin": 0.05,
@@ -80,7 +85,7 @@ def arguments(tmp_path, **settings):
     )
 
 
-def batch_of(model, rows, args, draws, chosen=range(6)):
+def batch_of(model, rows, args, draws, chosen=range(6), **more):
     most = max(steps for _, steps in draws)
     collate = PairCollator(
         model.processor,
@@ -88,9 +93,11 @@ def batch_of(model, rows, args, draws, chosen=range(6)):
         CURRICULUM,
         micro_batch_size=args.micro_batch_size,
         num_negatives=args.num_negatives,
-        with_teacher=args.distillation_weight > 0,
+        teacher_roles=SUPERVISED if args.distillation_weight else (),
+        teacher_vectors=VectorStore(args.teacher_vectors) if args.teacher_vectors else None,
         reconstruct=args.reconstruct if args.reconstruct_weight else None,
         reconstruct_sees=args.reconstruct_sees,
+        **more,
     )
     batch = collate([rows[Draw(row, *draws[row], most, 4)] for row in chosen])
     for one in (one for passes in batch["passes"].values() for one in passes):
@@ -145,11 +152,11 @@ class ObjectiveWithTwoMoreTerms(Objective):
         super().__init__(*args)
         self.weights = self.weights | {"energy": 0.3, "spread": 0.2}
 
-    def represent(self, output, micro_batch):
-        return super().represent(output, micro_batch) | {"last_state": output.states[:, -1]}
+    def represent(self, output, micro_batch, written=None):
+        return super().represent(output, micro_batch, written) | {"last_state": output.states[:, -1]}
 
-    def row_terms(self, run, output, micro_batch, num_rows):
-        return super().row_terms(run, output, micro_batch, num_rows) | {"energy": output.states.square().sum()}
+    def row_terms(self, output, micro_batch, num_rows, written=None):
+        return super().row_terms(output, micro_batch, num_rows, written) | {"energy": output.states.square().sum()}
 
     def batch_terms(self, representations, batch):
         states = [one["last_state"] for side in representations.values() for one in side]
@@ -167,6 +174,124 @@ def test_terms_that_are_added_count_on_every_side_and_under_gradcache(trainee, r
     assert largest_difference(whole, cached) < 1e-9
     plain = gradients(trainee, rows, args, DRAWS["mixed stages"])[1]
     assert largest_difference(whole, plain) > 1e-3
+
+
+@pytest.fixture
+def other_vectors(rows, tmp_path):
+    """Of another embedder, for all rows but the last."""
+    store = VectorStore.create(tmp_path / "vectors", {"model": "other", "dim": 5})
+    generator = np.random.default_rng(0)
+    for index in range(5):
+        record = rows.records[index]
+        for name, sides in (("query", [record.query]), ("target", [record.target, *record.negatives])):
+            found = generator.normal(size=(len(sides), 5))
+            store.add(name, sides, found / np.linalg.norm(found, axis=1, keepdims=True))
+    return store
+
+
+def test_vectors_of_another_embedder_teach_the_rows_that_it_knows(trainee, rows, tmp_path, other_vectors):
+    weights = dict.fromkeys(
+        ("cross_entropy_weight", "contrastive_weight", "anchor_contrastive_weight", "balance_weight"), 0.0
+    )
+    taught = {"ranking_weight": 1.0, "ranking_temperature": 0.2, "teacher_vectors": str(other_vectors.folder)}
+    args = arguments(tmp_path, **weights, **taught, num_negatives=2)
+    parts, whole = gradients(trainee, rows, args, DRAWS["mixed stages"])
+    cut = arguments(tmp_path, **weights, **taught, num_negatives=2, micro_batch_size=2)
+    cached_parts, cached = gradients(trainee, rows, cut, DRAWS["mixed stages"], "cached")
+    assert largest_difference(parts, cached_parts) < 1e-9
+    assert largest_difference(whole, cached) < 1e-9
+    assert parts["ranking"] > 0
+    assert "teacher_cross_entropy_query" not in parts  # nothing is written for it
+    # By hand: of the rows that are known, among the targets and the hard negatives that are.
+    batch = batch_of(trainee, rows, args, DRAWS["mixed stages"])
+    assert batch["is_taught"].tolist() == [True] * 5 + [False]
+    assert batch["is_taught_negative"].sum() == 3  # two of the third row, one of the fourth
+    losses = []
+    with torch.no_grad():
+        own, others = {}, {}
+        for role, (one,) in batch["passes"].items():
+            own[role], others[role] = trainee(**one["inputs"]).embedding, one["teacher_vectors"].double()
+    is_negative = batch["is_negative"] & batch["is_taught_negative"]
+    for front in (True, False):
+        first, second = ("query", "target") if front else ("target", "query")
+        for row in range(5):
+            columns = [column for column in range(5) if {row, column} != {0, 3}]
+            rankings = []
+            for vectors in (others, own):
+                found = vectors[second][columns] @ vectors[first][row]
+                if front:
+                    kept = is_negative & (batch["negative_keys"] != batch["target_keys"][row])
+                    found = torch.cat([found, vectors["negative"][kept] @ vectors[first][row]])
+                rankings.append((found / 0.2).log_softmax(dim=0))
+            losses.append((rankings[0].exp() * (rankings[0] - rankings[1])).sum())
+    assert torch.allclose(torch.stack(losses).mean(), parts["ranking"].double(), atol=1e-6)
+
+
+def test_each_task_has_a_temperature_of_its_own(trainee, rows, tmp_path):
+    args = arguments(tmp_path, temperature_per_task=True, temperature=0.1)
+    objective = Objective(args, trainee.config.num_experts, ["a", "rows", "z", "rows"])
+    trainee.loss_scalars = scalars = objective.build_scalars().double()
+    with torch.no_grad():
+        scalars.values[:, :2] += torch.tensor([[1.0], [0.5], [2.0]])
+    step = Step(model=trainee, objective=objective, accelerator=Accelerator(cpu=True), autocast=nullcontext)
+    batch = batch_of(trainee, rows, args, DRAWS["latent"])
+    assert batch["task"] == "rows"
+    found = step.direct(batch)["contrastive"]
+    gradient = scalars.values.grad
+    assert gradient[1, :2].abs().min() > 0
+    assert gradient[[0, 2]].abs().max() == 0
+    shared = arguments(tmp_path, temperature=0.1 / torch.tensor(0.5).exp().item())
+    trainee.loss_scalars = None
+    assert torch.allclose(found, gradients(trainee, rows, shared, DRAWS["latent"])[0]["contrastive"], atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_labels_of_a_task_are_columns_once_each(trainee, rows, tmp_path, micro_batch_size):
+    """As hard negatives of every row, without those of the batch; other processes have the rest of them."""
+    labels = {"rows": [rows.records[row].target for row in (0, 1, 2, 4, 5)]}
+    args = arguments(tmp_path, temperature=0.1, micro_batch_size=micro_batch_size)
+    batch = batch_of(trainee, rows, args, DRAWS["latent"], labels=labels)
+    step = Step(model=trainee, objective=Objective(args, 4), accelerator=Accelerator(cpu=True), autocast=nullcontext)
+    trainee.loss_scalars = None
+    found = (step.cached if micro_batch_size else step.direct)(batch)["contrastive"]
+    with torch.no_grad():
+        query, target, negative = (
+            torch.cat([trainee(**one["inputs"]).embedding for one in batch["passes"][role]])
+            for role in ("query", "target", "negative")
+        )
+    label_of = [0, 1, 2, 0, 3, 4]
+    forwards = cross_entropy(query @ negative.T / 0.1, torch.tensor(label_of))
+    scores = (target @ query.T / 0.1).masked_fill(
+        torch.tensor([[one == other and row != column for column, other in enumerate(label_of)]
+                      for row, one in enumerate(label_of)]), -torch.inf)  # fmt: skip
+    backwards = cross_entropy(scores, torch.arange(6))
+    assert torch.allclose(found.double(), (forwards + backwards) / 2, atol=1e-5)
+    shares = [batch_of(trainee, rows, args, DRAWS["latent"], labels=labels, share=(rank, 2)) for rank in (0, 1)]
+    assert [one["is_negative"].tolist() for one in shares] == [[True] * 3, [True, True, False]]
+    keys = [key for one in shares for key in one["negative_keys"][one["is_negative"]].tolist()]
+    assert sorted(keys) == sorted(side.key for side in labels["rows"])
+    other = batch_of(trainee, rows, args, DRAWS["latent"], labels={"another": labels["rows"]})
+    assert not other["has_labels"]
+    assert "negative" not in other["passes"]
+
+
+def test_targets_take_no_more_steps_than_they_are_allowed(trainee, rows, tmp_path):
+    """Their rationale is shortened as the stage says, and nothing stands in its place."""
+    args = arguments(tmp_path, num_negatives=2, reconstruct_weight=1.0)
+    for target_steps, expected in ((None, 2), (1, 1), (0, 0)):
+        batch = batch_of(trainee, rows, args, DRAWS["middle"], target_steps=target_steps)
+        inputs = {role: one["inputs"] for role, (one,) in batch["passes"].items()}
+        assert inputs["query"]["num_latent_steps"].tolist() == [2] * 6
+        for role in ("target", "negative"):
+            assert set(inputs[role]["num_latent_steps"].tolist()) == {expected}
+        assert batch["num_gates"] == 6 * (2 + expected)
+        groups = inputs["target"]["reconstruction"]["groups"][4].tolist()
+        assert max(groups) == expected - 1
+    alone = batch_of(trainee, rows, args, DRAWS["middle"], target_steps=0)["passes"]["target"][0]["inputs"]
+    with torch.no_grad():
+        found = trainee(**alone).embedding
+        plain = {name: one for name, one in alone.items() if not name.startswith("reconstruction")}
+        assert torch.allclose(found, trainee(**{**plain, "max_latent_steps": 0}).embedding, atol=1e-9)
 
 
 @pytest.mark.parametrize("term", ["cross_entropy", "contrastive", "anchor_contrastive", "balance", "sigmoid"])
@@ -243,7 +368,7 @@ def test_a_batch_of_latent_loops_equals_a_loop_over_rows(trainee, rows, tmp_path
         batch = batch_of(trainee, rows, args, draws, [row])
         for role, (one,) in batch["passes"].items():
             output = trainee(**{**one["inputs"], "max_latent_steps": None})
-            entropies[role] += objective.row_terms(trainee, output, one, batch["num_supervised"][role]).values()
+            entropies[role] += objective.row_terms(output, one, batch["num_supervised"][role]).values()
             vectors[role].append(output.embedding)
     for role, values in entropies.items():
         assert torch.allclose(torch.stack(values).mean(), parts[f"cross_entropy_{role}"], atol=1e-9)
@@ -264,7 +389,12 @@ def test_a_row_that_cannot_be_loaded_weighs_nothing(trainee, rows, tmp_path):
 
     def terms(chosen, on_bad_row):
         collate = PairCollator(
-            trainee.processor, trainee.config, curriculum, num_negatives=2, with_teacher=True, on_bad_row=on_bad_row
+            trainee.processor,
+            trainee.config,
+            curriculum,
+            num_negatives=2,
+            teacher_roles=SUPERVISED,
+            on_bad_row=on_bad_row,
         )
         batch = collate([rows[Draw(row, 0, 4, 4, 0)] for row in chosen])
         for one in (one for passes in batch["passes"].values() for one in passes):

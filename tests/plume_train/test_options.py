@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -73,6 +74,57 @@ def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hop
     assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
     assert not any(name.startswith("loss_scalars") for name in model.state_dict())
     assert not any("loss_scalars" in name for name in PlumeModel.from_pretrained(tmp_path / "out").state_dict())
+
+
+def test_what_stands_beside_contrast_trains_and_is_logged(tmp_path, start, hops_folder):
+    """Ranking from written reasoning, labels, temperatures, precisions, fewer steps of targets, instructions."""
+    lines = [json.loads(line) for line in (hops_folder / "train.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["query"]["instruction"] = "Look:"
+    (hops_folder / "instructed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    terms = {
+        "train_file": str(hops_folder / "instructed.jsonl"),
+        "ranking_weight": 1.0,
+        "max_labels": 20,
+        "temperature_per_task": True,
+        "matryoshka_dims": [8, 32],
+        "matryoshka_weight": 0.5,
+        "matryoshka_precisions": ["float32", "binary"],
+        "target_steps": 0,
+        "instruction_dropout": 0.5,
+        "micro_batch_size": 2,
+    }
+    model = train(settings(tmp_path, start, hops_folder, **terms))
+    names = {name for line in log_of(tmp_path) for name in line}
+    assert {"ranking", "teacher_cross_entropy_query", "matryoshka", "contrastive"} <= names
+    assert not {"distillation_query", "teacher_cross_entropy_target"} & names
+    assert model.config.document_latent_steps == 0
+    assert not any(name.startswith("loss_scalars") for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"target_steps": -1}, "target_steps is -1; expected 0 or more"),
+        ({"target_steps": 0, "per_step_weight": 1.0}, "target_steps leaves targets fewer; drop one"),
+        ({"instruction_dropout": 2.0}, "instruction_dropout is 2.0; expected 0 to 1"),
+        ({"matryoshka_precisions": ["int4"]}, "holds 'int4'; expected some of float32, int8, binary"),
+        ({"max_labels": -1}, "max_labels is -1; expected 0 or more"),
+        ({"ranking_temperature": 0.0}, "ranking_temperature must be positive; received 0.0"),
+    ],
+)
+def test_values_that_settings_cannot_have_are_refused(tmp_path, start, hops_folder, wrong, told):
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        settings(tmp_path, start, hops_folder, **wrong).check()
+
+
+def test_vectors_that_teach_must_be_there(tmp_path, start, hops_folder):
+    with pytest.raises(ValueError, match="holds no vectors; expected a folder that `plume-train vectors` wrote"):
+        train(settings(tmp_path, start, hops_folder, ranking_weight=1.0, teacher_vectors=str(tmp_path)))
+    useless = settings(tmp_path, start, hops_folder, teacher_vectors=str(tmp_path)).without_effect(
+        Records(hops_folder / "train.jsonl")
+    )
+    assert "teacher_vectors: without effect, since ranking_weight is 0" in useless
 
 
 def test_bfloat16_autocast_keeps_float32_weights_and_about_the_same_loss(tmp_path, start, hops_folder):

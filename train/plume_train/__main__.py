@@ -12,7 +12,7 @@ from plume.checkpoints.place import check_place, stay_offline_without_network
 from plume.configurations import find_config
 from plume.terminal import did_you_mean, missing, plain_warnings, printable, quiet_libraries, say
 
-_COMMANDS = ("check", "rationales", "merge", "soup", "accelerate")
+_COMMANDS = ("check", "rationales", "vectors", "mine", "gate", "merge", "soup", "accelerate")
 
 
 def main() -> None:
@@ -72,10 +72,13 @@ def _check_places(words: list[str]) -> None:
 def _run(command: str, words: list[str]) -> None:
     from plume_train.config import SettingsError, parse_arguments, settings_parser
     from plume_train.data.check import check
+    from plume_train.gate import gate
     from plume_train.lora import merge
+    from plume_train.mine import mine
     from plume_train.run import train
     from plume_train.saving import RunError, reason, state_of
     from plume_train.soup import soup
+    from plume_train.vectors import vectors
 
     folder = None
     try:
@@ -84,7 +87,8 @@ def _run(command: str, words: list[str]) -> None:
 
             sys.exit(rationales(words))
         if command:
-            sys.exit({"check": check, "merge": merge, "soup": soup}[command](words))
+            commands = {"check": check, "vectors": vectors, "mine": mine, "gate": gate, "merge": merge, "soup": soup}
+            sys.exit(commands[command](words))
         if "--help-all" in words:
             settings_parser().print_help()
             sys.exit()

@@ -26,6 +26,9 @@ from plume.terminal import Parser, did_you_mean, is_watched, printable
 from plume_train.curriculum import PRESETS, Curriculum, Stage
 from plume_train.data.records import Records, check_source
 
+#: What vectors are kept in.
+Precision = Literal["float32", "int8", "binary"]
+
 
 class SettingsError(ValueError):
     """Settings that cannot be used; names them and what to change."""
@@ -81,6 +84,9 @@ class PlumeTrainingArguments(TrainingArguments):
     validation_file: list[str] = field(default_factory=list)
     """Held-out rows in the same formats; their loss is measured every `validate_every` steps."""
 
+    instruction_dropout: float = 0.0
+    """Probability that a row is trained without the instructions of its sides."""
+
     media_root: str | None = None
     """Folder that media paths are relative to; None is the folder of each file."""
 
@@ -126,6 +132,9 @@ class PlumeTrainingArguments(TrainingArguments):
 
     random_steps: bool = False
     """Whether batches of fully latent stages draw K from 1 to M; any K then works at inference."""
+
+    target_steps: int | None = None
+    """K of targets at most; 0 encodes them in a single pass, None as queries (TRACE)."""
 
     advance: Literal["schedule", "settled", "explicit_recall"] = "schedule"
     """When a stage ends: at its share of the steps; or before that once the validation loss has settled; or, for the
@@ -191,8 +200,18 @@ class PlumeTrainingArguments(TrainingArguments):
     learn_temperature: bool = False
     """Whether one temperature per contrastive term is learnt; from `temperature` on."""
 
+    temperature_per_task: bool = False
+    """Whether each task learns temperatures of its own (RzenEmbed); from `temperature` on."""
+
+    max_labels: int = 0
+    """Tasks of at most so many distinct targets are classification: queries are told apart from all of these, and not
+    from what is in the batch (Qwen3-VL-Embedding)."""
+
     matryoshka_dims: list[int] = field(default_factory=list)
     """Lengths at which a cut embedding must work too; their loss has `matryoshka_weight`."""
+
+    matryoshka_precisions: list[str] = field(default_factory=lambda: ["float32"])
+    """Precisions at which it must, of float32, int8 and binary; the last two as in an index."""
 
     cross_entropy_weight: float = 1.0
     """Of the suffix cross-entropy of each side."""
@@ -223,6 +242,15 @@ class PlumeTrainingArguments(TrainingArguments):
 
     teacher_cross_entropy_weight: float = 1.0
     """Of the cross-entropy of the written reasoning that distillation learns from."""
+
+    ranking_weight: float = 0.0
+    """Of the divergence of in-batch rankings from a teacher's, written reasoning (LaSER: 10) or `teacher_vectors`."""
+
+    ranking_temperature: float = 0.02
+    """Similarities of both are divided by it."""
+
+    teacher_vectors: str | None = None
+    """Folder of `plume-train vectors` of a bigger embedder (WeMM); None: the model's own written reasoning."""
 
     reconstruct_weight: float = 0.0
     """Of the cross-entropy of text that is said from latent steps alone (SIM-CoT, BToks); one more pass per side."""
@@ -370,16 +398,31 @@ class PlumeTrainingArguments(TrainingArguments):
             )
         if bool(self.matryoshka_dims) != bool(self.matryoshka_weight):
             raise SettingsError("matryoshka_dims and matryoshka_weight go together; set both or neither")
+        known = get_args(Precision)
+        if unknown := [name for name in self.matryoshka_precisions or [""] if name not in known]:
+            raise SettingsError(f"matryoshka_precisions holds {unknown[0]!r}; expected some of {', '.join(known)}")
+        if self.max_labels < 0:
+            raise SettingsError(f"max_labels is {self.max_labels}; expected 0 or more")
+        if self.target_steps is not None and self.per_step_weight:
+            raise SettingsError(
+                "per_step_weight contrasts both sides after every step, and target_steps leaves targets fewer; drop one"
+            )
         rules = ("false_negative_margin", "duplicate_similarity", "hardness", "same_side_negatives")
         for name in rules if self.contrastive_loss == "sigmoid" else ():
             if getattr(self, name) not in (None, 0, False):
                 raise SettingsError(f"{name} belongs to contrastive_loss=info_nce; received sigmoid; drop one of them")
-        for name, most in (("false_negative_margin", 2), ("duplicate_similarity", 1), ("hardness", None)):
+        bounds = {"false_negative_margin": 2, "duplicate_similarity": 1, "hardness": None, "instruction_dropout": 1}
+        for name, most in bounds.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= (value if most is None else most):
                 bound = "at least 0" if most is None else f"0 to {most}"
                 raise SettingsError(f"{name} is {value}; expected {bound}")
-        for name, least in (("temperature", 1e-6), ("mixing_temperature", 1e-3), ("validate_every", 1)):
+        for name, least in (
+            ("temperature", 1e-6),
+            ("mixing_temperature", 1e-3),
+            ("ranking_temperature", 1e-6),
+            ("validate_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} must be positive; received {getattr(self, name)}")
         weights = self.task_weights or {}
@@ -387,6 +430,8 @@ class PlumeTrainingArguments(TrainingArguments):
             raise SettingsError(f"task_weights of {bad[0]!r} is negative; expected 0 or more")
         if self.base_dtype != "float32" and not self.bf16:
             raise SettingsError(f"base_dtype={self.base_dtype} needs bf16=true, under which what learns stays float32")
+        if self.target_steps is not None and self.target_steps < 0:
+            raise SettingsError(f"target_steps is {self.target_steps}; expected 0 or more")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
         if self.deepspeed_plugin is not None and self.micro_batch_size and self.gradient_accumulation_steps > 1:
@@ -445,11 +490,33 @@ class PlumeTrainingArguments(TrainingArguments):
             ("random_steps", self.random_steps and not is_latent, "no stage is fully latent"),
             ("per_step_weight", self.per_step_weight and not any(steps), "no stage has latent steps"),
             ("distillation_weight", self.distillation_weight and not any(steps), "no stage has latent steps"),
+            (
+                "ranking_weight",
+                self.ranking_weight and not self.teacher_vectors and not any(steps),
+                "no stage has latent steps",
+            ),
+            ("teacher_vectors", self.teacher_vectors and not self.ranking_weight, "ranking_weight is 0"),
             ("reconstruct_weight", self.reconstruct_weight and not any(steps), "no stage has latent steps"),
             ("optimizer_reset", self.optimizer_reset != "none" and len(steps) == 1, "there is one stage"),
             ("rewarmup_steps", self.rewarmup_steps and len(steps) == 1, "there is one stage"),
+            (
+                "max_labels",
+                self.max_labels and not records.labels,
+                f"every task has more than {self.max_labels} targets",
+            ),
+            (
+                "matryoshka_precisions",
+                self.matryoshka_precisions != ["float32"] and not self.matryoshka_dims,
+                "matryoshka_dims is empty",
+            ),
+            ("temperature_per_task", self.temperature_per_task and len(set(records.tasks)) == 1, "there is one task"),
             ("num_negatives", self.num_negatives and not has_negatives, "no row has hard negatives"),
             ("negatives of the data", has_negatives and not self.num_negatives, "num_negatives is 0"),
+            (
+                "instruction_dropout",
+                self.instruction_dropout and not records.has_instructions,
+                "no row has an instruction",
+            ),
             ("lora_dropout", self.lora_dropout and not self.lora_rank, "lora_rank is 0"),
         ]
         told = [f"{name}: without effect, since {why}" for name, applies, why in reasons if applies]

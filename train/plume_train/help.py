@@ -15,6 +15,9 @@ plume-train [--config FILE] [--SETTING VALUE ...]   train; a flag wins over the 
                                                     of yours, or comes with plume: demo, lora, paper, published
 plume-train check DATA [--SETTING VALUE ...]        look at training data before a GPU is paid for
 plume-train rationales DATA --out FILE ...          write the rationales that pairs lack, with any model on a server
+plume-train mine DATA --model M --out FILE          hard negatives, and groups of rows for batches
+plume-train vectors DATA --model M --out FOLDER     vectors to mine from, and to learn from as of a bigger embedder
+plume-train gate MODEL --data PAIRS --out FOLDER    teach a trained model which queries need latent steps
 plume-train merge CHECKPOINT FOLDER                 merge a checkpoint of a LoRA run into a plain model
 plume-train soup MODEL MODEL ... --out FOLDER       one model whose weights are the mean of several
 plume-train accelerate NAME                         where a configuration of accelerate is: single, ddp, zero2, ...

@@ -115,7 +115,7 @@ def tell_memory(trainer: PlumeTrainer) -> None:
         return
     dataset: Any = trainer.train_dataset
     curriculum = trainer.curriculum
-    draws = next(iter(sampler_of(args, dataset.records.tasks, curriculum, num_steps=1)))[:_NUM_ROWS]
+    draws = next(iter(sampler_of(args, dataset.records, curriculum, num_steps=1)))[:_NUM_ROWS]
     batch = trainer.collate([dataset[draw] for draw in draws])
     passes = [inputs["inputs"] for micro_batches in batch["passes"].values() for inputs in micro_batches]
     num_rows = args.micro_batch_size or args.per_device_train_batch_size

@@ -102,13 +102,13 @@ class Progress:
         self.borders[following:] = [border - saved for border in self.borders[following:]]
         return True
 
-    def save(self, folder: Path, num_latent_steps: int, loss_scalars: list[float]) -> None:
+    def save(self, folder: Path, num_latent_steps: int, loss_scalars: list[list[float]]) -> None:
         """Write into a checkpoint, with its K and, where the weights do not hold it, what the loss has learnt."""
         state = {name: getattr(self, name) for name in _SAVED}
         state |= {"num_latent_steps": num_latent_steps, "loss_scalars": loss_scalars}
         (folder / PROGRESS_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
-    def load(self, folder: Path) -> list[float]:
+    def load(self, folder: Path) -> list[list[float]]:
         """Go on from a checkpoint; returns what the loss had learnt."""
         state = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
         for name in _SAVED:  # an earlier version saved fewer

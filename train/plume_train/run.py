@@ -62,7 +62,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         warnings.warn(f"plume: {useless}", stacklevel=2)
     held_out = load_records(args, args.validation_file) if args.validation_file else None
     if args.max_steps < 0:
-        batches = sampler_of(args, records.tasks, curriculum, num_steps=1).batches_per_pass()
+        batches = sampler_of(args, records, curriculum, num_steps=1).batches_per_pass()
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
     run = settings_of(args) | {"num_rows": len(records), "data_digest": records.digest}
     if held_out is not None:
@@ -84,7 +84,10 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     for stage in curriculum.stages:
         model.config.check_num_latent_steps(curriculum.num_latent_steps(stage))
     model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
-    if args.matryoshka_dims and max(args.matryoshka_dims) >= model.config.hidden_size:
+    if args.target_steps is not None:
+        model.config.document_latent_steps = args.target_steps
+    is_quantised = args.matryoshka_precisions != ["float32"]  # then also at their full length
+    if args.matryoshka_dims and max(args.matryoshka_dims) >= model.config.hidden_size + is_quantised:
         raise SettingsError(
             f"matryoshka_dims {args.matryoshka_dims} must be shorter than an embedding, {model.config.hidden_size}"
         )
@@ -186,6 +189,7 @@ def load_records(args: PlumeTrainingArguments, data: list[str]) -> Records:
             unclosed_answer=args.unclosed_answer,
         ),
         on_bad_row=args.on_bad_row,
+        max_labels=args.max_labels,
         show_progress=args.shows_bars,
     )
 

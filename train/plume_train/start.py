@@ -47,6 +47,8 @@ def freeze(model: PlumeModel, args: PlumeTrainingArguments) -> None:
     tower = model.backbone.visual
     tower.requires_grad_(args.train_vision)
     tower.merger.requires_grad_(args.train_merger or args.train_vision)
+    if model.gate is not None:  # learnt from a trained model, by `plume-train gate`
+        model.gate.requires_grad_(False)
 
 
 def widen_what_learns(model: Any) -> None:

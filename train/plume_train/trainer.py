@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,10 @@ from plume.model.model import PlumeModel
 from plume_train.callbacks import Console, Evaluate, EvaluationHook, LogFile, StageChange, Validation
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.curriculum import Curriculum
-from plume_train.data.collate import Batch, PairCollator, StagedRecords
+from plume_train.data.collate import SUPERVISED, Batch, PairCollator, StagedRecords
+from plume_train.data.records import Records
 from plume_train.data.sampler import StagedBatchSampler
+from plume_train.data.vectors import VectorStore
 from plume_train.metrics import Meter
 from plume_train.objective.gather import is_distributed, num_processes, total
 from plume_train.objective.gradcache import Step
@@ -61,7 +62,8 @@ class PlumeTrainer(Trainer):
         assert bare.processor is not None
         self.curriculum = curriculum
         self.progress = Progress(curriculum, args.max_steps)
-        self.objective = Objective(args, bare.config.num_experts if bare.config.transition == "moe" else None)
+        num_experts = bare.config.num_experts if bare.config.transition == "moe" else None
+        self.objective = Objective(args, num_experts, dataset.records.tasks)
         bare.loss_scalars = self.objective.build_scalars()
         self.collate = PairCollator(
             bare.processor,
@@ -69,7 +71,15 @@ class PlumeTrainer(Trainer):
             curriculum,
             micro_batch_size=args.micro_batch_size,
             num_negatives=args.num_negatives,
-            with_teacher=args.distillation_weight > 0,
+            labels=dataset.records.labels,
+            share=(args.process_index, args.world_size),
+            target_steps=bare.config.document_latent_steps,
+            teacher_roles=SUPERVISED
+            if args.distillation_weight
+            else ("query",)
+            if self.objective.ranks_by_written
+            else (),
+            teacher_vectors=VectorStore(args.teacher_vectors) if args.teacher_vectors else None,
             touch_all=args.world_size > 1,
             last_state_predicts=args.last_state_predicts,
             reconstruct=args.reconstruct if args.reconstruct_weight else None,
@@ -261,7 +271,7 @@ class PlumeTrainer(Trainer):
         """How often the data have been seen after so many optimiser steps."""
         if self._batches_per_pass is None:
             assert isinstance(self.train_dataset, StagedRecords)
-            sampler = sampler_of(self.args, self.train_dataset.records.tasks, self.curriculum, num_steps=1)
+            sampler = sampler_of(self.args, self.train_dataset.records, self.curriculum, num_steps=1)
             self._batches_per_pass = sampler.batches_per_pass()
         return step * self.args.gradient_accumulation_steps / self._batches_per_pass
 
@@ -282,7 +292,7 @@ class PlumeTrainer(Trainer):
         ahead = workers * (self.args.dataloader_prefetch_factor or 2)
         self.progress.lead = ahead // self.args.gradient_accumulation_steps + 2
         sampler = replace(
-            sampler_of(self.args, self.train_dataset.records.tasks, self.curriculum, self.args.max_steps),
+            sampler_of(self.args, self.train_dataset.records, self.curriculum, self.args.max_steps),
             stage_at=self.progress.stage_at,
         )
         return DataLoader(
@@ -329,7 +339,7 @@ class PlumeTrainer(Trainer):
             _delete_old_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
 
-    def _loss_scalars(self) -> list[float]:
+    def _loss_scalars(self) -> list[list[float]]:
         """What the loss has learnt, for checkpoints of LoRA runs, which hold no other weights."""
         scalars: Any = self.bare_model.loss_scalars
         if scalars is None or not self.args.lora_rank:
@@ -368,11 +378,13 @@ class PlumeTrainer(Trainer):
 
 
 def sampler_of(
-    args: PlumeTrainingArguments, tasks: Sequence[str], curriculum: Curriculum, num_steps: int
+    args: PlumeTrainingArguments, records: Records, curriculum: Curriculum, num_steps: int
 ) -> StagedBatchSampler:
     """The order of the rows of a run, on this process."""
     return StagedBatchSampler(
-        tasks=tasks,
+        tasks=records.tasks,
+        groups=records.groups,
+        instruction_dropout=args.instruction_dropout,
         curriculum=curriculum,
         num_steps=num_steps,
         batch_size=args.per_device_train_batch_size,

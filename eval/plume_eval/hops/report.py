@@ -66,6 +66,12 @@ QUESTIONS = (
     Claim("one refinement beats one pass", "refined_1", "parallel"),
     Claim("the adapter matters (against none, Coconut)", "latent", "adapter_identity"),
     Claim("latent steps beat a single pass of equal training compute", "latent", "single_pass_compute"),
+    Claim("targets may do without latent steps (TRACE)", "target_single_pass", "latent", 0.02),
+    Claim("weights on harder negatives help (LLaVE)", "hardness", "latent"),
+    Claim("a margin against false negatives helps (Qwen3-VL-Embedding)", "false_negatives", "latent"),
+    Claim("negatives of the same side help", "same_side", "latent"),
+    Claim("mined negatives help", "mined", "latent"),
+    Claim("learning ranks from written reasoning helps (LaSER)", "rank_written", "latent"),
 )
 NOT_TESTABLE = (
     "MMEB-V2 scores (61.6 over 78 tasks): its data and a model of 2B parameters are not here",

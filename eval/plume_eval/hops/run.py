@@ -155,7 +155,7 @@ def evaluate(
         task: the questions.
         mode: how to reason.
         num_latent_steps: K of the mode "latent"; None is the checkpoint's.
-        num_target_steps: K of the candidates, where it is another.
+        num_target_steps: K of the candidates; None is the checkpoint's own, or that of the queries.
         forms: how candidates are given; None: in all ways that the data set has.
         batch_size: inputs per pass.
         show_progress: whether to draw progress bars.
@@ -173,6 +173,8 @@ def evaluate(
     """
     settings = {"batch_size": batch_size, "show_progress": show_progress, "engine": engine}
     queries = embed(model, task.queries(), mode, num_latent_steps=num_latent_steps, **settings)
+    if num_target_steps is None and mode == "latent":
+        num_target_steps = model.config.document_steps(num_latent_steps)
     target_steps = num_latent_steps if num_target_steps is None else num_target_steps
     result: dict = {
         "mode": mode,
@@ -243,9 +245,10 @@ def evaluate_control(
     batch_size: int = 64,
 ) -> dict:
     """Recall@1 of pictures by their captions, which needs no reasoning; arguments as in `evaluate`."""
+    steps = (num_latent_steps, model.config.document_steps(num_latent_steps) if mode == "latent" else num_latent_steps)
     vectors = [
-        embed(model, side, mode, num_latent_steps=num_latent_steps, batch_size=batch_size).embedding
-        for side in task.captions()
+        embed(model, side, mode, num_latent_steps=count, batch_size=batch_size).embedding
+        for side, count in zip(task.captions(), steps, strict=True)
     ]
     rank = ranks((vectors[0] @ vectors[1].T).cpu().numpy(), np.arange(len(vectors[0])))
     return {"num_queries": len(rank), "recall_at_1": asdict(recall_at_1(rank))}

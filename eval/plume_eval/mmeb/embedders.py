@@ -66,7 +66,7 @@ class PlumeEmbedder:
             mode: "latent" takes K steps, "single_pass" none, "explicit" writes a rationale until `<gen_emb>`, and
                 "anchor" reads the anchor in place of the embedding, without steps.
             num_latent_steps: K of the mode "latent"; None is the checkpoint's own.
-            document_latent_steps: K of candidates, if another.
+            document_latent_steps: K of candidates; None is the checkpoint's own, or that of queries.
             max_new_tokens: limit of a rationale.
             batch_size: inputs per pass at most.
             max_tokens_per_batch: tokens per pass at most, padding included.
@@ -80,7 +80,8 @@ class PlumeEmbedder:
         self._plume = Plume(model, **kwargs)
         own = self._plume.plume_config.num_latent_steps
         of_queries = own if num_latent_steps is None else num_latent_steps
-        of_documents = of_queries if document_latent_steps is None else document_latent_steps
+        of_documents = self._plume.plume_config.document_steps(of_queries)
+        of_documents = of_documents if document_latent_steps is None else document_latent_steps
         self._steps = {"query": of_queries, "document": of_documents} if mode == "latent" else dict.fromkeys(_SIDES, 0)
         self._plume.num_latent_steps = self._steps  # type: ignore[assignment]  # refuses what it cannot run
         self._mode: Mode = mode

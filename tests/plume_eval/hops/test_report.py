@@ -157,7 +157,8 @@ def test_every_system_that_is_compared_is_a_configuration(tmp_path):
         args = settings(tmp_path, "video", 3, system)
         assert str(args.output_dir) == str(tmp_path / "video" / "3" / system)
         assert args.seed == 3
-        assert args.train_file[0] == str(tmp_path / "video" / "data" / "train.jsonl")
+        rows = "3/mined/rows" if system == "mined" else "data"
+        assert args.train_file[0] == str(tmp_path / "video" / rows / "train.jsonl")
         assert args.model.startswith(str(tmp_path / "video" / "3"))
     assert mode_of(settings(tmp_path, "page", 0, "explicit")) == "explicit"
     assert mode_of(settings(tmp_path, "page", 0, "no_latents")) == "single_pass"

@@ -156,6 +156,34 @@ def test_a_row_in_our_own_format_is_read(folder):
     assert record.task == "birds"
 
 
+def test_instructions_and_groups_are_read_and_tell_rows_apart(folder):
+    row = {"query": {"text": "bird", "instruction": "Find:"}, "target": {"text": "kite", "instruction": "It is:"}}
+    record = read_one(folder, row | {"batch_group": 3})
+    assert (record.query.instruction, record.target.instruction, record.batch_group) == ("Find:", "It is:", 3)
+    columns = {"query_text": "bird", "query_instruction": "Find:", "target_text": "kite"}
+    assert read_one(folder, columns).query == record.query
+    plain = read_one(folder, {"query": "bird", "target": "kite"})
+    assert plain.batch_group is None
+    for name in ("key", "content_key"):
+        assert getattr(record.query, name) != getattr(plain.query, name)
+    assert record.digest != plain.digest
+    for wrong in (1.5, True, ["a"]):
+        with pytest.raises(RowError, match=r"'batch_group' is a \w+; expected a number or a name"):
+            read_one(folder, row | {"batch_group": wrong})
+    with pytest.raises(RowError, match="'instruction' is a int; expected a string"):
+        read_one(folder, {"query": {"text": "bird", "instruction": 5}, "target": "kite"})
+
+
+def test_the_targets_of_a_task_that_has_few_are_its_labels(folder):
+    lines = [{"query": f"q{row}", "target": f"t{row % 3}", "task": "few"} for row in range(6)]
+    lines += [{"query": f"q{row}", "target": f"t{row}", "task": "many"} for row in range(6)]
+    lines[0]["target"] = {"text": "t0", "rationale": "So.", "answer": "t0"}
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert Records(file, max_labels=3).labels == {"few": [Side("t0"), Side("t1"), Side("t2")]}
+    assert Records(file, max_labels=2).labels == Records(file).labels == {}
+
+
 def test_a_row_of_columns_is_read(folder):
     record = read_one(
         folder,

@@ -24,6 +24,31 @@ def sampler(**changes):
     return StagedBatchSampler(**{**settings, **changes})
 
 
+def test_rows_of_a_group_meet_and_groups_change_places():
+    """Of task a, groups of four and rows of none; also where a task is seen more than once in a pass."""
+    groups = [row // 4 if row < 12 else None for row in range(20)] + [None] * 8 + ["c"] * 3
+    for weights in ({}, {"a": 2.0}):
+        order = [index for batch in sampler(groups=groups, task_weights=weights, num_steps=16) for index, *_ in batch]
+        of_a = [index for index in order if TASKS[index] == "a"]
+        for group in range(3):
+            places = [place for place, row in enumerate(of_a[:20]) if groups[row] == group]
+            assert places == list(range(places[0], places[0] + 4))
+    first, second = (tuple(groups[row] for row in of_a[part : part + 20]) for part in (0, 20))
+    assert first != second
+    assert [draw.row for batch in sampler(groups=[]) for draw in batch] == [
+        draw.row for batch in sampler() for draw in batch
+    ]
+
+
+def test_instructions_are_dropped_as_often_as_asked_on_all_processes_alike():
+    draws = [draw for batch in sampler(instruction_dropout=0.25, num_steps=200) for draw in batch]
+    assert sum(not draw.is_instructed for draw in draws) / len(draws) == pytest.approx(0.25, abs=0.05)
+    halves = [sampler(instruction_dropout=0.25, batch_size=2, num_processes=2, rank=rank) for rank in range(2)]
+    for whole, *parts in zip(sampler(instruction_dropout=0.25), *halves, strict=True):
+        assert whole == [*parts[0], *parts[1]]
+    assert all(draw.is_instructed for batch in sampler() for draw in batch)
+
+
 def test_every_batch_is_of_one_task_and_full():
     for batch in sampler():
         assert len(batch) == 4

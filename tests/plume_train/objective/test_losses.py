@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from plume_train.objective.extra_losses import matryoshka_loss, quantized, ranking_loss
 from plume_train.objective.losses import Contrast, NegativeRules, balance_loss, info_nce, suffix_cross_entropy
 
 
@@ -155,3 +156,98 @@ def test_similarities_are_exact_in_bfloat16():
     loss = info_nce(query, target, 0.02)
     assert loss.dtype == torch.float32
     assert math.isclose(loss.item(), info_nce(query.double(), target.double(), 0.02).item(), rel_tol=1e-5)
+
+
+def ranked_by(query, target, negative, teachers, temperature, allowed):
+    """The divergence of rankings, row by row and candidate by candidate."""
+    losses = []
+    for front in (True, False):
+        mine, others = (query, target) if front else (target, query)
+        its, of_its = (teachers[0], teachers[1]) if front else (teachers[1], teachers[0])
+        for row in range(len(query)):
+            columns = [column for column in range(len(query)) if allowed[row][column]]
+            found = [mine[row] @ others[column] for column in columns]
+            wanted = [its[row] @ of_its[column] for column in columns]
+            if front:
+                found += [mine[row] @ one for one in negative]
+                wanted += [its[row] @ one for one in teachers[2]]
+            p, q = (torch.softmax(torch.stack(values) / temperature, dim=0) for values in (wanted, found))
+            losses.append((p * (p / q).log()).sum())
+    return torch.stack(losses).mean()
+
+
+def test_ranking_is_the_divergence_from_the_teachers_and_moves_the_student_alone():
+    torch.manual_seed(0)
+    leaves = [vectors(*shape).requires_grad_() for shape in ((6, 4), (6, 4), (5, 4))]
+    teachers = [vectors(*shape).requires_grad_() for shape in ((6, 9), (6, 9), (5, 9))]
+    keys = torch.tensor([1, 2, 3, 4, 5, 1])  # the last target equals the first
+    contrast = Contrast.of(
+        torch.ones(6, dtype=torch.bool), target_keys=keys, is_negative=torch.ones(5, dtype=torch.bool),
+        negative_keys=torch.arange(10, 15),
+    )  # fmt: skip
+    found = ranking_loss(leaves[0], leaves[1], teachers[0], teachers[1], 0.3, contrast, leaves[2], teachers[2])
+    allowed = [[row == column or keys[row] != keys[column] for column in range(6)] for row in range(6)]
+    expected = ranked_by(*leaves, teachers, 0.3, allowed)
+    assert torch.allclose(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (found, expected)),
+                          strict=True):  # fmt: skip
+        assert torch.allclose(one, other)
+        assert one.abs().sum() > 0
+    assert torch.autograd.grad(found, teachers, allow_unused=True) == (None, None, None)
+
+
+def test_ranking_is_zero_where_both_rank_alike_and_without_rows_that_are_taught():
+    torch.manual_seed(0)
+    query, target = vectors(5, 4), vectors(5, 4)
+    contrast = Contrast.of(torch.ones(5, dtype=torch.bool))
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=query.dtype))[0]  # another space of the same similarities
+    assert ranking_loss(query, target, query @ rotation, target @ rotation, 0.1, contrast).abs() < 1e-9
+    assert ranking_loss(query, target, vectors(5, 4), vectors(5, 4), 0.1, contrast) > 0
+    nobody = Contrast.of(torch.zeros(5, dtype=torch.bool))
+    assert ranking_loss(query, target, vectors(5, 4), vectors(5, 4), 0.1, nobody) == 0
+
+
+def test_labels_take_the_place_of_the_batchs_targets_for_queries_alone():
+    """Six rows of three labels, which are columns once each; others than its own are a target's negatives still."""
+    torch.manual_seed(0)
+    labels = vectors(3, 4)
+    of_row = torch.tensor([0, 1, 0, 2, 1, 0])
+    query, target = vectors(6, 4), labels[of_row]
+    contrast = Contrast.of(
+        torch.ones(6, dtype=torch.bool), target_keys=of_row, is_negative=torch.ones(3, dtype=torch.bool),
+        negative_keys=torch.arange(3), has_labels=True,
+    )  # fmt: skip
+    found = info_nce(query, target, 0.2, contrast, labels)
+    forwards = cross_entropy(query @ labels.T / 0.2, of_row)
+    rows = []
+    for row in range(6):
+        others = [column for column in range(6) if column == row or of_row[column] != of_row[row]]
+        scores = query[others] @ target[row] / 0.2
+        rows.append(scores.logsumexp(dim=0) - scores[others.index(row)])
+    assert torch.allclose(found, (forwards + torch.stack(rows).mean()) / 2)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_quantised_vectors_are_coarse_in_front_and_plain_behind(precision):
+    torch.manual_seed(0)
+    plain = vectors(5, 16).requires_grad_()
+    coarse = quantized(plain, precision)
+    assert torch.allclose(coarse.norm(dim=-1), torch.ones(5, dtype=torch.double))
+    assert len(coarse[0].abs().unique()) <= (127 if precision == "int8" else 1) + 1
+    cosine = (coarse * plain).sum(dim=-1)
+    assert (cosine > (0.9995 if precision == "int8" else 0.6)).all()
+    assert (cosine < 1 - 1e-9).all()
+    wanted = torch.randn(5, 16, dtype=torch.double)
+    assert torch.equal(torch.autograd.grad((coarse * wanted).sum(), plain)[0], wanted)
+    assert quantized(plain, "float32") is plain
+
+
+def test_cut_vectors_are_contrasted_in_every_precision():
+    query, target = vectors(6, 8), vectors(6, 8)
+    contrast = Contrast.of(torch.ones(6, dtype=torch.bool))
+    found = matryoshka_loss(query, target, [4, 8], 0.1, contrast, precisions=["float32", "binary"])
+    expected = []
+    for dim in (4, 8):
+        short = [normalize(side[:, :dim], dim=-1) for side in (query, target)]
+        expected += [info_nce(*short, 0.1), info_nce(*(quantized(side, "binary") for side in short), 0.1)]
+    assert torch.allclose(found, torch.stack(expected).mean())

@@ -101,6 +101,21 @@ def test_rows_that_have_a_rationale_are_not_asked_about_and_targets_only_on_requ
     assert rows_of(tmp_path)[0] == rows[0]
 
 
+def test_rows_that_are_found_by_a_clear_margin_are_not_asked_about(tmp_path, capsys):
+    file = write_rows(tmp_path)
+    rows = rows_of(tmp_path, file.name)
+    for index, row in enumerate(rows):
+        row["margin"] = index / 10
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(right) as server:
+        assert ask(server, file, "--max-margin", "0.2") == 0
+        assert ["rationale" in str(row["query"]) for row in rows_of(tmp_path)] == [True] * 3 + [False] * 3
+        del rows[1]["margin"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(ValueError, match=r"pairs.jsonl:2: no 'margin', which --max-margin goes by"):
+            ask(server, file, "--max-margin", "0.2")
+
+
 def test_equal_rows_are_asked_about_once_and_all_answered(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"query": "what number 1?", "target": "thing 1"}\n' * 4)

@@ -59,6 +59,8 @@ def check(argv: Sequence[str]) -> int:
         show_progress=args.shows_bars,
     )
     config, processor = _model(args)
+    if args.target_steps is not None:
+        config.document_latent_steps = args.target_steps
     report = Report(args.build_curriculum(), config, processor, load_media, args.max_steps)
     for index in tqdm(range(len(records)), desc="Reading rows", disable=not args.shows_bars):
         report.add(records[index])
@@ -186,7 +188,9 @@ class Report:
                 if name.startswith("negative"):
                     continue
                 for stage_index, stage in enumerate(self.curriculum.stages):
-                    target = write_target(self.config, self.curriculum, stage, side.rationale, side.answer)
+                    steps = self.curriculum.num_latent_steps(stage)
+                    steps = steps if name == "query" else self.config.document_steps(steps)
+                    target = write_target(self.config, self.curriculum, stage, side.rationale, side.answer, steps)
                     lines.append(f"    stage {stage_index}: {target.layout!r}")
         return lines
 
@@ -214,7 +218,8 @@ class Report:
 def _content(side: Side) -> str:
     """A side as it stands in the prompt, with one placeholder for each medium."""
     media = [(IMAGE, len(side.images)), (VIDEO, len(side.videos))]
-    return "".join((VISION_START + medium + VISION_END) * count for medium, count in media) + side.text
+    text = " ".join(part for part in (side.instruction, side.text) if part)
+    return "".join((VISION_START + medium + VISION_END) * count for medium, count in media) + text
 
 
 def _kind(side: Side) -> str:

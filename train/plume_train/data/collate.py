@@ -9,7 +9,7 @@ Letters: B rows of a batch, H hard negatives of a batch, b rows of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -33,6 +33,7 @@ from plume_train.data.rows import EMPTY, Record, RowError, Side, VideoSource, is
 from plume_train.data.sampler import Draw
 from plume_train.data.segment import segments
 from plume_train.data.target import write_target
+from plume_train.data.vectors import SideName, VectorStore
 
 Role = Literal["query", "target", "negative"]
 Reconstruct = Literal["rationale", "target"]
@@ -48,11 +49,13 @@ class Pass(TypedDict):
     inputs: keywords of `PlumeModel.forward`.
     counts `[b]`: False at empty places.
     teacher: keywords that replace those of `inputs` for the explicit pass of distillation.
+    teacher_vectors `[b, T]`: of another embedder; zero where it has none.
     """
 
     inputs: dict[str, Any]
     counts: Tensor
     teacher: NotRequired[dict[str, Any]]
+    teacher_vectors: NotRequired[Tensor]
 
 
 class Batch(TypedDict):
@@ -67,6 +70,8 @@ class Batch(TypedDict):
     most_steps: that K.
     query_keys, target_keys `[B]`, negative_keys `[H]`: integers that are equal where the content is.
     is_negative `[H]`: False at empty places.
+    has_labels: whether all targets of the task are among the hard negatives.
+    is_taught `[B]`, is_taught_negative `[H]`: rows whose ranking a teacher knows; None without one.
     task, stage, where: of the rows; stage is the run's.
     bad_rows: why entries are empty.
     """
@@ -82,6 +87,9 @@ class Batch(TypedDict):
     target_keys: Tensor | None
     negative_keys: Tensor | None
     is_negative: Tensor | None
+    has_labels: bool
+    is_taught: Tensor | None
+    is_taught_negative: Tensor | None
     task: str
     stage: int
     where: list[str]
@@ -115,7 +123,11 @@ class PairCollator:
         *,
         micro_batch_size: int | None = None,
         num_negatives: int = 0,
-        with_teacher: bool = False,
+        labels: Mapping[str, Sequence[Side]] | None = None,
+        share: tuple[int, int] = (0, 1),
+        target_steps: int | None = None,
+        teacher_roles: Sequence[Role] = (),
+        teacher_vectors: VectorStore | None = None,
         touch_all: bool = False,
         last_state_predicts: LastStatePredicts = "latent_end",
         reconstruct: Reconstruct | None = None,
@@ -131,7 +143,11 @@ class PairCollator:
             curriculum: gives the stages.
             micro_batch_size: rows of a pass; None: all.
             num_negatives: entries for hard negatives per row; further ones are left out, missing ones stay empty.
-            with_teacher: whether to add the explicit pass that distillation needs.
+            labels: all targets of some tasks, which take the place of those in the batch.
+            share: rank of this process and number of processes, which share the labels out.
+            target_steps: K of targets and negatives at most; None: as queries.
+            teacher_roles: sides whose explicit pass is added, for distillation.
+            teacher_vectors: of another embedder, which teaches how candidates rank; None: written queries do.
             touch_all: whether every pass is to involve every part of the model, for several processes.
             last_state_predicts: what the last latent state of a row learns to predict.
             reconstruct: what is to be said from latent steps alone; None: nothing.
@@ -144,7 +160,10 @@ class PairCollator:
         self.curriculum = curriculum
         self.micro_batch_size = micro_batch_size
         self.num_negatives = num_negatives
-        self.with_teacher = with_teacher
+        self.labels, self.share = labels or {}, share
+        self.target_steps = target_steps
+        self.teacher_roles = teacher_roles
+        self.teacher_vectors = teacher_vectors
         self.touch_all = touch_all
         self.last_state_predicts: LastStatePredicts = last_state_predicts
         self.reconstruct: Reconstruct | None = reconstruct
@@ -159,6 +178,8 @@ class PairCollator:
         for record, draw in rows:
             for role, of_role in self._places(record, draw, bad_rows).items():
                 entries[role] += of_role
+        labels = self.labels.get(records[0].task, ())
+        entries["negative"] += self._label_entries(labels, draws[0], bad_rows)
         entries = {role: of_role for role, of_role in entries.items() if of_role}
         most_steps = draws[0].most_steps
         passes: dict[Role, list[Pass]] = {}
@@ -189,11 +210,27 @@ class PairCollator:
             target_keys=_keys(entries["target"]) if "target" in entries else None,
             negative_keys=_keys(entries["negative"]) if "negative" in entries else None,
             is_negative=_counts(entries["negative"]) if "negative" in entries else None,
+            has_labels=bool(labels),
+            **self._who_is_taught(entries),
             task=records[0].task,
             stage=draws[0].current_stage,
             where=[record.where for record in records],
             bad_rows=bad_rows,
         )
+
+    def _taught(self, role: Role, entries: Sequence[_Entry]) -> tuple[Tensor, Tensor]:
+        """Vectors of another embedder, and where it has one."""
+        assert self.teacher_vectors is not None
+        name: SideName = "query" if role == "query" else "target"
+        vectors, known = self.teacher_vectors.find(name, [entry.side if entry.counts else None for entry in entries])
+        return torch.from_numpy(vectors), torch.from_numpy(known)
+
+    def _who_is_taught(self, entries: dict[Role, list[_Entry]]) -> dict[str, Tensor | None]:
+        if self.teacher_vectors is None or "target" not in entries:
+            written = torch.tensor([bool(entry.side.rationale) for entry in entries["query"]])
+            return {"is_taught": written, "is_taught_negative": None}
+        known = {role: self._taught(role, of_role)[1] for role, of_role in entries.items()}
+        return {"is_taught": known["query"] & known["target"], "is_taught_negative": known.get("negative")}
 
     def _places(self, record: Record, draw: Draw, bad_rows: list[str]) -> dict[Role, list[_Entry]]:
         """What a row fills: one entry per side that it has, and those of its negatives."""
@@ -217,8 +254,26 @@ class PairCollator:
             entries["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(entries["negative"]))]
         return entries
 
+    def _label_entries(self, labels: Sequence[Side], draw: Draw, bad_rows: list[str]) -> list[_Entry]:
+        """This process's labels of a task, as many as every other's."""
+        rank, count = self.share
+        mine: list[Side | None] = list(labels[rank::count])
+        mine += [None] * (-(-len(labels) // count) - len(mine))
+        entries = []
+        for side in mine:
+            try:
+                item, vision = self._media.load(side or EMPTY, "a label")
+            except InputError as error:
+                if self.on_bad_row == "error":
+                    raise
+                bad_rows.append(str(error))
+                side, (item, vision) = None, self._media.load(EMPTY, "an empty place")
+            entries.append(_Entry(side or EMPTY, draw, item, vision, counts=side is not None))
+        return entries
+
     def _entry(self, side: Side, draw: Draw, record: Record) -> _Entry:
-        item, vision = self._media.load(side, record.where)
+        read = side if draw.is_instructed else replace(side, instruction="")
+        item, vision = self._media.load(read, record.where)
         target = record.target
         wanted = target.text if target is not None and not target.images and not target.videos else ""
         return _Entry(side, draw, item, vision, counts=True, wanted=wanted)
@@ -239,7 +294,10 @@ class PairCollator:
         if self.reconstruct is not None and most_steps and role in SUPERVISED:
             inputs |= self._reconstruction(role, entries)
         result = Pass(inputs=inputs, counts=_counts(entries))
-        if self.with_teacher and most_steps and role in SUPERVISED:
+        if self.teacher_vectors is not None:
+            vectors, _ = self._taught(role, entries)
+            result["teacher_vectors"] = vectors
+        if role in self.teacher_roles and most_steps:
             inputs["keep_layers"] = True
             result["teacher"] = {**self._written(role, entries, explicit=True), "max_latent_steps": 0}
         return result
@@ -248,7 +306,7 @@ class PairCollator:
         """Suffixes and latent steps of some rows; `explicit` writes the whole rationale, whatever the stage."""
         targets = []
         for entry in entries:
-            stage, steps = self.curriculum.stages[entry.draw.stage], entry.draw.num_steps
+            stage, steps = self.curriculum.stages[entry.draw.stage], self._steps(role, entry)
             if explicit:
                 stage, steps = replace(stage, ratio=0.0, drop_answer=False), 0
             side = entry.side
@@ -262,6 +320,11 @@ class PairCollator:
         if role in SUPERVISED:
             written["labels"] = self._labels(suffixes).masked_fill(~_counts(entries)[:, None], -100)
         return written
+
+    def _steps(self, role: Role, entry: _Entry) -> int:
+        """K of a row: the stage's, or fewer with random_steps; of targets and negatives `target_steps` at most."""
+        steps = entry.draw.num_steps
+        return steps if role == "query" or self.target_steps is None else min(steps, self.target_steps)
 
     def _reconstruction(self, role: Role, entries: Sequence[_Entry]) -> dict[str, Any]:
         """What some rows are to say from their latent steps, group by group; one empty column where it is nothing."""
@@ -290,7 +353,7 @@ class PairCollator:
 
     def _said(self, role: Role, entry: _Entry) -> list[str]:
         """The segments that latent steps stand for, or the text of the target."""
-        steps = entry.draw.num_steps  # fewer than the stage's with random_steps
+        steps = self._steps(role, entry)
         if self.reconstruct == "target":
             return [entry.wanted] if role == "query" and steps else []
         curriculum, stage = self.curriculum, self.curriculum.stages[entry.draw.stage]
@@ -341,9 +404,9 @@ class MediaLoader:
         limits = self.processor.limits
         images = [load_image(image, where, limits.pixels, limits.background) for image in side.images]
         videos = [self._load_video(video, where) for video in side.videos]
-        item = self.processor.fit(self.processor.complete(Item((*images, *videos, side.text))), where)
+        item = self.processor.fit(self.processor.complete(Item((*images, *videos, side.text), side.instruction)), where)
         vision = self.processor.pack_media(item.images, item.videos) if item.images or item.videos else {}
-        loaded = Item(tuple(_stand_in(part) for part in item.content)), vision
+        loaded = replace(item, content=tuple(_stand_in(part) for part in item.content)), vision
         if vision and len(self._cache) < self.max_cached:
             self._cache[side.key] = loaded
         return loaded

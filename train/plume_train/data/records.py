@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from plume_train.data.rows import EMPTY, Record, RecordFormat, RowError
+from plume_train.data.rows import EMPTY, Record, RecordFormat, RowError, Side
 
 OnBadRow = Literal["error", "skip"]
 
@@ -184,6 +184,7 @@ class Records:
         *,
         row_format: RecordFormat | None = None,
         on_bad_row: OnBadRow = "error",
+        max_labels: int = 0,
         show_progress: bool = False,
     ):
         """Scan the data.
@@ -192,6 +193,7 @@ class Records:
             data: what `open_source` takes, or several of them.
             row_format: how rows are read.
             on_bad_row: "error" stops at the first bad row, "skip" collects them in `bad_rows`.
+            max_labels: the targets of tasks that have at most so many distinct ones are kept in `labels`.
             show_progress: whether to draw a progress bar.
 
         Raises:
@@ -200,7 +202,12 @@ class Records:
         places = [data] if isinstance(data, (str, Path)) else list(data)
         self.bad_rows: list[str] = []
         self.tasks: list[str] = []
-        self.has_negatives = False
+        self.has_negatives = self.has_instructions = False
+        self._groups: list[int | str | None] = []
+        #: All distinct targets of tasks that have few.
+        self.labels: dict[str, list[Side]] = {}
+        self._targets: dict[str, dict[int, Side]] = defaultdict(dict)
+        self._max_labels = max_labels
         #: Of all rows, what they say, and of the media that they name.
         self.digest = ""
         self._content = blake2b(digest_size=16)
@@ -219,11 +226,18 @@ class Records:
             self._sources.append((source, chosen))
             self._scan(source, chosen, on_bad_row, show_progress)
         self.digest = self._content.hexdigest()
+        self.labels = {task: list(found.values()) for task, found in self._targets.items() if len(found) <= max_labels}
+        self._targets.clear()
         if not self._places:
             raise RowError(f"{', '.join(map(str, places))} holds no usable row; {len(self.bad_rows)} were bad")
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def groups(self) -> list[int | str | None]:
+        """Group of each row; empty where no row has one."""
+        return self._groups if any(group is not None for group in self._groups) else []
 
     def uniform_tasks(self) -> list[tuple[str, str]]:
         """Tasks in which no pair is unlike another in query and target, and which of them are all equal."""
@@ -273,8 +287,12 @@ class Records:
                 continue
             self._places.append((len(self._sources) - 1, number))
             self.tasks.append(record.task)
+            self._groups.append(record.batch_group)
             self.has_negatives |= bool(record.negatives)
+            self.has_instructions |= bool(record.query.instruction or (record.target and record.target.instruction))
             self._content.update(record.digest)
+            if record.target is not None and len(of_task := self._targets[record.task]) <= self._max_labels:
+                of_task.setdefault(record.target.key, replace(record.target, rationale="", answer=""))
             for known, side in zip(self._variety[record.task], (record.query, record.target), strict=True):
                 if side is not None and len(known) < 2:
                     known.add(side.key)

@@ -1,7 +1,7 @@
 """One training row: three ways to write it, one `Record`.
 
     plume    {"query": SIDE, "target": SIDE, "negatives": [SIDE, ...], "task": "..."}
-             a SIDE is a text, or an object with any of text, image, video, rationale, answer
+             a SIDE is a text, or an object with any of text, image, video, instruction, rationale, answer
     columns  {"query_text": ..., "query_image": ..., "target_text": ..., "negative_text": ..., "task": ...}
              as Hugging Face data sets hold them
     UME-sft  {"qry": {"conversations": [...], "image": [...]}, "pos": {...}, "dataset_name": "..."}
@@ -16,7 +16,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -35,8 +35,8 @@ UnclosedAnswerPolicy = Literal["error", "accept"]
 
 _TASK_NAMES = ("task", "dataset_name", "dataset", "subset", "source", "task_name")
 _ROOT_NAMES = ("data_path", "media_root", "root")
-_COLUMN = re.compile(r"(query|target|negative)_(text|image|video|rationale|answer)")
-_FIELDS = ("text", "image", "images", "video", "videos", "rationale", "answer")
+_COLUMN = re.compile(r"(query|target|negative)_(text|image|video|instruction|rationale|answer)")
+_FIELDS = ("text", "image", "images", "video", "videos", "instruction", "rationale", "answer")
 _SAMPLED_BYTES = 256
 _DIGEST = "plume_digest"
 _MEDIA_TAG = re.compile(r"<(image|video)>\n?")
@@ -60,20 +60,29 @@ class Side:
     videos: tuple[VideoSource, ...] = ()
     rationale: str = ""
     answer: str = ""
+    instruction: str = ""
 
     @cached_property
     def key(self) -> int:
-        """A 64-bit integer that is equal where text and media are."""
+        """A 64-bit integer that is equal where instruction, text and media are."""
         digest = blake2b(self.text.encode(), digest_size=8)
+        if self.instruction:
+            digest.update(b"\0\0\0" + self.instruction.encode())
         for image in self.images:
             digest.update(_embedded(image) if isinstance(image, Image.Image) else b"\0" + str(image).encode())
         for video in self.videos:
             digest.update(b"\0\0" + b"\0".join(str(path).encode() for path in video))
         return int.from_bytes(digest.digest(), "little", signed=True)
 
+    @cached_property
+    def content_key(self) -> int:
+        """As `key`, of media files by their name and a few pieces: it stays when data are moved."""
+        digest = blake2b(replace(self, rationale="", answer="").sample(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
     def sample(self) -> bytes:
         """What tells this side from others: its texts and embedded images whole, of media files a few pieces."""
-        pieces: list[object] = [self.text, self.rationale, self.answer]
+        pieces: list[object] = [self.text, self.rationale, self.answer, *([self.instruction] * bool(self.instruction))]
         for medium in (*self.images, *(path for video in self.videos for path in video)):
             pieces.append(_sample(medium) if isinstance(medium, Path) else _embedded(medium))
         return repr(pieces).encode("utf-8", "surrogatepass")
@@ -112,6 +121,8 @@ class Record:
     task: str
     where: str
     negatives: tuple[Side, ...] = ()
+    batch_group: int | str | None = None
+    """Rows of a group meet in a batch, as far as they fit into it; None: of none."""
     error: str = ""
     """Why a row that was fine when the data were scanned is not any more."""
 
@@ -171,7 +182,10 @@ class RecordFormat:
             check_unicode(task, f"{where}: the task")
         except InputError as error:
             raise RowError(str(error)) from None
-        return Record(query, target, task, where, negatives)
+        group = row.get("batch_group")
+        if isinstance(group, bool) or not isinstance(group, (int, str, type(None))):
+            raise RowError(f"{where}: 'batch_group' is a {type(group).__name__}; expected a number or a name")
+        return Record(query, target, task, where, negatives, group)
 
     @property
     def _root(self) -> Path:
@@ -200,7 +214,7 @@ class RecordFormat:
             raise RowError(f"{where} is a {type(side).__name__}; expected a text or an object")
         if unknown := [key for key in side if key not in _FIELDS]:
             raise RowError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(_FIELDS)}")
-        texts = {name: side.get(name) or "" for name in ("text", "rationale", "answer")}
+        texts = {name: side.get(name) or "" for name in ("text", "instruction", "rationale", "answer")}
         for name, text in texts.items():
             if not isinstance(text, str):
                 raise RowError(f"{where}: {name!r} is a {type(text).__name__}; expected a string")
@@ -241,7 +255,8 @@ class RecordFormat:
         roots: Sequence[Path],
         where: str,
     ) -> Side:
-        check_unicode(text, where)
+        instruction = written.get("instruction", "").strip()
+        check_unicode(text + instruction, where)
         _check_written(written["rationale"], f"{where}: the rationale")
         _check_written(written["answer"].replace(READ_OUT, ""), f"{where}: the answer")
         inside = self._root if self.media_root_only else None
@@ -253,6 +268,7 @@ class RecordFormat:
             tuple(tuple(find_media(path, roots, where, inside) for path in clip) for clip in clips),
             written["rationale"].strip(),
             written["answer"].strip(),
+            instruction,
         )
 
 
@@ -274,7 +290,7 @@ def _from_columns(row: Mapping) -> dict[str, Any]:
     count = max((len(value) for value in negatives.values() if isinstance(value, (list, tuple))), default=1)
     spread = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in negatives.items()}
     rows = [{name: value[i] for name, value in spread.items() if i < len(value)} for i in range(count)]
-    return {**row, **sides, "negatives": [row for row in rows if row]}
+    return {**row, **sides, "negatives": [row for row in rows if row] or row.get("negatives")}
 
 
 def _unwrap(side: Any) -> Any:

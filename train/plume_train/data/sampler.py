@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from plume_train.curriculum import Curriculum
 
@@ -29,6 +29,8 @@ class Draw(NamedTuple):
     """The largest K of the batch, on all processes: as many steps are run."""
     current_stage: int
     """Stage of the run, which the row's is except where earlier ones are mixed in."""
+    is_instructed: bool = True
+    """Whether the row keeps the instructions of its sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class StagedBatchSampler:
     num_processes: int = 1
     rank: int = 0
     seed: int = 0
+    groups: Sequence[int | str | None] = ()
+    """Group of each row; rows of one stay together, as far as a batch holds them. None: of none."""
+    instruction_dropout: float = 0.0
+    """Probability that a row loses its instructions."""
     task_weights: Mapping[str, float] = field(default_factory=dict)
     """How often a task is seen, relative to once per pass; tasks that are not named have 1."""
     mixing_temperature: float = 1.0
@@ -77,7 +83,10 @@ class StagedBatchSampler:
                 # Rows at one stage share their K: contrast between vectors of unequal K is not what inference asks.
                 steps = {stage: self.curriculum.draw_steps(stage, rng) for stage in sorted({s for _, s in stages})}
                 most = max(steps.values())
-                yield [Draw(row, stage, steps[stage], most, current) for row, stage in stages[mine]]
+                draws = [Draw(row, stage, steps[stage], most, current) for row, stage in stages]
+                if self.instruction_dropout:
+                    draws = [draw._replace(is_instructed=rng.random() >= self.instruction_dropout) for draw in draws]
+                yield draws[mine]
 
     def _global_batches(self) -> Iterator[list[int]]:
         size = self.batch_size * self.num_processes
@@ -95,6 +104,7 @@ class StagedBatchSampler:
         placed: list[tuple[float, list[int]]] = []
         for task, rows in sorted(by_task.items()):
             rng.shuffle(rows)
+            rows = self._grouped(rows)
             chosen = self._weighted(rows, task, by_task, rng)
             # Filled up with rows that are not there yet, as long as the task has some.
             missing = -len(chosen) % size
@@ -112,6 +122,16 @@ class StagedBatchSampler:
             raise ValueError("every task has weight 0; expected at least one to be seen")
         return [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
 
+    def _grouped(self, rows: list[int]) -> list[int]:
+        """Shuffled rows with those of a group together, where its first one is; a row of no group stays alone."""
+        if not self.groups:
+            return rows
+        members: dict[Any, list[int]] = {}
+        for row in rows:
+            group = self.groups[row]
+            members.setdefault(("row", row) if group is None else group, []).append(row)
+        return [row for of_group in members.values() for row in of_group]
+
     def _weighted(self, rows: list[int], task: str, by_task: Mapping[str, list[int]], rng: random.Random) -> list[int]:
         """The rows of a task in one pass: all of them, several times, or another part in every pass."""
         weight = self.task_weights.get(task, 1.0)
@@ -123,5 +143,5 @@ class StagedBatchSampler:
             return list(rows)
         # Whole copies, then a part; at least one row, so that no task is lost unless its weight is 0.
         wanted = max(round(len(rows) * weight), 1) if weight else 0
-        copies = [row for _ in range(wanted // len(rows)) for row in rng.sample(rows, len(rows))]
-        return copies + rng.sample(rows, wanted % len(rows))
+        copies = [row for _ in range(wanted // len(rows)) for row in self._grouped(rng.sample(rows, len(rows)))]
+        return copies + self._grouped(rng.sample(rows, wanted % len(rows)))

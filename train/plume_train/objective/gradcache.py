@@ -75,8 +75,9 @@ class Step:
         for role, micro_batch in _passes(batch):
             output = self._run(**micro_batch["inputs"])
             self._observe(role, output, micro_batch)
-            representations.setdefault(role, []).append(self.objective.represent(output, micro_batch))
-            self._add(parts, self.objective.row_terms(self._run, output, micro_batch, num_rows.get(role)), role)
+            written = self._write(output, micro_batch)
+            representations.setdefault(role, []).append(self.objective.represent(output, micro_batch, written))
+            self._add(parts, self.objective.row_terms(output, micro_batch, num_rows.get(role), written), role)
         return parts | self.objective.batch_terms(representations, batch)
 
     def cached(self, batch: Batch) -> dict[str, Tensor]:
@@ -89,12 +90,17 @@ class Step:
             with torch.no_grad():
                 output = self._run(**{**micro_batch["inputs"], "labels": None, "reconstruction_labels": None})
                 self._observe(role, output, micro_batch)
-                vectors = self.objective.represent(output, micro_batch)
+                written = self._write(output, micro_batch) if self.objective.ranks_by_written else None
+                vectors = self.objective.represent(output, micro_batch, written)
             representations.setdefault(role, []).append({name: value.detach() for name, value in vectors.items()})
             frozen.append(output.vision_states if self.vision_is_frozen else None)
 
         leaves = [
-            vector.requires_grad_() for side in representations.values() for one in side for vector in one.values()
+            vector.requires_grad_()
+            for side in representations.values()
+            for one in side
+            for name, vector in one.items()
+            if name != "teacher"
         ]
         batch_terms = self.objective.batch_terms(representations, batch)
         self._keep(batch_terms)
@@ -107,7 +113,8 @@ class Step:
                 with backward.hold(is_last=index == len(passes) - 1), replays[index]:
                     output = self._run(**micro_batch["inputs"], vision_states=frozen[index])
                     row_terms: dict[str, Tensor] = {}
-                    new = self.objective.row_terms(self._run, output, micro_batch, num_rows.get(role))
+                    written = self._write(output, micro_batch)
+                    new = self.objective.row_terms(output, micro_batch, num_rows.get(role), written)
                     self._add(row_terms, new, role)
                     self._keep(row_terms)
                     again = self.objective.represent(output, micro_batch)
@@ -121,6 +128,13 @@ class Step:
     def _run(self, **inputs) -> PlumeOutput:
         with self.autocast():
             return self.model(**inputs)
+
+    def _write(self, output: PlumeOutput, micro_batch: Pass) -> PlumeOutput | None:
+        """The explicit pass over the rows of a pass, where there is one."""
+        if "teacher" not in micro_batch:
+            return None
+        inputs = {name: one for name, one in micro_batch["inputs"].items() if not name.startswith("reconstruction")}
+        return self._run(**{**inputs, **micro_batch["teacher"], "vision_states": output.vision_states})
 
     def _casts_kept(self) -> AbstractContextManager:
         """While this lasts, passes share what autocast makes of the weights; else each keeps a copy until backward.

@@ -69,7 +69,8 @@ def balance_loss(gate_total: Tensor, num_gates: Tensor) -> Tensor:
 class Contrast:
     """Which columns count for which rows of a contrastive loss, over all processes; made once for a batch.
 
-    allowed `[B, N]`: pairs of a row with every target, the own one included.
+    allowed `[B, N]`: pairs of a row with every row, the own one included.
+    allowed_targets `[B, N]`: which of these targets count for queries: the same, or with label columns the own alone.
     allowed_negatives `[B, all H]`: the same for hard negatives; None without any.
     is_pair `[B]`: rows that are anchors.
     own `[B]`: column of a row's own target.
@@ -77,6 +78,7 @@ class Contrast:
     """
 
     allowed: Tensor
+    allowed_targets: Tensor
     allowed_negatives: Tensor | None
     is_pair: Tensor
     own: Tensor
@@ -90,6 +92,7 @@ class Contrast:
         target_keys: Tensor | None = None,
         is_negative: Tensor | None = None,
         negative_keys: Tensor | None = None,
+        has_labels: bool = False,
     ) -> Contrast:
         """Find the columns; a collective call.
 
@@ -100,6 +103,8 @@ class Contrast:
             target_keys: the same of the targets.
             is_negative: False at empty places among the hard negatives, `[H]`.
             negative_keys: the same of the hard negatives.
+            has_labels: whether all targets of the task are among the hard negatives, so that for queries those of the
+                batch are not needed beside them, where some would stand several times.
         """
         all_pairs = gather_rows(is_pair)
         allowed = all_pairs[None].repeat(len(is_pair), 1)  # [B, N]
@@ -113,7 +118,15 @@ class Contrast:
             negatives = gather_rows(is_negative)[None].repeat(len(is_pair), 1)
             if target_keys is not None and negative_keys is not None:
                 negatives &= target_keys[:, None] != gather_rows(negative_keys)[None]
-        return cls(allowed=allowed, allowed_negatives=negatives, is_pair=is_pair, own=own, num_pairs=all_pairs.sum())
+        own_alone = torch.zeros_like(allowed).scatter(1, own[:, None], value=True)
+        return cls(
+            allowed=allowed,
+            allowed_targets=own_alone if has_labels else allowed,
+            allowed_negatives=negatives,
+            is_pair=is_pair,
+            own=own,
+            num_pairs=all_pairs.sum(),
+        )
 
     def mean(self, per_row: Tensor) -> Tensor:
         """Mean over the anchors of all processes: this one's share times their number, `[B] -> []`."""
@@ -183,7 +196,7 @@ def info_nce(
             scaled = scaled + rules.hardness * seen * is_negative
         return scaled.masked_fill(~allowed, -torch.inf)
 
-    forwards = [logits(query, targets, allowed, contrast.own)]  # [B, N]
+    forwards = [logits(query, targets, allowed & contrast.allowed_targets, contrast.own)]  # [B, N]
     backwards = [logits(target, queries, allowed, contrast.own)]
     if rules.same_side:
         others = allowed.scatter(1, contrast.own[:, None], value=False)

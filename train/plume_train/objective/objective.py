@@ -12,7 +12,7 @@ Letters: B rows of a pass, D hidden size, K latent steps, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
@@ -26,6 +26,7 @@ from plume_train.objective.extra_losses import (
     distillation_loss,
     matryoshka_loss,
     per_step_loss,
+    ranking_loss,
     sigmoid_loss,
     uniformity_loss,
 )
@@ -34,7 +35,8 @@ from plume_train.objective.losses import Contrast, NegativeRules, balance_loss, 
 
 Run = Callable[..., PlumeOutput]
 Representations = dict[str, Tensor]
-"""What batch terms need of a pass: embedding, anchor `[B, D]`, gate_total `[E]`, states `[B, K, D]`, scalars."""
+"""What batch terms need of a pass: embedding, anchor `[B, D]`, gate_total `[E]`, states `[B, K, D]`, scalars, and
+teacher, vectors `[B, T]` without gradients that the ranking is learnt from."""
 
 _OF_A_SIDE = re.compile(f"_({'|'.join(get_args(Role))})$")
 
@@ -45,40 +47,58 @@ MAX_SCALE = 100.0
 
 
 class LossScalars(nn.Module):
-    """What the loss learns: factors of similarities, for embedding and anchor, and the bias of the sigmoid loss."""
+    """What the loss learns: factors of similarities, for embedding and anchor, and the bias of the sigmoid loss.
 
-    def __init__(self, scale: float, bias: float = 0.0):
+    For all tasks alike, or (T of them) for each its own.
+    """
+
+    def __init__(self, scale: float, bias: float = 0.0, num_tasks: int = 1):
         super().__init__()
         log_scale = torch.tensor(scale).log().item()
-        self.values = nn.Parameter(torch.tensor([log_scale, log_scale, bias]))
+        self.values = nn.Parameter(torch.tensor([[log_scale, log_scale, bias]] * num_tasks))
 
     def forward(self) -> Tensor:
-        """Both factors and the bias, `[3]`."""
-        return torch.cat([self.values[:2].exp().clamp(max=MAX_SCALE), self.values[2:]])
+        """Both factors and the bias, `[T, 3]`."""
+        return torch.cat([self.values[:, :2].exp().clamp(max=MAX_SCALE), self.values[:, 2:]], dim=1)
 
 
 class Objective:
     """The terms that the settings ask for, each times its weight."""
 
-    def __init__(self, args: PlumeTrainingArguments, num_experts: int | None):
+    def __init__(self, args: PlumeTrainingArguments, num_experts: int | None, tasks: Iterable[str] = ()):
         """Set up.
 
         Args:
             args: weights and options of all terms.
             num_experts: E, or None where nothing routes.
+            tasks: those of the data, which may have a temperature each.
         """
         self.args = args
+        self.tasks = {task: place for place, task in enumerate(sorted(set(tasks)))} if args.temperature_per_task else {}
         self.num_experts = num_experts
         self.weights = args.loss_weights
 
     def build_scalars(self) -> LossScalars | None:
         """What the loss learns; None where its numbers are fixed."""
+        num_tasks = max(len(self.tasks), 1)
         if self.args.contrastive_loss == "sigmoid":
-            return LossScalars(SIGMOID_SCALE, SIGMOID_BIAS)
-        return LossScalars(1 / self.args.temperature) if self.args.learn_temperature else None
+            return LossScalars(SIGMOID_SCALE, SIGMOID_BIAS, num_tasks)
+        is_learnt = self.args.learn_temperature or self.args.temperature_per_task
+        return LossScalars(1 / self.args.temperature, num_tasks=num_tasks) if is_learnt else None
 
-    def represent(self, output: PlumeOutput, micro_batch: Pass) -> Representations:
-        """What batch terms need of a pass."""
+    @property
+    def ranks_by_written(self) -> bool:
+        """Whether the written reasoning of the same model teaches how candidates rank."""
+        return bool(self.weights["ranking"]) and self.args.teacher_vectors is None
+
+    def represent(self, output: PlumeOutput, micro_batch: Pass, written: PlumeOutput | None = None) -> Representations:
+        """What batch terms need of a pass.
+
+        Args:
+            output: of the pass.
+            micro_batch: of the pass.
+            written: of the explicit pass over the same rows, where there is one.
+        """
         assert output.embedding is not None
         assert output.anchor_embedding is not None
         assert output.states is not None
@@ -94,16 +114,26 @@ class Objective:
             representations["states"] = output.states[:, 1:]
         if output.scalars is not None:
             representations["scalars"] = output.scalars
+        if (taught := micro_batch.get("teacher_vectors")) is not None:
+            representations["teacher"] = taught
+        elif self.ranks_by_written and written is not None and written.embedding is not None:
+            representations["teacher"] = written.embedding.detach()
         return representations
 
-    def row_terms(self, run: Run, output: PlumeOutput, micro_batch: Pass, num_rows: Tensor | None) -> dict[str, Tensor]:
+    def row_terms(
+        self,
+        output: PlumeOutput,
+        micro_batch: Pass,
+        num_rows: Tensor | None,
+        written: PlumeOutput | None = None,
+    ) -> dict[str, Tensor]:
         """Terms that are sums over the rows of a pass.
 
         Args:
-            run: runs the model once more; distillation needs it.
             output: of the pass.
             micro_batch: of the pass.
             num_rows: rows with labels on this side of the batch, on all processes; None for hard negatives.
+            written: of the explicit pass over the same rows, where there is one.
         """
         inputs, parts = micro_batch["inputs"], {}
         if "labels" in inputs:
@@ -114,25 +144,16 @@ class Objective:
             assert num_rows is not None
             labels = inputs["reconstruction_labels"]
             parts["reconstruct"] = suffix_cross_entropy(output.reconstruction_logits, labels, num_rows)
-        if "teacher" in micro_batch:
-            written = run(
-                **{
-                    **{name: value for name, value in inputs.items() if not name.startswith("reconstruction")},
-                    **micro_batch["teacher"],
-                    "keep_layers": True,
-                    "vision_states": output.vision_states,
-                }
-            )
+        if written is not None and (teacher := micro_batch.get("teacher")) is not None:
             assert num_rows is not None
             assert output.read_out_layers is not None
             assert written.read_out_layers is not None
             assert written.suffix_logits is not None
-            parts["distillation"] = distillation_loss(
-                output.read_out_layers, written.read_out_layers, micro_batch["counts"], num_rows
-            )
-            parts["teacher_cross_entropy"] = suffix_cross_entropy(
-                written.suffix_logits, micro_batch["teacher"]["labels"], num_rows
-            )
+            if self.weights["distillation"]:
+                parts["distillation"] = distillation_loss(
+                    output.read_out_layers, written.read_out_layers, micro_batch["counts"], num_rows
+                )
+            parts["teacher_cross_entropy"] = suffix_cross_entropy(written.suffix_logits, teacher["labels"], num_rows)
         return {name: value * num_processes() for name, value in parts.items()}
 
     def num_rows(self, batch: Batch) -> dict[Role, Tensor]:
@@ -169,8 +190,8 @@ class Objective:
         columns = {name: batch[name] for name in ("query_keys", "target_keys", "is_negative", "negative_keys")}
         if not self.args.mask_duplicates:
             columns |= {"query_keys": None, "target_keys": None}
-        contrast = Contrast.of(batch["is_pair"], **columns)
-        scales = self._scales(sides)
+        contrast = Contrast.of(batch["is_pair"], **columns, has_labels=batch["has_labels"])
+        scales = self._scales(sides, batch["task"])
         rules = NegativeRules(
             margin=self.args.false_negative_margin,
             duplicate=self.args.duplicate_similarity,
@@ -196,22 +217,48 @@ class Objective:
                 contrast,
                 negatives,
                 rules,
+                self.args.matryoshka_precisions,  # type: ignore[arg-type]
             )
         if self.weights["alignment"]:
             parts["alignment"] = alignment_loss(
                 query["embedding"], target["embedding"], query["anchor"], target["anchor"], 1 / scales[0], contrast
             )
+        if self.weights["ranking"] and "teacher" in query:
+            parts["ranking"] = self._ranking(sides, batch, columns)
         if self.weights["per_step"] and batch["most_steps"]:
             whole = batch["is_pair"] & batch["takes_all_steps"]
             contrast = Contrast.of(whole, columns["query_keys"], columns["target_keys"])
             parts["per_step"] = per_step_loss(query["states"], target["states"], self.args.temperature, contrast)
         return parts
 
-    def _scales(self, sides: dict[Role, Representations]) -> Any:
+    def _ranking(self, sides: dict[Role, Representations], batch: Batch, columns: dict[str, Any]) -> Tensor:
+        """By the vectors of another embedder, or by written queries among the vectors that targets have anyway."""
+        query, target, negative = sides["query"], sides["target"], sides.get("negative")
+        is_taught, is_negative = batch["is_taught"], columns["is_negative"]
+        assert is_taught is not None
+        if is_negative is not None and batch["is_taught_negative"] is not None:
+            is_negative = is_negative & batch["is_taught_negative"]
+        known = {**columns, "is_negative": is_negative}
+        contrast = Contrast.of(batch["is_pair"] & is_taught, **known, has_labels=batch["has_labels"])
+        of_teacher = "embedding" if self.ranks_by_written else "teacher"
+        return ranking_loss(
+            query["embedding"],
+            target["embedding"],
+            query["teacher"],
+            target[of_teacher],
+            self.args.ranking_temperature,
+            contrast,
+            None if negative is None else negative["embedding"],
+            None if negative is None else negative[of_teacher],
+        )
+
+    def _scales(self, sides: dict[Role, Representations], task: str) -> Any:
+        """Factors and bias of a task; the mean over tasks for one that the training data do not have."""
         learnt = [side["scalars"] for side in sides.values() if "scalars" in side]
         if not learnt:
             return 1 / self.args.temperature, 1 / self.args.temperature, 0.0
-        return torch.stack(learnt).mean(dim=0).unbind()
+        by_task = torch.stack(learnt).mean(dim=0)  # [T, 3]
+        return (by_task[self.tasks[task]] if task in self.tasks else by_task.mean(dim=0)).unbind()
 
 
 def _joined(passes: list[Representations]) -> Representations:

@@ -97,6 +97,8 @@ def _questions(records: Records, options: Any) -> Iterable[Question]:
     names: tuple[SideName, ...] = ("query", "target") if options.side == "both" else (options.side,)
     for row in range(len(records)):
         record = records[row]
+        if options.max_margin is not None and _margin(records.raw(row), record.where) > options.max_margin:
+            continue
         for name in names:
             question = Question.of(row, record, name, prompts)
             if question is None:
@@ -105,6 +107,17 @@ def _questions(records: Records, options: Any) -> Iterable[Question]:
                 raise ValueError(f"{record.where} is a row of UME-sft without a rationale, to which none can be added; "
                                  "write it as train/README.md says (A row)")  # fmt: skip
             yield question
+
+
+def _margin(row: Mapping[str, Any], where: str) -> float:
+    """By how much a row's own pair is nearer than others, as `plume-train mine` wrote it."""
+    margin = row.get("margin")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise ValueError(
+            f"{where}: no 'margin', which --max-margin goes by; `plume-train mine --num-latent-steps 0` writes it, for "
+            "rows that a single pass can embed"
+        )
+    return margin
 
 
 def _estimate(questions: Sequence[Question], spent: Spent) -> None:
@@ -277,6 +290,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--model", required=True, help="its name there")
     parser.add_argument("--side", choices=("query", "target", "both"), default="query",
                         help="whose rationales; those of targets seldom help (query)")  # fmt: skip
+    parser.add_argument(
+        "--max-margin", type=float, help="ask only about rows whose margin, by `plume-train mine`, is at most this"
+    )
     parser.add_argument("--prompts", help="YAML that maps names of tasks to what is asked")
     parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
     parser.add_argument("--concurrency", type=int, default=32, help="questions at a time at most (32)")

@@ -100,7 +100,7 @@ class Question:
         pictures = [_picture(source, where) for source in self.content.images]
         pictures += [url for video in self.content.videos for url in _frames(video, where)]
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
-        text = "\n\n".join(part for part in (self.prompt, self.content.text) if part)
+        text = "\n\n".join(part for part in (self.prompt, self.content.instruction, self.content.text) if part)
         user = [*parts, {"type": "text", "text": text}] if parts else text
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
