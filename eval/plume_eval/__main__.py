@@ -196,6 +196,44 @@ def run(
     typer.echo(json.dumps(whole))
 
 
+@app.command()
+def pairs(
+    file: Annotated[Path, typer.Argument(help="Held-out rows, .jsonl, with query and target.")],
+    model: Model,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="latent, single_pass or explicit; can be repeated; the first two if not given."),
+    ] = None,
+    num_latent_steps: Annotated[list[int] | None, typer.Option(help="A further K; can be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Pairs at most.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
+) -> None:
+    """Measure recall@1 and MRR on your own pairs; the last line of the output is one JSON object."""
+    import json
+
+    import torch
+
+    from plume import PlumeModel
+    from plume_eval.pairs import PairsEvaluation
+
+    quiet_libraries()
+    modes: Any = mode or ["latent", "single_pass"]
+    try:
+        evaluation = PairsEvaluation(file, modes, num_latent_steps or (), limit=limit, batch_size=batch_size)
+        is_on_gpu = torch.cuda.is_available()
+        loaded = PlumeModel.from_pretrained(model, dtype="auto" if is_on_gpu else "float32").eval()
+        loaded = loaded.to("cuda") if is_on_gpu else loaded
+        numbers = evaluation(loaded, 0, loaded.config.num_latent_steps)
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(
+        f"{len(evaluation.queries)} queries, {len(evaluation.targets)} targets, K = {loaded.config.num_latent_steps}"
+    )
+    for name in [name.removeprefix("recall_at_1_") for name in numbers if name.startswith("recall_at_1_")]:
+        typer.echo(f"{name:12}  recall@1 {numbers[f'recall_at_1_{name}']:.3f}  MRR {numbers[f'mrr_{name}']:.3f}")
+    typer.echo(json.dumps(numbers))
+
+
 @hops.command("settings")
 def settings(
     model: Model,

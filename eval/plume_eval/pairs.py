@@ -35,6 +35,7 @@ class PairsEvaluation:
         self,
         file: str | Path,
         modes: Sequence[Mode] = ("latent", "single_pass"),
+        num_latent_steps: Sequence[int] = (),
         *,
         limit: int | None = 1000,
         batch_size: int = 32,
@@ -46,6 +47,7 @@ class PairsEvaluation:
             file: JSONL rows with "query" and "target", each a text or an object with any of text, image and video;
                 paths are relative to the file's folder. Rationales and answers are not looked at.
             modes: ways to reason.
+            num_latent_steps: further K of "latent" to measure, whatever the stage; their names end with the K.
             limit: the first so many pairs; None: all.
             batch_size: inputs per batch.
             max_new_tokens: limit of the mode "explicit".
@@ -56,6 +58,7 @@ class PairsEvaluation:
         if unknown := [mode for mode in modes if mode not in MODES]:
             raise ValueError(f"there is no mode {unknown[0]!r}; expected some of {', '.join(MODES)}")
         self.modes = list(modes)
+        self.num_latent_steps = list(num_latent_steps)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.queries: list[Any] = []
@@ -89,7 +92,10 @@ class PairsEvaluation:
             num_latent_steps: K of the stage.
         """
         numbers = {}
-        for mode in self.modes:
+        runs: list[tuple[Mode, str, int]] = [(mode, "", num_latent_steps) for mode in self.modes]
+        for count in self.num_latent_steps:
+            runs.append(("latent", f"_k{count}", count))
+        for mode, ending, taken in runs:
             query, target = (
                 embed(
                     model,
@@ -100,13 +106,13 @@ class PairsEvaluation:
                     max_new_tokens=self.max_new_tokens,
                 ).embedding
                 for inputs, steps in (
-                    (self.queries, num_latent_steps),
-                    (self.targets, model.config.document_steps(num_latent_steps)),
+                    (self.queries, taken),
+                    (self.targets, model.config.document_steps(taken)),
                 )
             )
             rank = ranks((query @ target.T).cpu().numpy(), np.array(self.labels))
-            numbers[f"recall_at_1_{mode}"] = recall_at_1(rank).mean
-            numbers[f"mrr_{mode}"] = mean_reciprocal_rank(rank).mean
+            numbers[f"recall_at_1_{mode}{ending}"] = recall_at_1(rank).mean
+            numbers[f"mrr_{mode}{ending}"] = mean_reciprocal_rank(rank).mean
         return numbers
 
     def _items(self, model: PlumeModel, inputs: Sequence[Any]) -> list[Item]:

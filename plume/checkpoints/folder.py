@@ -41,6 +41,19 @@ def read_config(name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]
         ) from None
 
 
+def write_dtype(folder: str | os.PathLike, dtype: str) -> None:
+    """Let a saved configuration say in what its weights are to be loaded, its backbone's too."""
+    file = Path(folder) / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    parts = [fields]
+    while parts:
+        part = parts.pop()
+        if "dtype" in part:
+            part["dtype"] = dtype
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def is_stock(name_or_path: str | os.PathLike, **hub_kwargs) -> bool:
     """Whether the configuration is a backbone's own, as that of the published PLUME checkpoints is.
 

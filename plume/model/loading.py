@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from plume.checkpoints.folder import (
     is_stock,
     read_config,
     tidy_weight_files,
+    write_dtype,
     write_sentence_transformers_files,
 )
 from plume.config import PlumeConfig
@@ -163,6 +165,11 @@ class PlumePreTrainedModel(PreTrainedModel):
             self.write_card(save_directory, weights=weights)
         if is_main_process:
             tidy_weight_files(save_directory)
+            # transformers takes the dtype of the first weight for that of all, and would round the others when loading.
+            dtypes = {weight.dtype for weight in (weights.values() if weights else self.parameters())}
+            if len(dtypes) > 1:
+                widest = reduce(torch.promote_types, dtypes)
+                write_dtype(save_directory, str(widest).removeprefix("torch."))
 
     def write_card(
         self, folder: str | os.PathLike, name: str | None = None, weights: Mapping[str, Tensor] | None = None

@@ -181,7 +181,7 @@ def test_what_fails_in_one_of_several_processes_is_said_by_it(monkeypatch):
     def fail(args):
         raise RunError("row 7 made the loss infinite")
 
-    monkeypatch.setattr("plume_train.run.train", fail)
+    monkeypatch.setattr("plume_train.run.train_and_save", fail)
     monkeypatch.setattr("plume_train.config.parse_arguments", lambda words: SimpleNamespace(output_folder=None))
     monkeypatch.setattr("sys.argv", ["plume-train", "--use_cpu"])
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from plume import Item, PlumeModel
 from plume.random_models import SHORT_STRINGS
 from plume_eval.pairs import PairsEvaluation
+from plume_train.alarms import FIRST_STEP, LOGS_IN_A_ROW, Alarms, signs
 from plume_train.callbacks import named_evaluation, reset_optimizer
 from plume_train.config import NOT_HONOURED, SettingsError, arguments_from
 from plume_train.curriculum import PAPER, Curriculum
@@ -66,7 +67,7 @@ def test_every_option_of_the_objective_trains_and_is_logged(tmp_path, start, hop
         "step_cosine",
         "tokens_per_second",
         "peak_memory_gib",
-        "recall_in_batch/hops/page-tiles-name",
+        "teacher_forced_recall/hops/page-tiles-name",
     } <= names
     late = [line for line in log if line.get("num_latent_steps") == 2]
     assert all(0 <= line["gate_entropy"] <= 1 for line in late)
@@ -116,6 +117,52 @@ def test_what_stands_beside_contrast_trains_and_is_logged(tmp_path, start, hops_
 def test_values_that_settings_cannot_have_are_refused(tmp_path, start, hops_folder, wrong, told):
     with pytest.raises(SettingsError, match=re.escape(told)):
         settings(tmp_path, start, hops_folder, **wrong).check()
+
+
+SIGNS = {
+    "states alike": {"step_cosine": 0.99},
+    "states long": {"state_norm_ratio": 200.0},
+    "router collapsed": {"expert_load_0": 0.95, "expert_load_1": 0.05},
+    "contrast without signal": {"recall_in_batch": 0.1, "contrastive": 3.46},  # ln 32
+}
+SOUND = {
+    "step_cosine": 0.9,
+    "state_norm_ratio": 8.0,
+    "expert_load_0": 0.6,
+    "expert_load_1": 0.4,
+    "recall_in_batch": 0.1,
+    "contrastive": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_that_stays_is_said_once(name, recwarn):
+    assert signs(SOUND, 32) == {}
+    assert list(signs({**SOUND, **SIGNS[name]}, 32)) == [name]
+    alarms, control = Alarms(32), SimpleNamespace()
+    bad, good = {"loss": 1.0, **SOUND, **SIGNS[name]}, {"loss": 1.0, **SOUND}
+
+    def log(step, logs, is_first_process=True):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=is_first_process)
+        alarms.on_log(None, state, control, logs)
+
+    for step in range(10):
+        log(step, bad)  # beginnings are odd
+    for logs in (bad, bad, good) * 5:  # it does not stay
+        log(FIRST_STEP, logs)
+    assert not recwarn
+    for _ in range(LOGS_IN_A_ROW):
+        log(FIRST_STEP, bad, is_first_process=False)
+    assert not recwarn
+    for _ in range(3 * LOGS_IN_A_ROW):
+        log(FIRST_STEP, bad)
+        log(FIRST_STEP, {"recall_at_1_latent": 0.5})  # of an evaluation
+    assert len(recwarn) == 1
+    assert f"plume: step {FIRST_STEP}: " in str(recwarn[0].message)
+
+
+def test_teacher_forced_recall_is_no_sign_of_contrast_without_signal():
+    assert signs({"teacher_forced_recall": 0.03, "contrastive": 3.46}, 32) == {}
 
 
 def test_vectors_that_teach_must_be_there(tmp_path, start, hops_folder):

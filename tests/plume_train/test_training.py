@@ -32,7 +32,12 @@ def test_a_run_goes_through_its_stages_and_saves_a_checkpoint(tmp_path, start, h
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     stages = {line["step"]: line["num_latent_steps"] for line in log if "contrastive" in line}
     assert [stages[step] for step in range(1, 11)] == [0] * 4 + [1] * 3 + [2] * 3
-    assert {"loss", "cross_entropy_query", "anchor_contrastive", "recall_in_batch"} <= set(log[0])
+    assert {"loss", "cross_entropy_query", "anchor_contrastive", "teacher_forced_recall"} <= set(log[0])
+    assert "recall_in_batch" not in log[0]  # recall behind the words of the data has a name of its own
+    last = next(line for line in reversed(log) if "contrastive" in line)
+    assert "recall_in_batch" in last
+    assert "teacher_forced_recall" not in last
+    assert last["state_norm_ratio"] > 0
     assert "expert_load_3" in next(line for line in log if line.get("num_latent_steps") == 2)
     reopened = PlumeModel.from_pretrained(tmp_path / "out")
     assert all(torch.equal(weight, reopened.state_dict()[name]) for name, weight in weights(model).items())

@@ -75,7 +75,7 @@ def _run(command: str, words: list[str]) -> None:
     from plume_train.gate import gate
     from plume_train.lora import merge
     from plume_train.mine import mine
-    from plume_train.run import train
+    from plume_train.run import train_and_save
     from plume_train.saving import RunError, reason, state_of
     from plume_train.soup import soup
     from plume_train.vectors import vectors
@@ -94,7 +94,7 @@ def _run(command: str, words: list[str]) -> None:
             sys.exit()
         args = parse_arguments(words)
         folder = args.output_folder
-        train(args)
+        train_and_save(args)
     except (ValueError, OSError, RunError) as error:
         # Settings are wrong in all processes alike, and one of them says it; what fails later may fail in one alone.
         is_said = isinstance(error, SettingsError) and os.environ.get("LOCAL_RANK", "0") != "0"

@@ -137,6 +137,7 @@ def log_line(logs: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     parts = [f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.4g} ({', '.join(shown)})"]
     for name, form in (
         ("recall_in_batch", "recall in batch {:.3g}"),
+        ("teacher_forced_recall", "teacher-forced recall {:.3g}"),
         ("grad_norm", "gradient {:.3g}"),
         ("learning_rate", "learning rate {:.2g}"),
         ("num_latent_steps", "K = {}"),

@@ -59,15 +59,20 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
         raise SettingsError(f"lora_targets={args.lora_targets!r}: {error}") from None
 
 
-def merged(model: Any, base_dtype: str) -> PlumeModel:
+def merged(model: Any) -> PlumeModel:
     """The plain model that a trained LoRA comes to.
+
+    Weights that something is added to are float32, so that it is not rounded away; the others keep their dtype.
 
     Args:
         model: of peft, without what else wraps it.
-        base_dtype: of the frozen weights.
     """
-    if base_dtype != "float32":  # what was learnt would be rounded away
-        model = model.cpu().float()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = model.cpu()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.get_base_layer().float()
     model = model.merge_and_unload()
     model.loss_scalars = None
     return model

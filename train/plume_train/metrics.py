@@ -1,8 +1,9 @@
 """What a training run says of itself: means of everything that was observed between two logs.
 
-Beside the loss terms: recall within the batch; what the router does (entropy of its gates as a share of the largest
-possible, load of each expert); what the latent states do (norm, cosine between one and the next); rows and tokens per
-second; peak memory. Losses and recall are also told by task.
+Beside the loss terms: recall within the batch, called `teacher_forced_recall` where vectors are read behind words of
+the data, since it is near 1 long before the model can write them; what the router does (entropy of its gates as a share
+of the largest possible, load of each expert); what the latent states do (norm, also as a multiple of an embedding's,
+cosine between one and the next); rows and tokens per second; peak memory. Losses and recall are also told by task.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ from plume_train.objective.losses import in_batch_recall
 class Meter:
     """Collects observations of steps, and gives their means."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, embedding_norm: Tensor | None = None):
+        """Set up.
+
+        Args:
+            device: of what is observed.
+            embedding_norm: mean norm of a token's embedding when training began; None where it is not known.
+        """
         self.device = device
+        self.embedding_norm = embedding_norm
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._vectors: dict[Role, list[Tensor]] = defaultdict(list)
         self._start = time.perf_counter()
@@ -53,7 +61,10 @@ class Meter:
         states = output.states[counts].float()
         if states.shape[1] > 1 and len(states):
             taken = states.abs().sum(dim=-1) > 0  # [b, K+1]
-            self._values["state_norm"].append(states.norm(dim=-1)[taken].mean())
+            norm = states.norm(dim=-1)[taken].mean()
+            self._values["state_norm"].append(norm)
+            if self.embedding_norm is not None:
+                self._values["state_norm_ratio"].append(norm / self.embedding_norm.to(norm.device))
             both = taken[:, 1:] & taken[:, :-1]
             if both.any():
                 cosine = F.cosine_similarity(states[:, 1:], states[:, :-1], dim=-1)
@@ -66,8 +77,9 @@ class Meter:
         told = {"loss": loss.detach()}
         if self._vectors["target"] and batch["target_keys"] is not None:
             query, target = (torch.cat(self._vectors[role]) for role in SUPERVISED)
-            told["recall_in_batch"] = in_batch_recall(query, target, batch["target_keys"], batch["is_pair"])
-            self._values["recall_in_batch"].append(told["recall_in_batch"])
+            name = "teacher_forced_recall" if batch["is_forced"] else "recall_in_batch"
+            told[name] = in_batch_recall(query, target, batch["target_keys"], batch["is_pair"])
+            self._values[name].append(told[name])
         if batch["task"]:
             for name, value in told.items():
                 self._values[f"{name}/{batch['task']}"].append(value)

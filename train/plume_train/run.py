@@ -48,6 +48,12 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
     Returns:
         The trained model; its `num_latent_steps` is that of the last stage.
     """
+    model = train_and_save(args, evaluate)
+    return PlumeModel.from_pretrained(args.output_folder).eval() if model is None else model
+
+
+def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> PlumeModel | None:
+    """As `train`; None where the model is in the folder alone, since it would take more memory than the run has."""
     _check_processes(args)
     args.check()
     args.check_data()
@@ -59,7 +65,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
         known = ", ".join(sorted(set(records.tasks)))
         raise SettingsError(f"task_weights names {unknown[0]!r}, which is no task of the data; they are {known}")
     for useless in args.without_effect(records) if args.should_save else []:
-        warnings.warn(f"plume: {useless}", stacklevel=2)
+        warnings.warn(f"plume: {useless}", stacklevel=3)
     held_out = load_records(args, args.validation_file) if args.validation_file else None
     if args.max_steps < 0:
         batches = sampler_of(args, records, curriculum, num_steps=1).batches_per_pass()
@@ -73,7 +79,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
             f"{args.output_folder} holds the model of this run, which is finished; set overwrite=true to train it "
             "again, or choose another output_dir"
         )
-        return PlumeModel.from_pretrained(args.output_folder).eval()
+        return None
     checkpoint = checkpoint_to_resume(args) if standing != "replaced" else None
     if standing != "replaced":
         begin_run(args, run, standing)
@@ -129,8 +135,8 @@ def _check_processes(args: PlumeTrainingArguments) -> None:
         )
 
 
-def finish(trainer: PlumeTrainer) -> PlumeModel:
-    """Save the trained model as one plain folder, list bad rows, draw the summary."""
+def finish(trainer: PlumeTrainer) -> PlumeModel | None:
+    """Save the trained model as one plain folder, list bad rows, draw the summary; see `train_and_save`."""
     args = trainer.args
     trainer.bare_model.config.num_latent_steps = trainer.stage_steps(args.max_steps - 1)
     if trainer.progress.is_held:
@@ -142,10 +148,11 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         )
     if args.lora_rank:
         trainer.save_whole(args.output_folder / ADAPTER_FOLDER)
-        model = merged(trainer.accelerator.unwrap_model(trainer.model), args.base_dtype)
+        trainer.let_go()
+        model = merged(trainer.accelerator.unwrap_model(trainer.model))
         if args.should_save:
             with whole_or_nothing(args.output_folder, True) as unfinished:
-                model.save_pretrained(unfinished)
+                model.save_pretrained(unfinished, max_shard_size="1GB")  # a file is in memory while it is written
                 move_into(unfinished, args.output_folder)
     else:
         trainer.save_whole(args.output_folder)
@@ -163,7 +170,7 @@ def finish(trainer: PlumeTrainer) -> PlumeModel:
         where = f"the model is in {args.output_folder}"
         args.tell(f"{where}, its curves in {picture}" if _draw(trainer, picture) else where)
     trainer.accelerator.wait_for_everyone()
-    return model.eval()
+    return None if args.lora_rank and args.base_dtype != "float32" else model.eval()
 
 
 def _draw(trainer: PlumeTrainer, picture: Path) -> bool:

@@ -18,7 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from plume.model.interface import at_least_float32
 from plume.model.model import PlumeModel
+from plume_train.alarms import Alarms
 from plume_train.callbacks import Console, Evaluate, EvaluationHook, LogFile, StageChange, Validation
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.curriculum import Curriculum
@@ -98,7 +100,9 @@ class PlumeTrainer(Trainer):
                 "an evaluation runs the model on one process, which under ZeRO-3 and FSDP holds a part of its weights "
                 "only; use a validation_file, or evaluate the checkpoints"
             )
-        self.meter = Meter(args.device)
+        embeddings: Any = bare.get_input_embeddings().weight
+        some = at_least_float32(embeddings.detach()[:4096])
+        self.meter = Meter(args.device, None if self._shares_out_weights() else some.norm(dim=-1).mean())
         self.bad_rows: list[str] = []
         self._where: list[str] = []
         self._saving_in: str | None = None
@@ -107,6 +111,7 @@ class PlumeTrainer(Trainer):
         self.pop_callback(PrinterCallback)
         self.add_callback(Console(args))
         self.add_callback(LogFile(args.output_folder / LOG_FILE))
+        self.add_callback(Alarms(args.per_device_train_batch_size * args.world_size * (1 + args.num_negatives)))
         self.add_callback(StageChange(args.optimizer_reset, self.progress.stage_at))
         if validation is not None:
             self.add_callback(
@@ -352,6 +357,13 @@ class PlumeTrainer(Trainer):
         scalars: Any = self.bare_model.loss_scalars
         if (learnt := self.progress.load(checkpoint)) and scalars is not None:
             scalars.values.data.copy_(torch.tensor(learnt))
+
+    def let_go(self) -> None:
+        """Free what only training needs: gradients and the optimiser's state."""
+        self.model.zero_grad()  # type: ignore[union-attr]
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator._optimizers.clear()
+        self.accelerator._schedulers.clear()
 
     def save_whole(self, folder: Path) -> None:
         """Save the model; files that are there already are replaced once everything is written."""

@@ -438,3 +438,77 @@ def test_broken_embedded_images_and_what_is_no_text_are_bad_rows_and_stop_nothin
     assert [line.partition(": ")[0] for line in records.bad_rows] == [f"rows.jsonl:{n}" for n in range(1, 7)]
     with pytest.raises(RowError, match="cannot be read"):
         RecordFormat().read({"query": {"image": {"bytes": bytes(bomb)}}, "target": "a"}, "f:1")
+
+
+@pytest.fixture
+def kept_scans(tmp_path, monkeypatch):
+    """Scans of files of any size are kept, in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("plume_train.data.scan_cache.FROM_BYTES", 0)
+    return tmp_path / "cache" / "plume"
+
+
+def told(records):
+    """All that a run asks of records before it reads rows."""
+    names = ("tasks", "groups", "bad_rows", "has_negatives", "has_instructions", "digest", "labels")
+    return {name: getattr(records, name) for name in names} | {"uniform": records.uniform_tasks()}
+
+
+def test_a_large_file_is_scanned_once(folder, kept_scans, monkeypatch):
+    lines = [
+        {"query": {"text": "a", "instruction": "Find:"}, "target": "b", "task": "one", "batch_group": 3},
+        {"query": "a", "target": 5},
+        {"query": {"image": "bird.png"}, "target": "b", "negatives": ["c"], "task": "one"},
+        {"query": "x", "target": {"image": "bird.png"}, "task": "two"},
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "more.jsonl").write_text(json.dumps({"query": "m", "target": "n", "task": "two"}) + "\n")
+    both = [file, folder / "more.jsonl"]
+    plain = {}
+    for data in (file, both):
+        monkeypatch.setattr("plume_train.data.scan_cache.FROM_BYTES", 2**30)
+        plain[str(data)] = told(Records(data, on_bad_row="skip"))
+        assert not kept_scans.exists() or data is both
+        monkeypatch.setattr("plume_train.data.scan_cache.FROM_BYTES", 0)
+        assert told(Records(data, on_bad_row="skip")) == plain[str(data)]
+    assert len(list(kept_scans.iterdir())) == 2
+    read = RecordFormat.read
+    monkeypatch.setattr(RecordFormat, "read", None)
+    for data in (file, both):
+        again = Records(data, on_bad_row="skip")
+        assert told(again) == plain[str(data)]
+    monkeypatch.setattr(RecordFormat, "read", read)
+    assert [again[index].query.text for index in range(4)] == ["a", "", "x", "m"]
+    with pytest.raises(RowError, match=r"rows.jsonl:3"):  # another way to read it is scanned anew
+        Records(file)
+
+
+def test_a_scan_that_is_old_or_damaged_is_made_anew(folder, kept_scans):
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps({"query": "a", "target": "b"}) + "\n")
+    first = Records(file)
+    (kept,) = kept_scans.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert told(Records(file)) == told(first)
+    with file.open("a") as lines:
+        lines.write(json.dumps({"query": "c", "target": "d"}) + "\n")
+    assert len(Records(file)) == 2
+    assert Records(file, max_labels=5).labels["rows"] == [Side("b"), Side("d")]
+    kept_scans.chmod(0o500)
+    try:
+        (folder / "other.jsonl").write_text(json.dumps({"query": "e", "target": "f"}) + "\n")
+        assert len(Records(folder / "other.jsonl")) == 1  # nothing can be kept, and nothing is lost
+    finally:
+        kept_scans.chmod(0o700)
+
+
+def test_rows_of_a_task_have_targets_all_or_none_also_from_a_kept_scan(folder, kept_scans):
+    (folder / "with.jsonl").write_text(json.dumps({"query": "a", "target": "b", "task": "t"}) + "\n")
+    (folder / "without.jsonl").write_text(json.dumps({"query": "a", "task": "t"}) + "\n")
+    row_format = RecordFormat(needs_target=False)
+    for name in ("with", "without"):
+        Records(folder / f"{name}.jsonl", row_format=row_format)
+    assert len(list(kept_scans.iterdir())) == 2
+    with pytest.raises(RowError, match="has no target, unlike the rows of task 't' before it"):
+        Records([folder / "with.jsonl", folder / "without.jsonl"], row_format=row_format)

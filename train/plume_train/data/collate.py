@@ -70,6 +70,7 @@ class Batch(TypedDict):
     most_steps: that K.
     query_keys, target_keys `[B]`, negative_keys `[H]`: integers that are equal where the content is.
     is_negative `[H]`: False at empty places.
+    is_forced: whether vectors are read behind words of the data, a rationale or an answer.
     has_labels: whether all targets of the task are among the hard negatives.
     is_taught `[B]`, is_taught_negative `[H]`: rows whose ranking a teacher knows; None without one.
     task, stage, where: of the rows; stage is the run's.
@@ -87,6 +88,7 @@ class Batch(TypedDict):
     target_keys: Tensor | None
     negative_keys: Tensor | None
     is_negative: Tensor | None
+    is_forced: bool
     has_labels: bool
     is_taught: Tensor | None
     is_taught_negative: Tensor | None
@@ -210,6 +212,7 @@ class PairCollator:
             target_keys=_keys(entries["target"]) if "target" in entries else None,
             negative_keys=_keys(entries["negative"]) if "negative" in entries else None,
             is_negative=_counts(entries["negative"]) if "negative" in entries else None,
+            is_forced=any(self._is_forced(entry) for role in SUPERVISED for entry in entries.get(role, ())),
             has_labels=bool(labels),
             **self._who_is_taught(entries),
             task=records[0].task,
@@ -253,6 +256,12 @@ class PairCollator:
         if record.target:
             entries["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(entries["negative"]))]
         return entries
+
+    def _is_forced(self, entry: _Entry) -> bool:
+        """Whether words of the data stand before the read-out of a row."""
+        stage, side = self.curriculum.stages[entry.draw.stage], entry.side
+        writes_answer = side.answer and not stage.drop_answer and self.config.answer_template
+        return bool(writes_answer or (side.rationale and stage.ratio < 1))
 
     def _label_entries(self, labels: Sequence[Side], draw: Draw, bad_rows: list[str]) -> list[_Entry]:
         """This process's labels of a task, as many as every other's."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from tqdm.auto import tqdm
 
 from plume_train.data.rows import EMPTY, Record, RecordFormat, RowError, Side
+from plume_train.data.scan_cache import Scan, cache_file, read_scan, write_scan
 
 OnBadRow = Literal["error", "skip"]
 
@@ -53,6 +54,14 @@ class JsonLines:
                     self._offsets[number] = offset
                     yield number, self._parse(line, number)
                 offset += len(line)
+
+    def adopt(self, numbers: Sequence[int], offsets: Sequence[int]) -> None:
+        """Take over where lines begin, from an earlier scan."""
+        self._offsets = dict(zip(numbers, offsets, strict=True))
+
+    def offset(self, number: int) -> int:
+        """Where a line begins that has been scanned."""
+        return self._offsets[number]
 
     def read(self, number: int) -> tuple[str, Any]:
         with self.file.open("rb") as lines:
@@ -224,7 +233,17 @@ class Records:
                 default_task=chosen.default_task or Path(place).stem,
             )
             self._sources.append((source, chosen))
-            self._scan(source, chosen, on_bad_row, show_progress)
+            kept = None
+            if isinstance(source, JsonLines) and not max_labels:  # whose rows would have to be read
+                kept = cache_file(source.file, chosen, on_bad_row)
+            scan = None if kept is None else read_scan(kept)
+            if scan is None or not self._agrees(scan):
+                scan = self._scan(source, chosen, on_bad_row, show_progress)
+                if kept is not None:
+                    write_scan(kept, scan)
+            elif isinstance(source, JsonLines):
+                source.adopt(scan.numbers, scan.offsets)
+            self._take(scan)
         self.digest = self._content.hexdigest()
         self.labels = {task: list(found.values()) for task, found in self._targets.items() if len(found) <= max_labels}
         self._targets.clear()
@@ -265,34 +284,57 @@ class Records:
         source, number = self._places[index]
         return self._sources[source][0].read(number)[1]
 
-    def _scan(self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool) -> None:
+    def _agrees(self, scan: Scan) -> bool:
+        """Whether tasks have the same sides as those that are known."""
+        return all(self._has_target.get(task, has) == has for task, has in scan.has_target.items())
+
+    def _take(self, scan: Scan) -> None:
+        """Add the rows of the last source."""
+        self._places += [(len(self._sources) - 1, number) for number in scan.numbers]
+        self.tasks += scan.tasks
+        self._groups += scan.groups
+        self.bad_rows += scan.bad_rows
+        self.has_negatives |= scan.has_negatives
+        self.has_instructions |= scan.has_instructions
+        self._has_target |= scan.has_target
+        self._content.update(scan.digests)
+        for task, keys in scan.variety.items():
+            for known, more in zip(self._variety[task], keys, strict=True):
+                known.update(more)
+
+    def _scan(self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool) -> Scan:
+        """Read every row of a source."""
+        scan = Scan()
         for number, row in tqdm(source.scan(), desc=f"Checking {source.name}", unit=" rows", disable=not show_progress):
             try:
                 if isinstance(row, RowError):
                     raise row
                 record = row_format.read(row, f"{source.name}:{number}")
+                task, has = record.task, record.target is not None
                 # Rows of a task meet in batches, on all processes, and must have the same sides there.
-                if self._has_target.setdefault(record.task, record.target is not None) != (record.target is not None):
-                    has = "no target" if record.target is None else "a target"
+                if self._has_target.get(task, scan.has_target.setdefault(task, has)) != has:
+                    told = "a target" if has else "no target"
                     raise RowError(
-                        f"{record.where} has {has}, unlike the rows of task {record.task!r} before it; give it another "
-                        "task"
+                        f"{record.where} has {told}, unlike the rows of task {task!r} before it; give it another task"
                     )
             except (RowError, RecursionError) as error:
                 if isinstance(error, RecursionError):
                     error = RowError(f"{source.name}:{number}: nested deeper than a row can be; drop it")
                 if on_bad_row == "error":
                     raise error from None
-                self.bad_rows.append(str(error))
+                scan.bad_rows.append(str(error))
                 continue
-            self._places.append((len(self._sources) - 1, number))
-            self.tasks.append(record.task)
-            self._groups.append(record.batch_group)
-            self.has_negatives |= bool(record.negatives)
-            self.has_instructions |= bool(record.query.instruction or (record.target and record.target.instruction))
-            self._content.update(record.digest)
-            if record.target is not None and len(of_task := self._targets[record.task]) <= self._max_labels:
+            scan.numbers.append(number)
+            if isinstance(source, JsonLines):
+                scan.offsets.append(source.offset(number))
+            scan.tasks.append(task)
+            scan.groups.append(record.batch_group)
+            scan.digests += record.digest
+            scan.has_negatives |= bool(record.negatives)
+            scan.has_instructions |= bool(record.query.instruction or (record.target and record.target.instruction))
+            if record.target is not None and len(of_task := self._targets[task]) <= self._max_labels:
                 of_task.setdefault(record.target.key, replace(record.target, rationale="", answer=""))
-            for known, side in zip(self._variety[record.task], (record.query, record.target), strict=True):
-                if side is not None and len(known) < 2:
-                    known.add(side.key)
+            for known, side in zip(scan.variety.setdefault(task, ([], [])), (record.query, record.target), strict=True):
+                if side is not None and len(known) < 2 and side.key not in known:
+                    known.append(side.key)
+        return scan
