@@ -38,7 +38,10 @@ class VectorCache:
         """The cache as one call of `encode` sees it: with all that decides a vector beside the input."""
         assert self._model.processor is not None
         size = (image_settings(settings) or {}).get("size") or dict(self._model.processor.image_processor.size)
-        steps = settings.get("num_latent_steps", self._model.config.num_latent_steps)
+        config = self._model.config
+        steps = settings.get("num_latent_steps", config.num_latent_steps)
+        if config.is_gated(settings.get("num_latent_steps")):
+            steps = ("gated", steps)
         form = settings.get("truncate_dim"), settings.get("normalize_embeddings")
         return CallCache(self._entries, size, (steps, form, self._weights.revision()))
 

@@ -20,6 +20,7 @@ from plume_train.data.collate import SUPERVISED, PairCollator, StagedRecords
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
 from plume_train.data.vectors import VectorStore
+from plume_train.objective import objective as objective_module
 from plume_train.objective.gradcache import Step
 from plume_train.objective.objective import Objective
 
@@ -227,6 +228,20 @@ def test_vectors_of_another_embedder_teach_the_rows_that_it_knows(trainee, rows,
     assert torch.allclose(torch.stack(losses).mean(), parts["ranking"].double(), atol=1e-6)
 
 
+def test_a_contrast_of_weight_zero_is_not_computed(trainee, rows, tmp_path, monkeypatch):
+    calls = []
+    whole = objective_module.info_nce
+    monkeypatch.setattr(objective_module, "info_nce", lambda *args: calls.append(1) or whole(*args))
+    for weights, names in (
+        ({}, {"contrastive", "anchor_contrastive"}),
+        ({"anchor_contrastive_weight": 0.0}, {"contrastive"}),
+    ):
+        calls.clear()
+        parts, _ = gradients(trainee, rows, arguments(tmp_path, **weights), DRAWS["latent"])
+        assert {name for name in parts if "contrastive" in name} == names
+        assert len(calls) == len(names)
+
+
 def test_each_task_has_a_temperature_of_its_own(trainee, rows, tmp_path):
     args = arguments(tmp_path, temperature_per_task=True, temperature=0.1)
     objective = Objective(args, trainee.config.num_experts, ["a", "rows", "z", "rows"])
@@ -285,8 +300,10 @@ def test_targets_take_no_more_steps_than_they_are_allowed(trainee, rows, tmp_pat
         for role in ("target", "negative"):
             assert set(inputs[role]["num_latent_steps"].tolist()) == {expected}
         assert batch["num_gates"] == 6 * (2 + expected)
-        groups = inputs["target"]["reconstruction"]["groups"][4].tolist()
-        assert max(groups) == expected - 1
+        assert inputs["target"]["max_latent_steps"] == expected  # nor are more run
+        assert ("reconstruction" in inputs["target"]) == (expected > 0)
+        if expected:
+            assert max(inputs["target"]["reconstruction"]["groups"][4].tolist()) == expected - 1
     alone = batch_of(trainee, rows, args, DRAWS["middle"], target_steps=0)["passes"]["target"][0]["inputs"]
     with torch.no_grad():
         found = trainee(**alone).embedding

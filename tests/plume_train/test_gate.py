@@ -99,6 +99,10 @@ def test_the_model_with_its_gate_thinks_about_the_share_that_was_asked_for(data,
     for found in (gated.encode_document(queries), gated.encode(queries, num_latent_steps=steps)):
         assert np.abs(found - plain.encode(queries)).max() < 1e-5
     assert gated.fingerprint != plain.fingerprint
+    cached = Plume(tmp_path / "out", device="cpu", vector_cache_bytes=10**6)  # knows who asked
+    assert np.abs(cached.encode_query(queries) - expected).max() < 1e-5
+    assert np.abs(cached.encode_document(queries) - plain.encode(queries)).max() < 1e-5
+    assert np.abs(cached.encode_query(queries) - expected).max() < 1e-5
 
 
 def test_a_gate_does_not_change_where_its_model_is_trained_further(data, plume_folder, tmp_path, start, hops_folder):

@@ -104,17 +104,24 @@ def test_vectors_of_any_embedder_are_taken_row_by_row(data, tmp_path):
     for name in ("queries", "targets"):
         np.save(tmp_path / f"{name}.npy", generator.normal(size=(10, 6)))
     files = [str(tmp_path / f"{name}.npy") for name in ("queries", "targets")]
-    assert vectors([str(data), "--rows", *files, "--out", str(tmp_path / "v")]) == 0
+    for _ in range(2):  # the second time nothing is added
+        assert vectors([str(data), "--rows", *files, "--out", str(tmp_path / "v")]) == 0
+        assert (tmp_path / "v" / "query.keys").stat().st_size == 8 * 9
     found, known = VectorStore(tmp_path / "v").find("query", [Records(data)[3].query])
     expected = np.load(files[0])[3]
     assert known.all()
     assert np.allclose(found[0], expected / np.linalg.norm(expected), atol=1e-6)
+    np.save(tmp_path / "targets.npy", generator.normal(size=(10, 6)))
+    with pytest.raises(ValueError, match="holds vectors whose fingerprint is"):  # of another embedder
+        vectors([str(data), "--rows", *files, "--out", str(tmp_path / "v")])
     np.save(tmp_path / "targets.npy", generator.normal(size=(9, 6)))
     with pytest.raises(ValueError, match=r"targets.npy has the shape \[9, 6\]; expected \[10, D\], a vector for each"):
         vectors([str(data), "--rows", *files, "--out", str(tmp_path / "w")])
 
 
 def test_any_model_of_sentence_transformers_makes_vectors(data, tmp_path, monkeypatch):
+    asked = []
+
     class Counts:
         """Opened by name, as a model on the Hub would be."""
 
@@ -123,6 +130,7 @@ def test_any_model_of_sentence_transformers_makes_vectors(data, tmp_path, monkey
 
         def encode_query(self, inputs, **settings):
             assert settings["normalize_embeddings"]
+            asked.extend(inputs)
             return np.array([[len(str(one)), 1, 0] for one in inputs], dtype=np.float32)
 
         encode_document = encode_query
@@ -134,6 +142,7 @@ def test_any_model_of_sentence_transformers_makes_vectors(data, tmp_path, monkey
     assert vectors([str(data), "--model", str(tmp_path / "other"), "--out", str(tmp_path / "v")]) == 0
     found, _ = VectorStore(tmp_path / "v").find("query", [Records(data)[0].query])
     assert found[0].tolist() == [len("what is red"), 1, 0]
+    assert "Find: red" in asked  # an instruction stands before the text
     with pytest.raises(ValueError, match="is no plume checkpoint, and takes no latent steps"):
         vectors(
             [str(data), "--model", str(tmp_path / "other"), "--out", str(tmp_path / "w"), "--num-latent-steps", "1"]
@@ -186,6 +195,14 @@ def test_rows_of_columns_keep_their_form(tmp_path, plume_folder):
     assert written(out)[0]["query_text"] == "what is red"
     assert [one.text for one in Records(out)[0].negatives] == [one["text"] for one in written(out)[0]["negatives"]]
     assert len(Records(out)[0].negatives) == 4
+
+
+def test_columns_of_negatives_give_way_to_what_was_mined(tmp_path, plume_folder):
+    file, out = tmp_path / "columns.jsonl", tmp_path / "mined.jsonl"
+    lines = [{"query_text": f"what is {word}", "target_text": word, "negative_text": ["old"]} for word in WORDS]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine([str(file), "--model", str(plume_folder), "--out", str(out), "--relative-margin", "none"])
+    assert "old" not in {one.text for row in Records(out) for one in row.negatives}
 
 
 def test_groups_are_rows_that_are_near_each_other():

@@ -23,6 +23,7 @@ from plume_train.config import NOT_HONOURED, SettingsError, arguments_from
 from plume_train.curriculum import PAPER, Curriculum
 from plume_train.data.check import check
 from plume_train.data.records import Records
+from plume_train.data.vectors import VectorStore
 from plume_train.memory import expected_memory
 from plume_train.progress import Progress
 from plume_train.run import train
@@ -107,7 +108,6 @@ def test_what_stands_beside_contrast_trains_and_is_logged(tmp_path, start, hops_
     ("wrong", "told"),
     [
         ({"target_steps": -1}, "target_steps is -1; expected 0 or more"),
-        ({"target_steps": 0, "per_step_weight": 1.0}, "target_steps leaves targets fewer; drop one"),
         ({"instruction_dropout": 2.0}, "instruction_dropout is 2.0; expected 0 to 1"),
         ({"matryoshka_precisions": ["int4"]}, "holds 'int4'; expected some of float32, int8, binary"),
         ({"max_labels": -1}, "max_labels is -1; expected 0 or more"),
@@ -163,6 +163,25 @@ def test_a_sign_that_stays_is_said_once(name, recwarn):
 
 def test_teacher_forced_recall_is_no_sign_of_contrast_without_signal():
     assert signs({"teacher_forced_recall": 0.03, "contrastive": 3.46}, 32) == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"target_steps": 99}, "num_latent_steps=99 exceeds the step table"),
+        ({"target_steps": 0, "per_step_weight": 1.0}, "per_step_weight contrasts both sides after every step"),
+    ],
+)
+def test_steps_that_a_model_cannot_give_its_targets_are_refused(tmp_path, start, hops_folder, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        train(settings(tmp_path, start, hops_folder, **wrong))
+
+
+def test_vectors_that_know_no_row_teach_nothing_and_are_refused(tmp_path, start, hops_folder):
+    VectorStore.create(tmp_path / "vectors", {"model": "other", "dim": 4})
+    taught = {"ranking_weight": 1.0, "teacher_vectors": str(tmp_path / "vectors")}
+    with pytest.raises(SettingsError, match=r"knows none of \d+ rows that were looked up; write them"):
+        train(settings(tmp_path, start, hops_folder, **taught))
 
 
 def test_vectors_that_teach_must_be_there(tmp_path, start, hops_folder):

@@ -23,12 +23,12 @@ COLLAPSED = 0.9
 GUESSING = 0.98
 
 
-def signs(logs: Mapping[str, Any], num_candidates: int) -> dict[str, str]:
+def signs(logs: Mapping[str, Any], num_candidates: int | None) -> dict[str, str]:
     """What a log shows to be wrong, by name, with what to do.
 
     Args:
         logs: numbers by name, as `plume_train.metrics` gives them.
-        num_candidates: targets among which a query is told apart, about.
+        num_candidates: targets among which a query is told apart, about; None where the loss does not tell it.
 
     Example:
         >>> list(signs({"step_cosine": 0.99, "expert_load_0": 0.3, "expert_load_1": 0.7}, 32))
@@ -50,8 +50,8 @@ def signs(logs: Mapping[str, Any], num_candidates: int) -> dict[str, str]:
         found["router collapsed"] = (
             f"one expert takes {max(loads):.0%} of the router's mass; raise balance_weight, or lower learning_rate"
         )
-    guess = math.log(max(num_candidates, 2))
-    if "recall_in_batch" in logs and logs.get("contrastive", 0.0) > GUESSING * guess:
+    guess = math.log(max(num_candidates or 2, 2))
+    if num_candidates and "recall_in_batch" in logs and logs.get("contrastive", 0.0) > GUESSING * guess:
         found["contrast without signal"] = (
             f"the contrastive loss is that of a guess among {num_candidates} ({logs['contrastive']:.2f}); start from a "
             "model that has been trained explicitly, use larger batches, or lower learning_rate"
@@ -62,7 +62,7 @@ def signs(logs: Mapping[str, Any], num_candidates: int) -> dict[str, str]:
 class Alarms(TrainerCallback):
     """Warns of `signs`, once each, where several logs in a row show them."""
 
-    def __init__(self, num_candidates: int):
+    def __init__(self, num_candidates: int | None):
         self.num_candidates = num_candidates
         self._in_a_row: Counter[str] = Counter()
         self._said: set[str] = set()

@@ -403,10 +403,6 @@ class PlumeTrainingArguments(TrainingArguments):
             raise SettingsError(f"matryoshka_precisions holds {unknown[0]!r}; expected some of {', '.join(known)}")
         if self.max_labels < 0:
             raise SettingsError(f"max_labels is {self.max_labels}; expected 0 or more")
-        if self.target_steps is not None and self.per_step_weight:
-            raise SettingsError(
-                "per_step_weight contrasts both sides after every step, and target_steps leaves targets fewer; drop one"
-            )
         rules = ("false_negative_margin", "duplicate_similarity", "hardness", "same_side_negatives")
         for name in rules if self.contrastive_loss == "sigmoid" else ():
             if getattr(self, name) not in (None, 0, False):

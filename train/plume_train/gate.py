@@ -79,6 +79,8 @@ def gate(argv: Sequence[str]) -> int:
         ValueError: data or a model that cannot be used.
     """
     options = _parse(argv)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}; expected 1 or more")
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"{options.out} is not empty; choose another folder")
     plume = Plume(options.model)
@@ -91,7 +93,9 @@ def gate(argv: Sequence[str]) -> int:
     order = np.random.default_rng(0).permutation(len(measured))
     count = round(HELD_OUT * len(measured))
     held_out, rest = order[:count], order[count:]
-    if helps[rest].all() or not helps[rest].any() or not len(held_out):
+    if not len(held_out) or len(rest) < 2:
+        raise ValueError(f"{options.data} holds {len(measured)} pairs; a gate needs a hundred and more")
+    if helps[rest].all() or not helps[rest].any():
         every = "every" if helps[rest].all() else "no"
         raise ValueError(f"latent steps help {every} query of {options.data}, so that a gate has nothing to tell apart")
     weight, bias = fit(anchors[rest], helps[rest])
@@ -150,7 +154,8 @@ def measure(
             ):
                 part.append(vectors)
             sides = [record.target for record in batch if record.target is not None]
-            targets.append(plume.encode_document([to_input(side) for side in sides], show_progress_bar=False))
+            inputs = [to_input(side) for side in sides]
+            targets.append(plume.encode_document(inputs, batch_size=batch_size, show_progress_bar=False))
             keys += [(record.query.key, side.key) for record, side in zip(batch, sides, strict=True)]
             bar.update(len(batch))
         without, with_steps, anchor = (torch.cat(part) for part in parts)

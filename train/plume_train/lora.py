@@ -100,8 +100,11 @@ def merge(argv: Sequence[str]) -> int:
     if known.folder.exists() and any(known.folder.iterdir()):
         raise RunError(f"{known.folder} is not empty; choose another folder")
     args = begun_with(known.checkpoint.resolve().parent)
-    model: Any = PeftModel.from_pretrained(load_model(args), str(known.checkpoint))  # type: ignore[arg-type]
+    # In float32, since what was learnt is: frozen weights are as training rounded them.
+    model: Any = PeftModel.from_pretrained(load_model(args).float(), str(known.checkpoint))  # type: ignore[arg-type]
     plain = model.merge_and_unload().eval()
+    if args.target_steps is not None:
+        plain.config.document_latent_steps = args.target_steps
     state = json.loads((known.checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
     plain.config.num_latent_steps = state["num_latent_steps"]
     plain.save_pretrained(known.folder)

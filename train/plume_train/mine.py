@@ -33,6 +33,7 @@ from torch import Tensor
 
 from plume.terminal import Parser, counted, is_watched, say
 from plume_train.data.records import Records
+from plume_train.data.rows import is_negative_column
 from plume_train.data.vectors import VectorStore
 from plume_train.vectors import WINDOW, embed_records, read_pairs
 
@@ -247,7 +248,8 @@ class Pairs:
         near = self._near(skip, min(num_near, len(self.targets)))
         rows_of: dict[int, list[int]] = defaultdict(list)
         for row, own in enumerate(self.own.tolist()):
-            rows_of[own].append(row)
+            if len(rows_of[own]) < num_near:  # of a label that thousands of rows share
+                rows_of[own].append(row)
         places = [set(of_row) for of_row in near]
         own, keys = self.own.tolist(), self.query_key.tolist()
         mutual: list[list[int]] = [
@@ -324,8 +326,9 @@ def _write(out: Path, records: Records, found: dict[int, Mined]) -> None:
     with unfinished.open("w", encoding="utf-8") as lines:
         for index in range(len(records)):
             row = records.raw(index)
-            for name in ("negatives", "negative_scores", "margin", "batch_group"):
-                row.pop(name, None)
+            for name in list(row):
+                if name in ("negatives", "negative_scores", "margin", "batch_group") or is_negative_column(name):
+                    row.pop(name)
             if (mined := found.get(index)) is not None:
                 row["margin"] = round(mined.margin, 5)
                 if mined.negatives:

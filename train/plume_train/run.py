@@ -18,6 +18,7 @@ from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.data.collate import StagedRecords
 from plume_train.data.records import Records
 from plume_train.data.rows import RecordFormat
+from plume_train.data.vectors import VectorStore
 from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
 from plume_train.memory import tell_memory
 from plume_train.pictures import draw_run, read_log
@@ -70,6 +71,8 @@ def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = Non
     if args.max_steps < 0:
         batches = sampler_of(args, records, curriculum, num_steps=1).batches_per_pass()
         args.max_steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+    if args.teacher_vectors and args.ranking_weight:
+        _check_teacher(args, records)
     run = settings_of(args) | {"num_rows": len(records), "data_digest": records.digest}
     if held_out is not None:
         run["validation_digest"] = held_out.digest
@@ -91,7 +94,13 @@ def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = Non
         model.config.check_num_latent_steps(curriculum.num_latent_steps(stage))
     model.config.num_latent_steps = curriculum.num_latent_steps(curriculum.stages[-1])
     if args.target_steps is not None:
+        model.config.check_num_latent_steps(args.target_steps)
         model.config.document_latent_steps = args.target_steps
+    if args.per_step_weight and model.config.document_latent_steps is not None:
+        raise SettingsError(
+            f"per_step_weight contrasts both sides after every step, and targets of {args.model} take "
+            f"{model.config.document_latent_steps} at most; drop it, or set target_steps to the K of queries"
+        )
     is_quantised = args.matryoshka_precisions != ["float32"]  # then also at their full length
     if args.matryoshka_dims and max(args.matryoshka_dims) >= model.config.hidden_size + is_quantised:
         raise SettingsError(
@@ -116,6 +125,26 @@ def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = Non
         args.tell(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return finish(trainer)
+
+
+def _check_teacher(args: PlumeTrainingArguments, records: Records) -> None:
+    """Refuse vectors that know none of the rows; a warning where they lack many, by a sample."""
+    store = VectorStore(args.teacher_vectors or "")
+    step = max(len(records) // 500, 1)
+    sample = [records[index] for index in range(0, len(records), step)]
+    known = (
+        store.find("query", [one.query for one in sample])[1] & store.find("target", [one.target for one in sample])[1]
+    )
+    if not known.any():
+        raise SettingsError(
+            f"teacher_vectors: {args.teacher_vectors} knows none of {len(sample)} rows that were looked up; write them "
+            f"with `plume-train vectors {' '.join(args.train_file)} --out {args.teacher_vectors} --model ...`"
+        )
+    if known.mean() < 0.9 and args.should_save:
+        warnings.warn(
+            f"plume: teacher_vectors knows {known.mean():.0%} of the rows, by a sample; the others learn no ranking",
+            stacklevel=4,
+        )
 
 
 def _check_processes(args: PlumeTrainingArguments) -> None:

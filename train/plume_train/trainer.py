@@ -111,7 +111,9 @@ class PlumeTrainer(Trainer):
         self.pop_callback(PrinterCallback)
         self.add_callback(Console(args))
         self.add_callback(LogFile(args.output_folder / LOG_FILE))
-        self.add_callback(Alarms(args.per_device_train_batch_size * args.world_size * (1 + args.num_negatives)))
+        is_plain = args.contrastive_loss == "info_nce" and not (args.hardness or args.same_side_negatives)
+        num_candidates = args.per_device_train_batch_size * args.world_size * (1 + args.num_negatives)
+        self.add_callback(Alarms(num_candidates if is_plain and not args.max_labels else None))
         self.add_callback(StageChange(args.optimizer_reset, self.progress.stage_at))
         if validation is not None:
             self.add_callback(

@@ -7,6 +7,7 @@ The model is a plume checkpoint, or any embedder that sentence-transformers open
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from plume.checkpoints.folder import read_config
 from plume.checkpoints.place import check_place
+from plume.checkpoints.published import is_published
 from plume.config import PlumeConfig
 from plume.terminal import Parser, counted, is_watched, say
 from plume_train.data.records import Records
@@ -133,6 +135,15 @@ def to_input(side: Side) -> Any:
     return found
 
 
+def _instructed(one: Any) -> Any:
+    """An input as other embedders take it: the instruction before the text, and a text alone as a string."""
+    if isinstance(one, str):
+        return one
+    text = " ".join(one[name] for name in ("instruction", "text") if name in one)
+    media = {name: value for name, value in one.items() if name in ("image", "video")}
+    return (media | {"text": text} if text else media) if media else text
+
+
 def _alone(parts: Sequence[Any]) -> Any:
     """The part of a list of one; else the list."""
     return parts[0] if len(parts) == 1 else list(parts)
@@ -165,7 +176,8 @@ def _opened(
 
     def embed_otherwise(name: SideName, inputs: list[Any]) -> np.ndarray:
         encode = other.encode_query if name == "query" else other.encode_document
-        return encode(inputs, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        told = [_instructed(one) for one in inputs]
+        return encode(told, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
 
     return embed_otherwise, {"model": model, "dim": int(other.get_embedding_dimension() or 0)}
 
@@ -174,9 +186,12 @@ def _is_plume(model: str) -> bool:
     if not (Path(model) / "modules.json").exists():
         check_place(model)
     try:
-        return read_config(model).get("model_type") == PlumeConfig.model_type
+        config = read_config(model)
     except ValueError:  # some models of sentence-transformers have no configuration of transformers
         return False
+    if config.get("model_type") != PlumeConfig.model_type and is_published(model):
+        raise ValueError(f"{model} holds published PLUME weights; convert it once with `plume convert`")
+    return config.get("model_type") == PlumeConfig.model_type
 
 
 def _from_arrays(records: Records, options: Any) -> VectorStore:
@@ -197,7 +212,12 @@ def _from_arrays(records: Records, options: Any) -> VectorStore:
             f"{options.rows[0]} has {arrays[0].shape[1]} numbers per vector, {options.rows[1]} {arrays[1].shape[1]}; "
             "expected as many"
         )
-    store = VectorStore.create(options.out, {"model": "rows", "dim": int(arrays[0].shape[1])})
+    digest = blake2b(digest_size=16)
+    for array in arrays:
+        for start in range(0, len(array), WINDOW):
+            digest.update(np.ascontiguousarray(array[start : start + WINDOW]).tobytes())
+    about = {"model": "rows", "fingerprint": digest.hexdigest(), "dim": int(arrays[0].shape[1])}
+    store = VectorStore.create(options.out, about)
     for start in range(0, len(records), WINDOW):
         rows = [records[index] for index in range(start, min(start + WINDOW, len(records)))]
         for name, array in zip(SIDES, arrays, strict=True):
@@ -206,7 +226,9 @@ def _from_arrays(records: Records, options: Any) -> VectorStore:
             if not np.isfinite(norms).all() or not norms.all():
                 raise ValueError(f"{options.rows[SIDES.index(name)]} holds a vector that is zero or no number")
             sides = [record.query if name == "query" else record.target for record in rows]
-            store.add(name, [side for side in sides if side is not None], part / norms)
+            new = {side.content_key: place for place, side in enumerate(sides) if side and (name, side) not in store}
+            places = list(new.values())
+            store.add(name, [side for place in places if (side := sides[place]) is not None], (part / norms)[places])
     return store
 
 

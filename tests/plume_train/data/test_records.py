@@ -512,3 +512,10 @@ def test_rows_of_a_task_have_targets_all_or_none_also_from_a_kept_scan(folder, k
     assert len(list(kept_scans.iterdir())) == 2
     with pytest.raises(RowError, match="has no target, unlike the rows of task 't' before it"):
         Records([folder / "with.jsonl", folder / "without.jsonl"], row_format=row_format)
+    # What a file lost to the one before it is not lost where it is read alone.
+    lines = [{"query": "a", "task": "t"}, {"query": "b", "task": "u"}]
+    (folder / "second.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skip = {"row_format": row_format, "on_bad_row": "skip"}
+    assert len(Records([folder / "with.jsonl", folder / "second.jsonl"], **skip)) == 2
+    assert len(Records(folder / "second.jsonl", **skip)) == 2
+    assert len(Records(folder / "second.jsonl", **skip)) == 2

@@ -27,14 +27,21 @@ def sampler(**changes):
 def test_rows_of_a_group_meet_and_groups_change_places():
     """Of task a, groups of four and rows of none; also where a task is seen more than once in a pass."""
     groups = [row // 4 if row < 12 else None for row in range(20)] + [None] * 8 + ["c"] * 3
+    orders = []
     for weights in ({}, {"a": 2.0}):
-        order = [index for batch in sampler(groups=groups, task_weights=weights, num_steps=16) for index, *_ in batch]
-        of_a = [index for index in order if TASKS[index] == "a"]
-        for group in range(3):
-            places = [place for place, row in enumerate(of_a[:20]) if groups[row] == group]
-            assert places == list(range(places[0], places[0] + 4))
-    first, second = (tuple(groups[row] for row in of_a[part : part + 20]) for part in (0, 20))
-    assert first != second
+        batches = [[draw.row for draw in batch] for batch in sampler(groups=groups, task_weights=weights, num_steps=16)]
+        of_a = [tuple(groups[row] for row in batch) for batch in batches if TASKS[batch[0]] == "a"]
+        assert all(len(set(batch)) == 1 for batch in of_a)  # a batch holds one whole group, or rows of none
+        assert {batch[0] for batch in of_a} == {0, 1, 2, None}
+        orders.append(of_a)
+    assert orders[0][:5] != orders[0][5:10]
+    # Rows of no group fill up what a group does not fit into: none is cut by the border of a batch.
+    mixed = [row // 3 if row < 18 else None for row in range(40)]
+    for weights in ({}, {"a": 0.5}, {"a": 1.5}):
+        several = sampler(tasks=["a"] * 40, groups=mixed, batch_size=8, task_weights=weights, num_steps=10)
+        batches = [[draw.row for draw in batch] for batch in several]
+        cut = sum(0 < sum(mixed[row] == group for row in batch) < 3 for batch in batches for group in range(6))
+        assert cut <= (0 if not weights else len(batches) // 2)
     assert [draw.row for batch in sampler(groups=[]) for draw in batch] == [
         draw.row for batch in sampler() for draw in batch
     ]

@@ -21,7 +21,7 @@ from plume_train.config import PlumeTrainingArguments, SettingsError, arguments_
 from plume_train.curriculum import Curriculum
 from plume_train.data.collate import MediaLoader
 from plume_train.data.records import Records
-from plume_train.data.rows import Record, RecordFormat, Side
+from plume_train.data.rows import Record, RecordFormat, RowError, Side
 from plume_train.data.segment import sentences
 from plume_train.data.target import write_target
 
@@ -63,7 +63,10 @@ def check(argv: Sequence[str]) -> int:
         config.document_latent_steps = args.target_steps
     report = Report(args.build_curriculum(), config, processor, load_media, args.max_steps)
     for index in tqdm(range(len(records)), desc="Reading rows", disable=not args.shows_bars):
-        report.add(records[index])
+        try:
+            report.add(records[index])
+        except RowError as error:  # it could be read when the data were scanned
+            report.bad_rows.append(str(error))
     report.bad_rows = records.bad_rows + report.bad_rows
     say("\n".join(report.lines() + report.shown(records)), keep="\n")
     return 1 if report.bad_rows else 0
@@ -177,7 +180,10 @@ class Report:
         lines = ["", f"the first {min(NUM_SHOWN, len(records))} rows, as the model will see them"]
         lines += [f"  prompt: {self.config.prompt_template!r}"]
         for index in range(min(NUM_SHOWN, len(records))):
-            record = records[index]
+            try:
+                record = records[index]
+            except RowError:
+                continue
             lines += ["", record.where]
             named: list[tuple[str, Side | None]] = [("query", record.query), ("target", record.target)]
             named += [(f"negative {index}", side) for index, side in enumerate(record.negatives)]

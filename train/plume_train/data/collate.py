@@ -237,10 +237,16 @@ class PairCollator:
 
     def _places(self, record: Record, draw: Draw, bad_rows: list[str]) -> dict[Role, list[_Entry]]:
         """What a row fills: one entry per side that it has, and those of its negatives."""
+        # All targets of a task of labels are written alike, and stand among the negatives already.
+        is_label = record.task in self.labels
+        num_negatives = 0 if is_label else self.num_negatives
+        target = record.target
+        if target is not None and is_label:
+            target = replace(target, rationale="", answer="")
         sides: dict[Role, list[Side]] = {
             "query": [record.query],
-            "target": [record.target] if record.target else [],
-            "negative": list(record.negatives[: self.num_negatives]) if record.target else [],
+            "target": [target] if target else [],
+            "negative": list(record.negatives[:num_negatives]) if target else [],
         }
         try:
             if record.error:
@@ -254,7 +260,7 @@ class PairCollator:
             bad_rows.append(str(error))
             entries = {role: [self._empty(draw) for _ in of] for role, of in sides.items()}
         if record.target:
-            entries["negative"] += [self._empty(draw) for _ in range(self.num_negatives - len(entries["negative"]))]
+            entries["negative"] += [self._empty(draw) for _ in range(num_negatives - len(entries["negative"]))]
         return entries
 
     def _is_forced(self, entry: _Entry) -> bool:
@@ -281,7 +287,8 @@ class PairCollator:
         return entries
 
     def _entry(self, side: Side, draw: Draw, record: Record) -> _Entry:
-        read = side if draw.is_instructed else replace(side, instruction="")
+        keeps = draw.is_instructed or (record.task in self.labels and side is not record.query)
+        read = side if keeps else replace(side, instruction="")
         item, vision = self._media.load(read, record.where)
         target = record.target
         wanted = target.text if target is not None and not target.images and not target.videos else ""
@@ -297,10 +304,10 @@ class PairCollator:
         inputs = {
             **self.processor.encode([entry.item for entry in entries], vision=vision),
             **self._written(role, entries),
-            "max_latent_steps": most_steps,
+            "max_latent_steps": self._capped(role, most_steps),
             "touch_all": self.touch_all,
         }
-        if self.reconstruct is not None and most_steps and role in SUPERVISED:
+        if self.reconstruct is not None and inputs["max_latent_steps"] and role in SUPERVISED:
             inputs |= self._reconstruction(role, entries)
         result = Pass(inputs=inputs, counts=_counts(entries))
         if self.teacher_vectors is not None:
@@ -332,7 +339,9 @@ class PairCollator:
 
     def _steps(self, role: Role, entry: _Entry) -> int:
         """K of a row: the stage's, or fewer with random_steps; of targets and negatives `target_steps` at most."""
-        steps = entry.draw.num_steps
+        return self._capped(role, entry.draw.num_steps)
+
+    def _capped(self, role: Role, steps: int) -> int:
         return steps if role == "query" or self.target_steps is None else min(steps, self.target_steps)
 
     def _reconstruction(self, role: Role, entries: Sequence[_Entry]) -> dict[str, Any]:

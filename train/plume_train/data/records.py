@@ -238,8 +238,8 @@ class Records:
                 kept = cache_file(source.file, chosen, on_bad_row)
             scan = None if kept is None else read_scan(kept)
             if scan is None or not self._agrees(scan):
-                scan = self._scan(source, chosen, on_bad_row, show_progress)
-                if kept is not None:
+                scan, is_its_own = self._scan(source, chosen, on_bad_row, show_progress)
+                if kept is not None and is_its_own:
                     write_scan(kept, scan)
             elif isinstance(source, JsonLines):
                 source.adopt(scan.numbers, scan.offsets)
@@ -302,9 +302,11 @@ class Records:
             for known, more in zip(self._variety[task], keys, strict=True):
                 known.update(more)
 
-    def _scan(self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool) -> Scan:
-        """Read every row of a source."""
-        scan = Scan()
+    def _scan(
+        self, source: Source, row_format: RecordFormat, on_bad_row: OnBadRow, show_progress: bool
+    ) -> tuple[Scan, bool]:
+        """Read every row of a source; also whether what was found does not depend on the sources before it."""
+        scan, is_its_own = Scan(), True
         for number, row in tqdm(source.scan(), desc=f"Checking {source.name}", unit=" rows", disable=not show_progress):
             try:
                 if isinstance(row, RowError):
@@ -313,6 +315,7 @@ class Records:
                 task, has = record.task, record.target is not None
                 # Rows of a task meet in batches, on all processes, and must have the same sides there.
                 if self._has_target.get(task, scan.has_target.setdefault(task, has)) != has:
+                    is_its_own = is_its_own and scan.has_target[task] != has
                     told = "a target" if has else "no target"
                     raise RowError(
                         f"{record.where} has {told}, unlike the rows of task {task!r} before it; give it another task"
@@ -337,4 +340,4 @@ class Records:
             for known, side in zip(scan.variety.setdefault(task, ([], [])), (record.query, record.target), strict=True):
                 if side is not None and len(known) < 2 and side.key not in known:
                     known.append(side.key)
-        return scan
+        return scan, is_its_own

@@ -280,6 +280,12 @@ def _check_written(text: str, where: str) -> None:
             raise RowError(f"{where} holds {token!r}, a token that plume places itself; remove it")
 
 
+def is_negative_column(name: str) -> bool:
+    """Whether a key of a row holds hard negatives."""
+    found = _COLUMN.fullmatch(name)
+    return found is not None and found[1] == "negative"
+
+
 def _from_columns(row: Mapping) -> dict[str, Any]:
     """A row of columns as a row of sides; negatives are lists of equal length, or single values."""
     sides: dict[str, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from plume_train.curriculum import Curriculum
@@ -104,8 +105,7 @@ class StagedBatchSampler:
         placed: list[tuple[float, list[int]]] = []
         for task, rows in sorted(by_task.items()):
             rng.shuffle(rows)
-            rows = self._grouped(rows)
-            chosen = self._weighted(rows, task, by_task, rng)
+            chosen = self._packed(self._weighted(self._grouped(rows), task, by_task, rng), size)
             # Filled up with rows that are not there yet, as long as the task has some.
             missing = -len(chosen) % size
             there = set(chosen)
@@ -132,6 +132,21 @@ class StagedBatchSampler:
             members.setdefault(("row", row) if group is None else group, []).append(row)
         return [row for of_group in members.values() for row in of_group]
 
+    def _packed(self, rows: list[int], size: int) -> list[int]:
+        """Grouped rows in an order that cuts few groups at the borders of batches: rows of none fill batches up."""
+        if not self.groups:
+            return rows
+        group_of = self.groups
+        runs = [list(run) for _, run in groupby(rows, key=lambda row: (group_of[row], group_of[row] is None and row))]
+        alone = [run[0] for run in runs if self.groups[run[0]] is None]
+        packed: list[int] = []
+        for run in (run for run in runs if self.groups[run[0]] is not None):
+            room = -len(packed) % size
+            if room and len(run) > room:
+                packed += [alone.pop() for _ in range(min(room, len(alone)))]
+            packed += run
+        return packed + alone
+
     def _weighted(self, rows: list[int], task: str, by_task: Mapping[str, list[int]], rng: random.Random) -> list[int]:
         """The rows of a task in one pass: all of them, several times, or another part in every pass."""
         weight = self.task_weights.get(task, 1.0)
@@ -144,4 +159,5 @@ class StagedBatchSampler:
         # Whole copies, then a part; at least one row, so that no task is lost unless its weight is 0.
         wanted = max(round(len(rows) * weight), 1) if weight else 0
         copies = [row for _ in range(wanted // len(rows)) for row in self._grouped(rng.sample(rows, len(rows)))]
-        return copies + self._grouped(rng.sample(rows, wanted % len(rows)))
+        rest = rng.sample(rows, len(rows)) if self.groups else rng.sample(rows, wanted % len(rows))
+        return copies + self._grouped(rest)[: wanted % len(rows)]

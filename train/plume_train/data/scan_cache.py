@@ -51,7 +51,10 @@ def cache_file(file: Path, row_format: RecordFormat, on_bad_row: str) -> Path | 
     told = [str(file.resolve()), found.st_size, found.st_mtime_ns, on_bad_row, __version__]
     told += [str(value) for value in asdict(row_format).values()]
     key = blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # nobody's home is known, as in some containers
+        return None
     return home / "plume" / f"rows-{key}.npz"
 
 

@@ -189,7 +189,9 @@ class Objective:
         query, target, negative = sides["query"], sides["target"], sides.get("negative")
         columns = {name: batch[name] for name in ("query_keys", "target_keys", "is_negative", "negative_keys")}
         if not self.args.mask_duplicates:
-            columns |= {"query_keys": None, "target_keys": None}
+            columns["query_keys"] = None
+            if not batch["has_labels"]:  # among which the own one must be known
+                columns["target_keys"] = None
         contrast = Contrast.of(batch["is_pair"], **columns, has_labels=batch["has_labels"])
         scales = self._scales(sides, batch["task"])
         rules = NegativeRules(
@@ -201,6 +203,8 @@ class Objective:
 
         parts: dict[str, Tensor] = {}
         for name, kind, scale in (("contrastive", "embedding", scales[0]), ("anchor_contrastive", "anchor", scales[1])):
+            if not self.weights[name]:
+                continue
             negatives = None if negative is None else negative[kind]
             if self.args.contrastive_loss == "sigmoid":
                 parts[name] = sigmoid_loss(query[kind], target[kind], scale, scales[2], contrast, negatives)
@@ -220,8 +224,9 @@ class Objective:
                 self.args.matryoshka_precisions,  # type: ignore[arg-type]
             )
         if self.weights["alignment"]:
+            of_batch = Contrast.of(batch["is_pair"], columns["query_keys"], columns["target_keys"])
             parts["alignment"] = alignment_loss(
-                query["embedding"], target["embedding"], query["anchor"], target["anchor"], 1 / scales[0], contrast
+                query["embedding"], target["embedding"], query["anchor"], target["anchor"], 1 / scales[0], of_batch
             )
         if self.weights["ranking"] and "teacher" in query:
             parts["ranking"] = self._ranking(sides, batch, columns)
