@@ -364,6 +364,7 @@ class PlumeTrainer(Trainer):
         """Free what only training needs: gradients and the optimiser's state."""
         self.model.zero_grad()  # type: ignore[union-attr]
         self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator._optimizers.clear()
         self.accelerator._schedulers.clear()
 
