@@ -177,6 +177,11 @@ def test_steps_that_a_model_cannot_give_its_targets_are_refused(tmp_path, start,
         train(settings(tmp_path, start, hops_folder, **wrong))
 
 
+def test_as_many_steps_for_targets_as_for_queries_suit_a_contrast_of_every_step(tmp_path, start, hops_folder):
+    train(settings(tmp_path, start, hops_folder, target_steps=2, per_step_weight=1.0))
+    assert any("per_step" in line for line in log_of(tmp_path))
+
+
 def test_vectors_that_know_no_row_teach_nothing_and_are_refused(tmp_path, start, hops_folder):
     VectorStore.create(tmp_path / "vectors", {"model": "other", "dim": 4})
     taught = {"ranking_weight": 1.0, "teacher_vectors": str(tmp_path / "vectors")}

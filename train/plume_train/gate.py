@@ -94,7 +94,9 @@ def gate(argv: Sequence[str]) -> int:
     count = round(HELD_OUT * len(measured))
     held_out, rest = order[:count], order[count:]
     if not len(held_out) or len(rest) < 2:
-        raise ValueError(f"{options.data} holds {len(measured)} pairs; a gate needs a hundred and more")
+        raise ValueError(
+            f"{options.data} holds {len(measured)} pairs, too few to fit a gate and measure it; give some hundred"
+        )
     if helps[rest].all() or not helps[rest].any():
         every = "every" if helps[rest].all() else "no"
         raise ValueError(f"latent steps help {every} query of {options.data}, so that a gate has nothing to tell apart")

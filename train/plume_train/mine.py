@@ -9,8 +9,8 @@ which here sees keys for texts and vectors that are there already.
     margin        cosine of the own pair minus that of the nearest other target: a row that has a clear one at K = 0
                   need not reason (`plume-train rationales --max-margin`)
     batch_group   rows that are among the nearest of each other, as many as asked for (B3, arXiv 2505.11293, which cuts
-                  the graph of such pairs by METIS; here groups grow from their heaviest pairs): trained in one batch,
-                  each is a hard negative of the others
+                  the graph of such pairs by METIS; here groups grow from the best connected rows): trained in one
+                  batch, each is a hard negative of the others
 
 Letters: R rows of a task, T its distinct targets, D length of a vector.
 """
@@ -45,7 +45,11 @@ _CHUNK = 1024
 
 @dataclass
 class Mined:
-    """What was found for a row; negatives by their row and place in it, with their cosines."""
+    """What was found for a row.
+
+    negatives: rows whose targets they are, the hardest first. scores: their cosines. margin: see above; 2 where the
+    task has no other target. group: its number, None for a row of none.
+    """
 
     negatives: list[int]
     scores: list[float]

@@ -96,10 +96,11 @@ def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = Non
     if args.target_steps is not None:
         model.config.check_num_latent_steps(args.target_steps)
         model.config.document_latent_steps = args.target_steps
-    if args.per_step_weight and model.config.document_latent_steps is not None:
+    if args.per_step_weight and model.config.document_steps() < model.config.num_latent_steps:
         raise SettingsError(
-            f"per_step_weight contrasts both sides after every step, and targets of {args.model} take "
-            f"{model.config.document_latent_steps} at most; drop it, or set target_steps to the K of queries"
+            f"per_step_weight contrasts both sides after every step, and targets take "
+            f"{model.config.document_steps()} of {model.config.num_latent_steps}; drop it, or set target_steps "
+            "to the latter"
         )
     is_quantised = args.matryoshka_precisions != ["float32"]  # then also at their full length
     if args.matryoshka_dims and max(args.matryoshka_dims) >= model.config.hidden_size + is_quantised:

@@ -81,7 +81,7 @@ class PlumeTrainer(Trainer):
             else ("query",)
             if self.objective.ranks_by_written
             else (),
-            teacher_vectors=VectorStore(args.teacher_vectors) if args.teacher_vectors else None,
+            teacher_vectors=VectorStore(args.teacher_vectors) if args.teacher_vectors and args.ranking_weight else None,
             touch_all=args.world_size > 1,
             last_state_predicts=args.last_state_predicts,
             reconstruct=args.reconstruct if args.reconstruct_weight else None,
