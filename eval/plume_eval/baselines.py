@@ -67,8 +67,8 @@ def embed_batch(
         model: in eval mode.
         batch: from the model's processor.
         mode: how to reason.
-        num_latent_steps: K of the mode "latent", by default the checkpoint's; of "explicit", by default 0, the steps
-            to take before the rest is written.
+        num_latent_steps: K of the mode "latent", by default the checkpoint's, as its gate decides where it has one; of
+            "explicit", by default 0, the steps to take before the rest is written.
         max_new_tokens: limit of the mode "explicit".
         stops: whether writing ends at `<gen_emb>`; otherwise exactly `max_new_tokens` are written.
         engine: runs the model instead of transformers' layers; not in the mode "explicit".
@@ -76,7 +76,6 @@ def embed_batch(
     if mode == "explicit":
         return _explicit(model, batch, num_latent_steps or 0, max_new_tokens, stops)
     steps = 0 if mode == "single_pass" else num_latent_steps
-    steps = model.config.num_latent_steps if steps is None else steps
     output = model(**batch, num_latent_steps=steps) if engine is None else engine(batch, steps)
     assert output.embedding is not None
     assert output.num_latent_steps is not None

@@ -47,7 +47,7 @@ class PlumeMTEB(AbsEncoder):
             model: a folder or a Hub name.
             revision: of the Hub.
             device: where it runs.
-            num_latent_steps: K; None is the checkpoint's own.
+            num_latent_steps: K; None is the checkpoint's own, for queries as its gate decides where it has one.
             document_latent_steps: K of documents and of labels in words; None is the checkpoint's own, or that of
                 queries.
             kwargs: as for `Plume`.
@@ -59,10 +59,10 @@ class PlumeMTEB(AbsEncoder):
         # Corpora hold empty texts and texts of any length, which mteb expects a model to take.
         self.model = Plume(model, device=device, **{"truncate": True, **hub, **kwargs})
         config = self.model.plume_config
-        query = config.num_latent_steps if num_latent_steps is None else num_latent_steps
+        query = self.model.default_steps("query") if num_latent_steps is None else num_latent_steps
         document = config.document_steps(query) if document_latent_steps is None else document_latent_steps
         self.model.num_latent_steps = {"query": query, "document": document}
-        told = {"num_latent_steps": query}
+        told: dict[str, Any] = {"num_latent_steps": "gated" if query is None else query}
         if document != query:
             told["document_latent_steps"] = document
         if (dim := self.model.truncate_dim) is not None:

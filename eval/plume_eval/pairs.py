@@ -29,6 +29,7 @@ class PairsEvaluation:
     """Recall@1 and mean reciprocal rank of pairs, for each way of reasoning.
 
     "latent" takes the latent steps of the stage that training has reached; "explicit" takes them and writes the rest.
+    Of a model with a gate, "latent_gated" is what it comes to where queries take their steps as the gate decides.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class PairsEvaluation:
             num_latent_steps: K of the stage.
         """
         numbers = {}
-        runs: list[tuple[Mode, str, int]] = [(mode, "", num_latent_steps) for mode in self.modes]
+        runs: list[tuple[Mode, str, int | None]] = [(mode, "", num_latent_steps) for mode in self.modes]
+        if model.config.gate_threshold is not None and "latent" in self.modes:
+            runs.append(("latent", "_gated", None))
         for count in self.num_latent_steps:
             runs.append(("latent", f"_k{count}", count))
         for mode, ending, taken in runs:

@@ -96,7 +96,7 @@ print(model(**processor(text=["a red kite", "rain"])).embedding.shape)
 |---|---|
 | backbone | {backbone.model_type}, {backbone.get_text_config().num_hidden_layers} layers |
 | parameters | {num_parameters:,} |
-| latent steps | {steps} by default; `num_latent_steps=0` is a single pass{_most(config.max_latent_steps)} |
+| latent steps | {_steps(config)}; `num_latent_steps=0` is a single pass{_most(config.max_latent_steps)} |
 | inputs of latent steps | {_latents(config)} |
 | transition adapter | {_ADAPTERS[config.transition]} |
 | positions of latent steps | `{config.latent_positions}` |
@@ -118,6 +118,16 @@ must be embedded by this checkpoint, with the same instructions and pixel budget
   text model, so where a single pass is as good, use `num_latent_steps=0`.
 - The model inherits the biases and the licence of its backbone and of its training data.
 """
+
+
+def _steps(config: PlumeConfig) -> str:
+    """K of queries and of documents, and who takes none."""
+    told = [f"{config.num_latent_steps} by default"]
+    if config.document_steps() != config.num_latent_steps:
+        told.append(f"{config.document_steps()} for documents (`encode_document`)")
+    if config.gate_threshold is not None:
+        told.append(f"none for inputs whose gate says less than {config.gate_threshold:.2g}, but for documents")
+    return ", ".join(told)
 
 
 def _router(config: PlumeConfig, gates: Tensor | None) -> str:

@@ -37,7 +37,7 @@ from plume.model.model import PlumeModel
 from plume.threads import slow_on_cpu
 from plume.tracing.trace import Trace, trace
 
-LatentSteps = int | Mapping[Literal["query", "document"], int]
+LatentSteps = int | Mapping[Literal["query", "document"], int | None]
 """K, or the K of queries and that of documents."""
 
 Input = str | Image.Image | Page | Path | Video | Item | Mapping[str, Any] | bytes | np.ndarray | torch.Tensor
@@ -112,7 +112,8 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         Args:
             model_name_or_path: a folder or a Hub name.
             num_latent_steps: K of every call that does not say otherwise; None is the checkpoint's own. A dict with
-                "query" and "document" gives `encode_query` and `encode_document` a K each. Not saved with the model.
+                "query" and "document" gives `encode_query` and `encode_document` a K each, None again the checkpoint's
+                own. Not saved with the model.
             backend: how the model runs: the engine's "auto", "triton", "graph" or "eager" (see
                 `plume.engine.engine.Engine`), or "torch" for transformers' own layers. Vectors differ by rounding.
             int8: products in int8, on a CPU; faster, and not the same vectors.
@@ -186,7 +187,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         if card.model_name is None:
             card.model_name = f"local/{Path(self.source).name}" if Path(self.source).is_dir() else self.source
         counts = dict.fromkeys(map(self.default_steps, ("query", "document")))
-        card.base_model_revision = "-".join([self.fingerprint, *(f"K{count}" for count in counts)])
+        card.base_model_revision = "-".join([self.fingerprint, *("gated" if k is None else f"K{k}" for k in counts)])
 
     @property
     def plume_model(self) -> PlumeModel:
@@ -512,10 +513,12 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         # Called by SentenceTransformer.save and push_to_hub, whose own card knows nothing of latent steps.
         self.plume_model.write_card(path, model_name)
 
-    def default_steps(self, task: Literal["query", "document"]) -> int:
-        """K of a call that does not say otherwise."""
+    def default_steps(self, task: Literal["query", "document"]) -> int | None:
+        """K of a call that does not say otherwise; None: the checkpoint's own for inputs whose gate says so, else 0."""
         steps = self._steps(None, task)
-        return self.plume_config.num_latent_steps if steps is None else steps
+        if steps is None and self.plume_config.gate_threshold is None:
+            return self.plume_config.num_latent_steps
+        return steps
 
     def get_embedding_dimension(self) -> int:
         """D of what `encode` returns.
@@ -543,7 +546,8 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
             if set(steps) != {"query", "document"}:
                 raise ValueError(f'num_latent_steps needs "query" and "document"; received {sorted(steps)}')
             for num_steps in steps.values():
-                self.plume_config.check_num_latent_steps(num_steps)
+                if num_steps is not None:
+                    self.plume_config.check_num_latent_steps(num_steps)
         elif steps is not None:
             self.plume_config.check_num_latent_steps(steps)
 
@@ -563,7 +567,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
                 "num_latent_steps differs for queries and documents; call encode_query or encode_document, "
                 "or give this call one number"
             )
-        return steps[task]
+        return config.document_steps() if task == "document" and steps[task] is None else steps[task]
 
     def _instruction(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
         if instruction is not None and (prompt is not None or prompt_name is not None):

@@ -344,6 +344,10 @@ class PlumeProcessor(ProcessorMixin):
         num_bytes = len((item.text + item.instruction + self._template).encode())
         return self._num_visual_tokens(self.complete(item)) + 1 + num_bytes // 4
 
+    def num_written_tokens(self, items: Sequence[Item]) -> list[int]:
+        """Tokens of the prefixes of some inputs as they are written, with one placeholder per image and video."""
+        return [len(ids) for ids in self._prefix_ids([self.complete(item) for item in items])]
+
     def _exact_length(self, item: Item) -> int:
         item = self.complete(item)
         num_placeholders = len(item.images) + len(item.videos)  # which are among the tokens

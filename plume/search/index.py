@@ -42,7 +42,7 @@ class Identity:
     fingerprint: of the checkpoint (`plume.checkpoints.folder.fingerprint`).
     dim: length of the vectors.
     num_latent_steps: K of documents.
-    query_latent_steps: K of queries.
+    query_latent_steps: K of queries; None: as the checkpoint's gate decides.
     instruction: for documents.
     query_instruction: for queries.
     max_pixels: larger images and pages, of documents and queries, are reduced to it; None: the checkpoint's own limit.
@@ -52,7 +52,7 @@ class Identity:
     fingerprint: str
     dim: int
     num_latent_steps: int
-    query_latent_steps: int
+    query_latent_steps: int | None
     instruction: str = ""
     query_instruction: str = ""
     max_pixels: int | None = None
@@ -65,7 +65,7 @@ class Identity:
         """
         for name, value in asdict(self).items():
             expected = int if name in ("dim", "num_latent_steps", "query_latent_steps", "max_pixels") else str
-            if type(value) is not expected and (name, value) != ("max_pixels", None):
+            if type(value) is not expected and (value is not None or name not in ("max_pixels", "query_latent_steps")):
                 raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
         return self
 
@@ -161,11 +161,13 @@ class Index:
             IndexStorageError: it cannot be written.
         """
         path = Path(path)
+        documents = plume.default_steps("document")
+        assert documents is not None  # a gate is for queries
         identity = Identity(
             model=plume.source,
             fingerprint=fingerprint(plume.plume_model),
             dim=plume.get_embedding_dimension(),
-            num_latent_steps=plume.default_steps("document") if num_latent_steps is None else num_latent_steps,
+            num_latent_steps=documents if num_latent_steps is None else num_latent_steps,
             query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
             instruction=instruction,
             query_instruction=query_instruction,
@@ -173,7 +175,8 @@ class Index:
         )
         _image_settings(plume, max_pixels)
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
-            plume.plume_config.check_num_latent_steps(steps)
+            if steps is not None:
+                plume.plume_config.check_num_latent_steps(steps)
         if not (path / IDENTITY).exists():
             _check_free(path)  # before anything is made there
             try:

@@ -24,7 +24,7 @@ from plume_train.curriculum import Curriculum, Stage
 from plume_train.data.collate import SUPERVISED, PairCollator
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
-from plume_train.objective.gradcache import Step
+from plume_train.objective.gradcache import Step, leveled
 from plume_train.objective.losses import Contrast, balance_loss, info_nce
 from plume_train.objective.objective import Objective
 
@@ -66,9 +66,9 @@ def test_gradients_on_two_processes_equal_those_of_the_joined_batch(two_processe
 
 ROWS = [
     {"query": {"text": "red kite", "rationale": "It is red. It flies.", "answer": "kite"}, "target": "kite"},
-    {"query": {"text": "blue", "rationale": "Blue."}, "target": {"text": "table"}, "negatives": ["red"]},
+    {"query": {"text": "blue", "rationale": "Blue."}, "target": {"text": "kite"}, "negatives": ["red"]},
     {"query": {"text": "what", "image": "a.png", "rationale": "Red. All."}, "target": {"image": "b.png"}},
-    {"query": {"image": "b.png"}, "target": "kite", "negatives": [{"image": "a.png"}, "blue"]},
+    {"query": {"image": "b.png"}, "target": "table", "negatives": [{"image": "a.png"}, "blue"]},
 ]
 MIXES = {
     "text beside images": ([(2, 4)] * 4, ()),
@@ -80,7 +80,7 @@ MIXES = {
 
 def step_gradients(rank, world, folder, case):
     """Gradients of one step on `world` processes; rows are shared out evenly."""
-    (draws, broken), micro_batch_size = MIXES[case[0]], case[1]
+    (draws, broken), cut = MIXES[case[0]], CUTS[case[1]]
     args = PlumeTrainingArguments(
         model="m",
         train_file=["f"],
@@ -113,8 +113,9 @@ def step_gradients(rank, world, folder, case):
         model.processor,
         model.config,
         curriculum,
-        micro_batch_size=micro_batch_size,
+        **cut,
         num_negatives=2,
+        share=(rank, world),
         teacher_roles=SUPERVISED,
         touch_all=world > 1,
         on_bad_row="skip",
@@ -132,7 +133,7 @@ def step_gradients(rank, world, folder, case):
             side = replace(record.query, images=(Path(folder, f"broken-{row}.png"),))
             record = replace(record, query=side)
         rows.append((record, Draw(row, *draws[row], most, 2)))
-    batch = collate(rows)
+    batch = leveled(collate(rows))
     for one in (one for passes in batch["passes"].values() for one in passes):
         if "pixel_values" in one["inputs"]:
             one["inputs"]["pixel_values"] = one["inputs"]["pixel_values"].double()
@@ -144,7 +145,7 @@ def step_gradients(rank, world, folder, case):
         autocast=nullcontext,
         vision_is_frozen=True,
     )
-    parts = step.cached(batch) if micro_batch_size else step.direct(batch)
+    parts = step.cached(batch) if cut else step.direct(batch)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     torch.save((found, parts), f"{folder}/{case_name(case)}-{world}-{rank}.pt")
 
@@ -157,11 +158,13 @@ def free_port() -> str:
 
 pytestmark = pytest.mark.launching
 
-CASES = [(mix, micro_batch_size) for mix in MIXES for micro_batch_size in (None, 1)]
+# Two rows of the first process have one target, so that passes of one row differ in number between the processes.
+CUTS = {"direct": {}, "passes of a row": {"micro_batch_size": 1}, "passes of 30 tokens": {"micro_batch_tokens": 30}}
+CASES = [(mix, cut) for mix in MIXES for cut in CUTS]
 
 
 def case_name(case) -> str:
-    return f"{case[0]}-{'GradCache' if case[1] else 'direct'}"
+    return "-".join(case)
 
 
 def spawned(rank, world, port, folder):

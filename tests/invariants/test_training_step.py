@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from plume import PlumeModel
 from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import PAPER, Curriculum, Stage
-from plume_train.data.collate import SUPERVISED, PairCollator, StagedRecords
+from plume_train.data.collate import SUPERVISED, PairCollator, StagedRecords, _Entry
 from plume_train.data.records import Records
 from plume_train.data.sampler import Draw
 from plume_train.data.vectors import VectorStore
@@ -93,6 +93,7 @@ def batch_of(model, rows, args, draws, chosen=range(6), **more):
         model.config,
         CURRICULUM,
         micro_batch_size=args.micro_batch_size,
+        micro_batch_tokens=args.micro_batch_tokens,
         num_negatives=args.num_negatives,
         teacher_roles=SUPERVISED if args.distillation_weight else (),
         teacher_vectors=VectorStore(args.teacher_vectors) if args.teacher_vectors else None,
@@ -107,13 +108,13 @@ def batch_of(model, rows, args, draws, chosen=range(6), **more):
     return batch
 
 
-def gradients(model, rows, args, draws, way="direct", seed=0, kind=Objective):
+def gradients(model, rows, args, draws, way="direct", seed=0, kind=Objective, chosen=range(6)):
     """Terms and gradients of the batch; the learnt scalars are among them."""
     objective = kind(args, model.config.num_experts)
     scalars = objective.build_scalars()
     model.loss_scalars = scalars and scalars.double()
     model.zero_grad()
-    batch = batch_of(model, rows, args, draws)
+    batch = batch_of(model, rows, args, draws, chosen)
     torch.manual_seed(seed)
     step = Step(
         model=model,
@@ -144,6 +145,57 @@ def test_gradcache_over_micro_batches_of_any_size_equals_none_for_every_term(
     cached_parts, cached = gradients(trainee, rows, cut, DRAWS[stage], "cached")
     assert largest_difference(parts, cached_parts) < 1e-9
     assert largest_difference(whole, cached) < 1e-9
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100, 400])
+def test_passes_of_a_number_of_tokens_hold_no_more_and_change_no_gradient(trainee, rows, tmp_path, tokens):
+    args = arguments(tmp_path, **EVERY_TERM)
+    parts, whole = gradients(trainee, rows, args, DRAWS["mixed stages"])
+    cut = arguments(tmp_path, **EVERY_TERM, micro_batch_tokens=tokens)
+    cached_parts, cached = gradients(trainee, rows, cut, DRAWS["mixed stages"], "cached")
+    assert largest_difference(parts, cached_parts) < 1e-9
+    assert largest_difference(whole, cached) < 1e-9
+    passes = [
+        one["inputs"] for of in batch_of(trainee, rows, cut, DRAWS["mixed stages"])["passes"].values() for one in of
+    ]
+    sizes = [
+        (len(one["input_ids"]), one["input_ids"].shape[1] + one["suffix_ids"].shape[1] + one["max_latent_steps"])
+        for one in passes
+    ]
+    assert all(count == 1 or count * length <= tokens for count, length in sizes)
+    together = [count for count, _ in sizes]
+    assert max(together) == 1 if tokens == 1 else max(together) > 1
+
+
+@pytest.mark.parametrize("way", ["direct", "cached"])
+def test_places_of_equal_content_share_a_row_and_change_no_gradient(trainee, rows, tmp_path, monkeypatch, way):
+    args = arguments(tmp_path, **EVERY_TERM, micro_batch_size=2 if way == "cached" else None)
+    draws, chosen = [*DRAWS["mixed stages"][:3], (4, 4), (4, 4), (1, 1)], [0, 3, 0, 1, 4, 4]
+
+    def found():
+        batch = batch_of(trainee, rows, args, draws, chosen)
+        num_rows = {role: sum(len(one["counts"]) for one in of) for role, of in batch["passes"].items()}
+        return num_rows, gradients(trainee, rows, args, draws, way, chosen=chosen)
+
+    shared, (parts, gradient) = found()
+    monkeypatch.setattr(_Entry, "content", property(id))
+    alone, (alone_parts, alone_gradient) = found()
+    assert shared == {"query": 4, "target": 3, "negative": 3}
+    assert alone == {"query": 6, "target": 6, "negative": 12}
+    assert largest_difference(parts, alone_parts) < 1e-9
+    # transformers' norms are in float32, where a gradient of two places rounds otherwise than two gradients.
+    assert largest_difference(gradient, alone_gradient) < 1e-6
+
+
+def test_what_is_to_be_written_otherwise_shares_no_row(trainee, rows, tmp_path):
+    """Equal content at another stage, and beside another rationale."""
+    draws = [(4, 4), (4, 4), (4, 4), (2, 2), (4, 4), (4, 4)]
+    assert batch_of(trainee, rows, arguments(tmp_path), draws, [0, 3])["places"]["target"].tolist() == [0, 1]
+    target = rows.records[0].target
+    rows.records = [replace(rows.records[0], target=replace(target, rationale=text)) for text in ("", "A kite.", "")]
+    batch = batch_of(trainee, rows, arguments(tmp_path), DRAWS["middle"], [0, 1, 2])
+    assert batch["places"]["target"].tolist() == [0, 1, 0]
+    assert batch["passes"]["target"][0]["counts"].tolist() == [2, 1]
 
 
 class ObjectiveWithTwoMoreTerms(Objective):
@@ -211,7 +263,8 @@ def test_vectors_of_another_embedder_teach_the_rows_that_it_knows(trainee, rows,
     with torch.no_grad():
         own, others = {}, {}
         for role, (one,) in batch["passes"].items():
-            own[role], others[role] = trainee(**one["inputs"]).embedding, one["teacher_vectors"].double()
+            at = batch["places"][role]
+            own[role], others[role] = trainee(**one["inputs"]).embedding[at], one["teacher_vectors"].double()[at]
     is_negative = batch["is_negative"] & batch["is_taught_negative"]
     for front in (True, False):
         first, second = ("query", "target") if front else ("target", "query")
@@ -271,7 +324,7 @@ def test_labels_of_a_task_are_columns_once_each(trainee, rows, tmp_path, micro_b
     found = (step.cached if micro_batch_size else step.direct)(batch)["contrastive"]
     with torch.no_grad():
         query, target, negative = (
-            torch.cat([trainee(**one["inputs"]).embedding for one in batch["passes"][role]])
+            torch.cat([trainee(**one["inputs"]).embedding for one in batch["passes"][role]])[batch["places"][role]]
             for role in ("query", "target", "negative")
         )
     label_of = [0, 1, 2, 0, 3, 4]
@@ -303,7 +356,8 @@ def test_targets_take_no_more_steps_than_they_are_allowed(trainee, rows, tmp_pat
         assert inputs["target"]["max_latent_steps"] == expected  # nor are more run
         assert ("reconstruction" in inputs["target"]) == (expected > 0)
         if expected:
-            assert max(inputs["target"]["reconstruction"]["groups"][4].tolist()) == expected - 1
+            row = batch["places"]["target"][4]
+            assert max(inputs["target"]["reconstruction"]["groups"][row].tolist()) == expected - 1
     alone = batch_of(trainee, rows, args, DRAWS["middle"], target_steps=0)["passes"]["target"][0]["inputs"]
     with torch.no_grad():
         found = trainee(**alone).embedding

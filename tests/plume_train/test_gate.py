@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from plume import Plume, PlumeModel
+from plume.search.index import Index
+from plume_eval.mmeb.content import Content
+from plume_eval.mmeb.embedders import PlumeEmbedder
+from plume_eval.pairs import PairsEvaluation
 from plume_train import gate as module
 from plume_train.data.records import Records
 from plume_train.gate import Measured, curve, fit, gate, measure
@@ -103,6 +107,65 @@ def test_the_model_with_its_gate_thinks_about_the_share_that_was_asked_for(data,
     assert np.abs(cached.encode_query(queries) - expected).max() < 1e-5
     assert np.abs(cached.encode_document(queries) - plain.encode(queries)).max() < 1e-5
     assert np.abs(cached.encode_query(queries) - expected).max() < 1e-5
+
+
+@pytest.fixture
+def gated_folder(plume_folder, tmp_path):
+    """A checkpoint whose gate, by the first number of the anchor, lets some words think and others not."""
+    model = PlumeModel.from_pretrained(plume_folder)
+    gated, _ = model.reconfigured(gate_threshold=0.5, document_latent_steps=1)
+    with torch.no_grad():
+        gated.gate.weight.zero_()
+        gated.gate.weight[0] = 1.0
+        gated.gate.bias.zero_()
+        batch = model.processor.encode([model.processor.parse(word, "") for word in WORDS])
+        first = gated(**batch, num_latent_steps=0).anchor_embedding[:, 0]
+        gated.gate.bias.fill_(-first.median().item())
+        assert 0 < (gated(**batch).num_latent_steps > 0).sum() < len(WORDS)
+    gated.save_pretrained(tmp_path / "gated")
+    return tmp_path / "gated"
+
+
+def test_a_gate_holds_in_an_index_for_queries(gated_folder, tmp_path):
+    plume = Plume(gated_folder, device="cpu")
+    (tmp_path / "notes").mkdir()
+    for word in WORDS:
+        (tmp_path / "notes" / f"{word}.txt").write_text(word)
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path / "notes", plume, show_progress=False)
+    assert Index.open(tmp_path / "index").identity.query_latent_steps is None
+    assert index.identity.num_latent_steps == 1
+    documents = plume.encode_document(WORDS)
+    for word in WORDS:
+        scores = {hit.excerpt: hit.score for hit in index.search(word, plume)}
+        expected = dict(zip(WORDS, documents @ plume.encode_query(word), strict=True))
+        assert scores == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="query_latent_steps=None; this call uses query_latent_steps=2"):
+        index.search("kite", plume, num_latent_steps=2)
+
+
+def test_a_gate_holds_where_a_checkpoint_is_measured(gated_folder, data):
+    plume = Plume(gated_folder, device="cpu")
+    model = plume.plume_model.eval()
+    steps = model.config.num_latent_steps
+    numbers = PairsEvaluation(data)(model, 0, steps)
+    assert {"recall_at_1_latent", "recall_at_1_latent_gated", "recall_at_1_single_pass"} <= numbers.keys()
+    queries = [f"{one} {other}" for one in WORDS for other in WORDS]
+    nearest = (plume.encode_query(queries) @ plume.encode_document(WORDS).T).argmax(axis=1)
+    assert numbers["recall_at_1_latent_gated"] == pytest.approx((nearest == np.tile(np.arange(8), 8)).mean())
+    embedder = PlumeEmbedder(str(gated_folder), device="cpu")
+    assert embedder.name.endswith("_Kgated-1")
+    found = embedder.embed([Content(text=word) for word in WORDS], "query")
+    assert np.allclose(found.vectors, plume.encode_query([Content(text=word).input for word in WORDS]), atol=1e-5)
+    assert 0 < found.reasoning_steps < steps * len(WORDS)
+    assert found.reasoning_steps % steps == 0
+    told = PlumeEmbedder(str(gated_folder), device="cpu", num_latent_steps=steps)
+    assert told.name.endswith(f"_K{steps}-1")
+
+
+def test_the_card_says_who_takes_how_many_steps(gated_folder):
+    card = (gated_folder / "README.md").read_text()
+    assert "4 by default, 1 for documents (`encode_document`), none for inputs whose gate says less than 0.5" in card
 
 
 def test_a_gate_does_not_change_where_its_model_is_trained_further(data, plume_folder, tmp_path, start, hops_folder):

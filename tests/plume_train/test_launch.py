@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from plume import PlumeModel
+from plume_eval.pairs import PairsEvaluation
 from plume_train.config import arguments_from
 from plume_train.run import train
 from tests.processes import run
@@ -88,7 +89,7 @@ def launch(folder, name, *runs):
         words = [word for flag, value in {**flags, **settings}.items() for word in (f"--{flag}", value)]
         command += [*["then"] * bool(number), "--config", folder / "run.yaml", *words]
     done = run(command, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-12000:]
 
 
 #: What only this way of sharing leaves in a checkpoint.
@@ -111,6 +112,30 @@ def check_equals_one_process(folder, alone, name):
     assert "expert 3" in (folder / name / "README.md").read_text()  # the card reads weights that are shared out
 
 
+PAIRS = {"modes": ["latent", "single_pass"]}
+
+
+def evaluated_on(folder):
+    """Settings that evaluate every second step, on pairs that are written for it."""
+    words = ("red", "blue", "kite", "table", "what")
+    pairs = [{"query": one, "target": other} for one in words for other in words if one < other]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "evaluation": "plume_eval.pairs:PairsEvaluation",
+        "evaluation_arguments": json.dumps({"file": str(folder / "pairs.jsonl"), **PAIRS}),
+        "evaluate_every": 2,
+    }
+
+
+def check_evaluated_as_saved(folder, run_folder):
+    """The model that was evaluated in the last step, from shares of its weights, is the one that was saved."""
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    (logged,) = [line for line in lines if "recall_at_1_latent" in line and line["step"] == 4]
+    saved = PlumeModel.from_pretrained(run_folder).eval()
+    expected = PairsEvaluation(folder / "pairs.jsonl", **PAIRS)(saved, 4, 2)
+    assert {name: logged[name] for name in expected} == pytest.approx(expected)
+
+
 def check_resumed_equals_whole(folder, name):
     assert (folder / f"{name}-resumed" / "checkpoint-4").exists()
     whole, resumed = (load_file(folder / f"{name}-{kind}" / "model.safetensors") for kind in ("whole", "resumed"))
@@ -129,17 +154,19 @@ def test_a_launched_run_equals_one_process(folder, alone, name):
 
 def test_runs_under_fsdp2_equal_one_process_and_go_on_where_they_stopped(folder, alone):
     whole, resumed = folder / "fsdp2-whole", folder / "fsdp2-resumed"
+    evaluation = evaluated_on(folder)
     launch(
         folder,
         "fsdp2",
         CACHED,
         {"output_dir": whole, **ADAM},
-        {"output_dir": resumed, **ADAM},  # where the first checkpoint of the run before has been copied to
+        {"output_dir": resumed, **ADAM, **evaluation},  # where the first checkpoint of that has been copied to
     )
     check_equals_one_process(folder, alone, "fsdp2")
     check_resumed_equals_whole(folder, "fsdp2")
     steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
     assert min(steps) == 3
+    check_evaluated_as_saved(folder, resumed)
 
 
 @pytest.mark.slow
@@ -149,8 +176,9 @@ def test_a_run_under_zero3_goes_on_where_it_stopped(folder):
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoint-4")
     (resumed / "model.safetensors").unlink()
-    launch(folder, "zero3", {"output_dir": resumed, **ADAM})
+    launch(folder, "zero3", {"output_dir": resumed, **ADAM, **evaluated_on(folder)})
     check_resumed_equals_whole(folder, "zero3")
+    check_evaluated_as_saved(folder, resumed)
 
 
 @pytest.mark.slow  # tests/plume_train/test_options.py refuses it without a launch

@@ -156,7 +156,7 @@ class EvaluationHook(TrainerCallback):
         evaluate: Evaluate,
         every: int,
         *,
-        bare_model: Callable[[], PlumeModel],
+        whole_model: Callable[[], PlumeModel | None],
         stage_steps: Callable[[int], int],
         log: Log,
         barrier: Callable[[], None],
@@ -167,21 +167,20 @@ class EvaluationHook(TrainerCallback):
         Args:
             evaluate: what to call.
             every: steps between calls.
-            bare_model: gives the model without what wraps it.
+            whole_model: gives the model with all its weights, on the first process; called on every one.
             stage_steps: gives K of the stage of a step.
             log: logs what the evaluation returns.
             barrier: waits for the other processes.
             see_recall: called on every process with the step and `recall_at_1_explicit` of the numbers.
         """
         self.evaluate, self.every, self.see_recall = evaluate, every, see_recall
-        self.bare_model, self.stage_steps, self.log, self.barrier = bare_model, stage_steps, log, barrier
+        self.whole_model, self.stage_steps, self.log, self.barrier = whole_model, stage_steps, log, barrier
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         told: list[float | None] = [None]
-        if state.is_world_process_zero:
-            model = self.bare_model()
+        if (model := self.whole_model()) is not None:
             was_training = model.training
             model.eval()
             with torch.inference_mode():

@@ -179,6 +179,10 @@ class PlumeTrainingArguments(TrainingArguments):
     micro_batch_size: int | None = None
     """Rows of one pass of the model. Smaller than the batch, GradCache computes the same gradients in less memory."""
 
+    micro_batch_tokens: int | None = None
+    """Tokens of one pass at most, visual ones and padding included; rows of like length share it. For inputs of
+    unlike length, where a number of rows that fits long ones is too small for short ones."""
+
     contrastive_loss: Literal["info_nce", "sigmoid"] = "info_nce"
     """Softmax over candidates (paper), or every pair alone (SigLIP)."""
 
@@ -428,12 +432,14 @@ class PlumeTrainingArguments(TrainingArguments):
             raise SettingsError(f"base_dtype={self.base_dtype} needs bf16=true, under which what learns stays float32")
         if self.target_steps is not None and self.target_steps < 0:
             raise SettingsError(f"target_steps is {self.target_steps}; expected 0 or more")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise SettingsError(f"micro_batch_size must be at least 1; received {self.micro_batch_size}")
-        if self.deepspeed_plugin is not None and self.micro_batch_size and self.gradient_accumulation_steps > 1:
+        for name in ("micro_batch_size", "micro_batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1; received {value}")
+        is_cut = self.micro_batch_size or self.micro_batch_tokens
+        if self.deepspeed_plugin is not None and is_cut and self.gradient_accumulation_steps > 1:
             raise SettingsError(
-                "gradient_accumulation_steps and micro_batch_size do not work together with DeepSpeed; raise "
-                "per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
+                "gradient_accumulation_steps and micro_batch_size or micro_batch_tokens do not work together with "
+                "DeepSpeed; raise per_device_train_batch_size instead: GradCache makes it cheap, and it adds negatives"
             )
 
     def check_data(self) -> None:

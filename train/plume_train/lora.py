@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from plume.checkpoints.folder import tidy_weight_files, write_dtype
 from plume.model.model import PlumeModel
 from plume.terminal import Parser
 from plume.tokens import SPECIAL_TOKENS
@@ -59,23 +63,47 @@ def add_lora(model: PlumeModel, args: PlumeTrainingArguments) -> Any:
         raise SettingsError(f"lora_targets={args.lora_targets!r}: {error}") from None
 
 
-def merged(model: Any) -> PlumeModel:
-    """The plain model that a trained LoRA comes to.
+def save_merged(model: Any, folder: Path) -> None:
+    """Save the plain model that a trained LoRA comes to, in the memory that the model has and of one file.
 
     Weights that something is added to are float32, so that it is not rounded away; the others keep their dtype.
 
     Args:
-        model: of peft, without what else wraps it.
+        model: of peft, on the CPU, without what else wraps it; its LoRA is taken off.
+        folder: to write.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = model.cpu()
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.get_base_layer().float()
-    model = model.merge_and_unload()
-    model.loss_scalars = None
-    return model
+    layers = {
+        f"{name.removeprefix('base_model.model.').removesuffix('.token_adapter')}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and name.startswith("base_model.model.")
+    }
+    plain: PlumeModel = model.unload()
+    plain.loss_scalars = None
+    plain.save_pretrained(folder, max_shard_size="500MB")
+    is_touched = False
+    for file in sorted(folder.glob("model*.safetensors")):
+        weights = load_file(file)
+        if touched := {name: merged_weight(layers[name]) for name in weights if name in layers}:
+            beside = file.with_suffix(".part")  # the file is what the other weights are read from
+            save_file(weights | touched, beside, metadata={"format": "pt"})
+            beside.replace(file)
+            is_touched = True
+    if is_touched:
+        write_dtype(folder, "float32")
+    tidy_weight_files(folder)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """What the weight of a layer of peft comes to, in float32; the layer stays as it is."""
+    weight = layer.get_base_layer().weight
+    kept = weight.data
+    weight.data = kept.to(torch.float32, copy=True)
+    layer.merge()
+    whole, weight.data = weight.data, kept
+    layer.merged_adapters.clear()
+    return whole
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -100,12 +128,11 @@ def merge(argv: Sequence[str]) -> int:
     if known.folder.exists() and any(known.folder.iterdir()):
         raise RunError(f"{known.folder} is not empty; choose another folder")
     args = begun_with(known.checkpoint.resolve().parent)
-    # In float32, since what was learnt is: frozen weights are as training rounded them.
-    model: Any = PeftModel.from_pretrained(load_model(args).float(), str(known.checkpoint))  # type: ignore[arg-type]
-    plain = model.merge_and_unload().eval()
+    model: Any = PeftModel.from_pretrained(load_model(args).eval(), str(known.checkpoint))  # type: ignore[arg-type]
+    config = model.get_base_model().config
     if args.target_steps is not None:
-        plain.config.document_latent_steps = args.target_steps
+        config.document_latent_steps = args.target_steps
     state = json.loads((known.checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
-    plain.config.num_latent_steps = state["num_latent_steps"]
-    plain.save_pretrained(known.folder)
+    config.num_latent_steps = state["num_latent_steps"]
+    save_merged(model, known.folder)
     return 0

@@ -123,6 +123,8 @@ def tell_memory(trainer: PlumeTrainer) -> None:
     suffixes = max(inputs["suffix_ids"].shape[1] for inputs in passes)
     steps = max(curriculum.num_latent_steps(stage) for stage in curriculum.stages)
     num_tokens = max(inputs["input_ids"].shape[1] for inputs in passes) + suffixes + steps
+    if args.micro_batch_tokens:
+        num_rows = min(num_rows, max(args.micro_batch_tokens // num_tokens, 1))
     world, stage = args.world_size, 0
     if accelerator.distributed_type == DistributedType.FSDP:
         stage = 3

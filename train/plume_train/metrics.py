@@ -49,7 +49,7 @@ class Meter:
         if role not in SUPERVISED:
             return
         self._vectors[role].append(output.embedding.detach())
-        counts = micro_batch["counts"]
+        counts = micro_batch["counts"] > 0
         if output.gates is not None and counts.any():
             gates = output.gates[counts].float()  # [b, K, E]
             gates = gates[gates.sum(dim=-1) > 0]  # steps that were taken
@@ -76,7 +76,7 @@ class Meter:
             self._values[name].append(value.detach())
         told = {"loss": loss.detach()}
         if self._vectors["target"] and batch["target_keys"] is not None:
-            query, target = (torch.cat(self._vectors[role]) for role in SUPERVISED)
+            query, target = (torch.cat(self._vectors[role])[batch["places"][role]] for role in SUPERVISED)
             name = "teacher_forced_recall" if batch["is_forced"] else "recall_in_batch"
             told[name] = in_batch_recall(query, target, batch["target_keys"], batch["is_pair"])
             self._values[name].append(told[name])

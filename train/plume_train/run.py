@@ -19,7 +19,7 @@ from plume_train.data.collate import StagedRecords
 from plume_train.data.records import Records
 from plume_train.data.rows import RecordFormat
 from plume_train.data.vectors import VectorStore
-from plume_train.lora import ADAPTER_FOLDER, add_lora, merged
+from plume_train.lora import ADAPTER_FOLDER, add_lora, save_merged
 from plume_train.memory import tell_memory
 from plume_train.pictures import draw_run, read_log
 from plume_train.saving import (
@@ -54,7 +54,7 @@ def train(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> Plu
 
 
 def train_and_save(args: PlumeTrainingArguments, evaluate: Evaluate | None = None) -> PlumeModel | None:
-    """As `train`; None where the model is in the folder alone, since it would take more memory than the run has."""
+    """As `train`; None where the model is in the folder alone, as that of LoRA is, merged."""
     _check_processes(args)
     args.check()
     args.check_data()
@@ -179,14 +179,14 @@ def finish(trainer: PlumeTrainer) -> PlumeModel | None:
     if args.lora_rank:
         trainer.save_whole(args.output_folder / ADAPTER_FOLDER)
         trainer.let_go()
-        model = merged(trainer.accelerator.unwrap_model(trainer.model))
+        model = None
         if args.should_save:
             with whole_or_nothing(args.output_folder, True) as unfinished:
-                model.save_pretrained(unfinished, max_shard_size="1GB")  # a file is in memory while it is written
+                save_merged(trainer.accelerator.unwrap_model(trainer.model).cpu(), unfinished)
                 move_into(unfinished, args.output_folder)
     else:
         trainer.save_whole(args.output_folder)
-        model = trainer.bare_model
+        model = trainer.bare_model.eval()
         model.loss_scalars = None
         if args.should_save:  # of a run that this one has replaced
             shutil.rmtree(args.output_folder / ADAPTER_FOLDER, ignore_errors=True)
@@ -200,7 +200,7 @@ def finish(trainer: PlumeTrainer) -> PlumeModel | None:
         where = f"the model is in {args.output_folder}"
         args.tell(f"{where}, its curves in {picture}" if _draw(trainer, picture) else where)
     trainer.accelerator.wait_for_everyone()
-    return None if args.lora_rank and args.base_dtype != "float32" else model.eval()
+    return model
 
 
 def _draw(trainer: PlumeTrainer, picture: Path) -> bool:

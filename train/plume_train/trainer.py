@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -30,7 +31,7 @@ from plume_train.data.sampler import StagedBatchSampler
 from plume_train.data.vectors import VectorStore
 from plume_train.metrics import Meter
 from plume_train.objective.gather import is_distributed, num_processes, total
-from plume_train.objective.gradcache import Step
+from plume_train.objective.gradcache import Step, leveled
 from plume_train.objective.objective import Objective
 from plume_train.progress import Progress
 from plume_train.saving import LOG_FILE, RunError, checkpoints, move_into, whole_or_nothing, write_checksums
@@ -72,6 +73,7 @@ class PlumeTrainer(Trainer):
             bare.config,
             curriculum,
             micro_batch_size=args.micro_batch_size,
+            micro_batch_tokens=args.micro_batch_tokens,
             num_negatives=args.num_negatives,
             labels=dataset.records.labels,
             share=(args.process_index, args.world_size),
@@ -95,11 +97,9 @@ class PlumeTrainer(Trainer):
                 "several processes were started, but accelerate keeps them apart, so each would train a model of its "
                 "own; on a CPU set use_cpu=true"
             )
-        if evaluate is not None and self._shares_out_weights():
-            raise SettingsError(
-                "an evaluation runs the model on one process, which under ZeRO-3 and FSDP holds a part of its weights "
-                "only; use a validation_file, or evaluate the checkpoints"
-            )
+        # Before the weights are shared out; afterwards none can be built that is not.
+        is_copied = evaluate is not None and self._shares_out_weights() and args.should_save
+        self._without_weights = without_weights(bare) if is_copied else None
         embeddings: Any = bare.get_input_embeddings().weight
         some = at_least_float32(embeddings.detach()[:4096])
         self.meter = Meter(args.device, None if self._shares_out_weights() else some.norm(dim=-1).mean())
@@ -132,7 +132,7 @@ class PlumeTrainer(Trainer):
                 EvaluationHook(
                     evaluate,
                     args.evaluate_every,
-                    bare_model=lambda: self.bare_model,
+                    whole_model=self.whole_model,
                     stage_steps=self.stage_steps,
                     log=self.log_beside,
                     barrier=self.accelerator.wait_for_everyone,
@@ -162,6 +162,22 @@ class PlumeTrainer(Trainer):
     def bare_model(self) -> PlumeModel:
         """The model without what wraps it."""
         return bare_model(self.accelerator.unwrap_model(self.model))
+
+    def whole_model(self) -> PlumeModel | None:
+        """The model with all its weights, on the first process; None on the others. A collective call.
+
+        Where weights are shared out, a copy that takes as much memory as a model on one device.
+        """
+        if not self._shares_out_weights():
+            return self.bare_model if self.args.should_save else None
+        weights: Any = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return None
+        assert self._without_weights is not None
+        model = copy.deepcopy(self._without_weights)
+        model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+        model.config.num_latent_steps = self.bare_model.config.num_latent_steps
+        return model.to(self.args.device)  # type: ignore[arg-type]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch; returns the loss, without gradients."""
@@ -194,8 +210,8 @@ class PlumeTrainer(Trainer):
         )
 
     def prepare_batch(self, batch: Any) -> Batch:
-        """The batch on this process's device."""
-        return self._prepare_inputs(batch)  # type: ignore[return-value]
+        """The batch on this process's device, with as many passes as on any other; a collective call."""
+        return leveled(self._prepare_inputs(batch))  # type: ignore[arg-type]
 
     def measure_rows(self, rows: StagedRecords, stage: int) -> dict[str, float]:
         """Loss terms of all of some rows at a stage, means over their batches; a collective call.
@@ -415,6 +431,13 @@ def sampler_of(
 def bare_model(model: Any) -> PlumeModel:
     """The `PlumeModel` inside a peft model."""
     return model if isinstance(model, PlumeModel) else model.get_base_model()
+
+
+def without_weights(model: PlumeModel) -> PlumeModel:
+    """A copy whose parameters have shapes and no memory."""
+    shapes = {id(one): getattr(one, "ds_shape", one.shape) for one in model.parameters()}
+    empty = {key: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False) for key, shape in shapes.items()}
+    return copy.deepcopy(model, empty)  # type: ignore[arg-type]
 
 
 def _delete_old_checkpoints(folder: Path, limit: int) -> None:

@@ -65,7 +65,8 @@ class PlumeEmbedder:
             model: a folder or a Hub name.
             mode: "latent" takes K steps, "single_pass" none, "explicit" writes a rationale until `<gen_emb>`, and
                 "anchor" reads the anchor in place of the embedding, without steps.
-            num_latent_steps: K of the mode "latent"; None is the checkpoint's own.
+            num_latent_steps: K of the mode "latent"; None is the checkpoint's own, for queries as its gate decides
+                where it has one.
             document_latent_steps: K of candidates; None is the checkpoint's own, or that of queries.
             max_new_tokens: limit of a rationale.
             batch_size: inputs per pass at most.
@@ -78,15 +79,14 @@ class PlumeEmbedder:
         if mode != "latent" and (num_latent_steps, document_latent_steps) != (None, None):
             raise ValueError(f"the number of latent steps has no effect on the mode {mode}; drop it")
         self._plume = Plume(model, **kwargs)
-        own = self._plume.plume_config.num_latent_steps
-        of_queries = own if num_latent_steps is None else num_latent_steps
+        of_queries = self._plume.default_steps("query") if num_latent_steps is None else num_latent_steps
         of_documents = self._plume.plume_config.document_steps(of_queries)
         of_documents = of_documents if document_latent_steps is None else document_latent_steps
         self._steps = {"query": of_queries, "document": of_documents} if mode == "latent" else dict.fromkeys(_SIDES, 0)
         self._plume.num_latent_steps = self._steps  # type: ignore[assignment]  # refuses what it cannot run
         self._mode: Mode = mode
         self._max_new_tokens, self._batch_size, self._max_tokens = max_new_tokens, batch_size, max_tokens_per_batch
-        counts = "-".join(str(count) for count in dict.fromkeys(self._steps.values()))
+        counts = "-".join("gated" if count is None else str(count) for count in dict.fromkeys(self._steps.values()))
         base = self._plume.source.rstrip("/").rpartition("/")[2]
         self.name = f"{base}_{mode}" + (f"_K{counts}" if mode == "latent" else "")
         config = self._plume.plume_config
@@ -108,13 +108,15 @@ class PlumeEmbedder:
     def embed(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
         """Vectors of some contents, in their order."""
         began = time.perf_counter()
-        in_batches = self._mode in ("explicit", "anchor")
-        shard = self._in_batches(contents) if in_batches else self._encode(contents, side)
+        steps = self._steps[side]
+        if self._mode in ("explicit", "anchor") or steps is None:  # what a gate takes must be counted
+            shard = self._in_batches(contents)
+        else:
+            shard = self._encode(contents, steps)
         shard.seconds = time.perf_counter() - began
         return shard
 
-    def _encode(self, contents: Sequence[Content], side: Side) -> EmbeddedShard:
-        steps = self._steps[side]
+    def _encode(self, contents: Sequence[Content], steps: int) -> EmbeddedShard:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             vectors = self._plume.encode(
@@ -153,11 +155,12 @@ class PlumeEmbedder:
             if self._mode == "anchor":
                 found = model(**batch, num_latent_steps=0).anchor_embedding
             else:
-                embedded = embed_batch(model, batch, "explicit", max_new_tokens=self._max_new_tokens)
+                mode: Mode = "explicit" if self._mode == "explicit" else "latent"
+                embedded = embed_batch(model, batch, mode, max_new_tokens=self._max_new_tokens)
                 found = embedded.embedding
                 steps += int(embedded.num_reasoning_steps.sum())
                 unfinished += int((~embedded.is_complete).sum())
-                for number, tokens in zip(numbers, embedded.written, strict=True):
+                for number, tokens in zip(numbers, embedded.written, strict=False):  # latent steps write nothing
                     texts[rows[number]] = processor.tokenizer.decode(tokens)
             vectors[[rows[number] for number in numbers]] = found.float().cpu().numpy()
         return EmbeddedShard(vectors, errors, texts, unfinished, steps)

@@ -1,16 +1,20 @@
 """From rows to tensors, at the stage of the curriculum that each row arrives with.
 
-A batch is a list of passes for each role: micro-batches of queries, of targets and of hard negatives. What a pass
-feeds to the model is padded to its own length. On every process a batch has the same number of passes and of latent
-steps, whatever its rows hold: a row that cannot be loaded leaves an empty place that counts for nothing.
+A batch has a place for every query, target and hard negative, and a list of passes for each of these roles. Places of
+equal content share one row of a pass, which is encoded once. Rows are put into passes by length, and each pass is
+padded to its own. A row that cannot be loaded leaves an empty place that counts for nothing, so that every process has
+the same number of places and of latent steps; `leveled` sees to the number of passes.
 
 Letters: B rows of a batch, H hard negatives of a batch, b rows of a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
@@ -47,7 +51,7 @@ class Pass(TypedDict):
     """One micro-batch of one role.
 
     inputs: keywords of `PlumeModel.forward`.
-    counts `[b]`: False at empty places.
+    counts `[b]`: how many places of the batch a row stands at; 0 at empty ones.
     teacher: keywords that replace those of `inputs` for the explicit pass of distillation.
     teacher_vectors `[b, T]`: of another embedder; zero where it has none.
     """
@@ -62,8 +66,10 @@ class Batch(TypedDict):
     """What a process trains on at once.
 
     passes: micro-batches of each role.
-    num_supervised: rows with labels, by role.
-    num_gates: latent steps of all rows that count, both sides.
+    places: for each place of a role, its row in the joined passes.
+    filler: for each role, a pass of one empty row, which no place stands at; only for several processes.
+    num_supervised: places with labels, by role.
+    num_gates: latent steps of all places that count, both sides.
     num_tokens: real tokens of all passes, prefix and suffix, visual tokens included.
     is_pair `[B]`: False at empty places.
     takes_all_steps `[B]`: rows whose K is the largest of the batch.
@@ -78,6 +84,8 @@ class Batch(TypedDict):
     """
 
     passes: dict[Role, list[Pass]]
+    places: dict[Role, Tensor]
+    filler: dict[Role, Pass]
     num_supervised: dict[Role, Tensor]
     num_gates: Tensor
     num_tokens: Tensor
@@ -124,6 +132,7 @@ class PairCollator:
         curriculum: Curriculum,
         *,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         num_negatives: int = 0,
         labels: Mapping[str, Sequence[Side]] | None = None,
         share: tuple[int, int] = (0, 1),
@@ -143,7 +152,8 @@ class PairCollator:
             processor: of the model.
             config: gives the templates.
             curriculum: gives the stages.
-            micro_batch_size: rows of a pass; None: all.
+            micro_batch_size: rows of a pass at most; None: all.
+            micro_batch_tokens: tokens of a pass at most, padding included; a longer row has one to itself.
             num_negatives: entries for hard negatives per row; further ones are left out, missing ones stay empty.
             labels: all targets of some tasks, which take the place of those in the batch.
             share: rank of this process and number of processes, which share the labels out.
@@ -161,6 +171,7 @@ class PairCollator:
         self.config = config
         self.curriculum = curriculum
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.num_negatives = num_negatives
         self.labels, self.share = labels or {}, share
         self.target_steps = target_steps
@@ -185,9 +196,9 @@ class PairCollator:
         entries = {role: of_role for role, of_role in entries.items() if of_role}
         most_steps = draws[0].most_steps
         passes: dict[Role, list[Pass]] = {}
+        places: dict[Role, Tensor] = {}
         for role, of_role in entries.items():
-            size = self.micro_batch_size or len(of_role)
-            micro_batches = [of_role[start : start + size] for start in range(0, len(of_role), size)]
+            micro_batches, places[role] = self._packed(role, of_role, most_steps)
             passes[role] = [self._pass(role, micro_batch, most_steps) for micro_batch in micro_batches]
         supervised: dict[Role, list[Pass]] = {role: passes[role] for role in SUPERVISED if role in passes}
         counted = [
@@ -197,6 +208,8 @@ class PairCollator:
         ]
         return Batch(
             passes=passes,
+            places=places,
+            filler=self._fillers(list(passes), draws[0], most_steps) if self.share[1] > 1 else {},
             num_supervised={
                 role: torch.stack([_num_labelled(micro_batch) for micro_batch in micro_batches]).sum()
                 for role, micro_batches in supervised.items()
@@ -298,7 +311,52 @@ class PairCollator:
         item, vision = self._media.load(EMPTY, "an empty place")
         return _Entry(EMPTY, draw, item, vision, counts=False)
 
-    def _pass(self, role: Role, entries: Sequence[_Entry], most_steps: int) -> Pass:
+    def _fillers(self, roles: Sequence[Role], draw: Draw, most_steps: int) -> dict[Role, Pass]:
+        return {role: self._pass(role, [(self._empty(draw), 0)], most_steps) for role in roles}
+
+    def _packed(
+        self, role: Role, entries: Sequence[_Entry], most_steps: int
+    ) -> tuple[list[list[tuple[_Entry, int]]], Tensor]:
+        """Rows of passes with the number of places that each fills, and for each place its row in the joined passes."""
+        row_of = [entry.content for entry in entries]
+        rows = dict(zip(row_of[::-1], entries[::-1], strict=True))  # the first entry of each content
+        filled = Counter(content for content, entry in zip(row_of, entries, strict=True) if entry.counts)
+        contents = list(dict.fromkeys(row_of))
+        size, budget = self.micro_batch_size or len(contents), self.micro_batch_tokens or math.inf
+        micro_batches: list[list[Hashable]] = [contents]
+        if self.micro_batch_tokens or size < len(contents):
+            read = self._num_read([rows[content] for content in contents])
+            said = [len(self._suffix(role, rows[content])[0]) for content in contents]
+            lengths = dict(zip(contents, zip(read, said, strict=True), strict=True))
+            steps = self._capped(role, most_steps)
+            micro_batches, longest = [], (0, 0)
+            for content in sorted(contents, key=lambda content: -sum(lengths[content])):
+                length = lengths[content]
+                both = max(longest[0], length[0]), max(longest[1], length[1])
+                count = len(micro_batches[-1]) + 1 if micro_batches else 0
+                if not micro_batches or count > size or count * (sum(both) + steps) > budget:
+                    micro_batches.append([])
+                    both = length
+                micro_batches[-1].append(content)
+                longest = both
+        place = {content: index for index, content in enumerate(chain.from_iterable(micro_batches))}
+        return (
+            [[(rows[content], filled[content]) for content in of_pass] for of_pass in micro_batches],
+            torch.tensor([place[content] for content in row_of]),
+        )
+
+    def _num_read(self, entries: Sequence[_Entry]) -> list[int]:
+        """Tokens of the prefixes of some rows, visual ones included."""
+        merged = self.processor.image_processor.merge_size**2
+        visual = [
+            sum(int(grid.prod(dim=-1).sum()) // merged for name, grid in entry.vision.items() if "grid_thw" in name)
+            for entry in entries
+        ]
+        texts = self.processor.num_written_tokens([entry.item for entry in entries])
+        return [of_text + of_media for of_text, of_media in zip(texts, visual, strict=True)]
+
+    def _pass(self, role: Role, rows: Sequence[tuple[_Entry, int]], most_steps: int) -> Pass:
+        entries = [entry for entry, _ in rows]
         keys = dict.fromkeys(key for entry in entries for key in entry.vision)
         vision = {key: torch.cat([entry.vision[key] for entry in entries if key in entry.vision]) for key in keys}
         inputs = {
@@ -309,7 +367,7 @@ class PairCollator:
         }
         if self.reconstruct is not None and inputs["max_latent_steps"] and role in SUPERVISED:
             inputs |= self._reconstruction(role, entries)
-        result = Pass(inputs=inputs, counts=_counts(entries))
+        result = Pass(inputs=inputs, counts=torch.tensor([count for _, count in rows]))
         if self.teacher_vectors is not None:
             vectors, _ = self._taught(role, entries)
             result["teacher_vectors"] = vectors
@@ -320,22 +378,25 @@ class PairCollator:
 
     def _written(self, role: Role, entries: Sequence[_Entry], explicit: bool = False) -> dict[str, Any]:
         """Suffixes and latent steps of some rows; `explicit` writes the whole rationale, whatever the stage."""
-        targets = []
-        for entry in entries:
-            stage, steps = self.curriculum.stages[entry.draw.stage], self._steps(role, entry)
-            if explicit:
-                stage, steps = replace(stage, ratio=0.0, drop_answer=False), 0
-            side = entry.side
-            targets.append(write_target(self.config, self.curriculum, stage, side.rationale, side.answer, steps))
-        suffixes = [torch.tensor(self.processor.suffix_ids(target.suffix)) for target in targets]
+        written_of = [self._suffix(role, entry, explicit) for entry in entries]
+        suffixes = [torch.tensor(ids) for ids, _ in written_of]
         written = {
             "suffix_ids": pad_sequence(suffixes, batch_first=True),
             "suffix_mask": pad_sequence([torch.ones_like(ids) for ids in suffixes], batch_first=True),
-            "num_latent_steps": torch.tensor([target.num_latent_steps for target in targets]),
+            "num_latent_steps": torch.tensor([steps for _, steps in written_of]),
         }
         if role in SUPERVISED:
             written["labels"] = self._labels(suffixes).masked_fill(~_counts(entries)[:, None], -100)
         return written
+
+    def _suffix(self, role: Role, entry: _Entry, explicit: bool = False) -> tuple[list[int], int]:
+        """Token ids of the suffix of a row, and its latent steps."""
+        stage, steps = self.curriculum.stages[entry.draw.stage], self._steps(role, entry)
+        if explicit:
+            stage, steps = replace(stage, ratio=0.0, drop_answer=False), 0
+        side = entry.side
+        target = write_target(self.config, self.curriculum, stage, side.rationale, side.answer, steps)
+        return self.processor.suffix_ids(target.suffix), target.num_latent_steps
 
     def _steps(self, role: Role, entry: _Entry) -> int:
         """K of a row: the stage's, or fewer with random_steps; of targets and negatives `target_steps` at most."""
@@ -403,6 +464,12 @@ class _Entry:
     counts: bool
     wanted: str = ""
 
+    @property
+    def content(self) -> Hashable:
+        """Equal where the model reads and writes the same, so that one pass serves several places."""
+        side, how = self.side, self.draw[1:]  # all but which row it is
+        return self.counts, side.key, side.rationale, side.answer, self.wanted, how
+
 
 class MediaLoader:
     """Media of sides as tensors, some of them cached."""
@@ -449,7 +516,7 @@ def _counts(entries: Sequence[_Entry]) -> Tensor:
 
 
 def _num_labelled(micro_batch: Pass) -> Tensor:
-    return (micro_batch["inputs"]["labels"] != -100).any(dim=1).sum()
+    return ((micro_batch["inputs"]["labels"] != -100).any(dim=1) * micro_batch["counts"]).sum()
 
 
 def _num_tokens(micro_batch: Pass) -> Tensor:

@@ -212,8 +212,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, counts: Tensor, num_rows
     Args:
         student: states of all layers after latent steps, `[layers, B, D]`.
         teacher: the same after the written rationale; no gradient flows into it.
-        counts: rows that count, `[B]`.
-        num_rows: rows that the mean runs over.
+        counts: how often each row counts, `[B]`.
+        num_rows: how many that are, in all that the mean runs over.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     spread = teacher.std(dim=-1, keepdim=True).clamp(min=1e-6)  # [layers, B, 1], of a row alone: batch-invariant

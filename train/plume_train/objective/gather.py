@@ -34,6 +34,13 @@ def total(value: Tensor) -> Tensor:
     return gather_rows(value[None]).sum(dim=0)
 
 
+def most(values: Tensor) -> Tensor:
+    """The largest of each number on any process, without gradients."""
+    if is_distributed():
+        dist.all_reduce(values := values.clone(), op=dist.ReduceOp.MAX)
+    return values
+
+
 def rows_before(rows: Tensor) -> int:
     """Rows of the processes of lower rank."""
     return dist.get_rank() * len(rows) if is_distributed() else 0

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from plume.model.interface import PlumeOutput
 from plume_train.data.collate import Batch, Pass, Role
+from plume_train.objective.gather import most
 from plume_train.objective.objective import Objective, Representations
 
 Observe = Callable[[Role, PlumeOutput, Pass], None]
@@ -205,6 +206,19 @@ class _EngineBackward(_Backward):
 
     def hold(self, is_last: bool) -> AbstractContextManager:
         return nullcontext()
+
+
+def leveled(batch: Batch) -> Batch:
+    """The batch with as many passes as on any other process, further ones being empty; a collective call."""
+    passes = batch["passes"]
+    counts = most(torch.tensor([len(of_role) for of_role in passes.values()], device=batch["is_pair"].device)).tolist()
+    return {
+        **batch,
+        "passes": {
+            role: [*of_role, *(batch["filler"][role] for _ in range(count - len(of_role)))]
+            for (role, of_role), count in zip(passes.items(), counts, strict=True)
+        },
+    }
 
 
 def _passes(batch: Batch) -> list[tuple[Role, Pass]]:

@@ -27,13 +27,16 @@ from plume.model.interface import at_least_float32
 from plume_train.objective.gather import gather_rows, num_processes, rows_before, total
 
 
-def suffix_cross_entropy(suffix_logits: Tensor, labels: Tensor, num_rows: Tensor | None = None) -> Tensor:
+def suffix_cross_entropy(
+    suffix_logits: Tensor, labels: Tensor, num_rows: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the suffix: mean over the tokens of a row, then over the rows that have any.
 
     Args:
         suffix_logits: logits of the labels that are not -100, row by row, `[M, V]`.
         labels: `[B, S]`.
         num_rows: rows with labels of all that the mean runs over, where this is a part of it; None: of this one.
+        counts: how often each row counts, `[B]`; None: once.
 
     Returns:
         A scalar; zero, but connected to the logits, where nothing is supervised.
@@ -42,8 +45,9 @@ def suffix_cross_entropy(suffix_logits: Tensor, labels: Tensor, num_rows: Tensor
     row = supervised.nonzero()[:, 0]  # [M]
     per_token = F.cross_entropy(at_least_float32(suffix_logits), labels[supervised], reduction="none")
     per_row = supervised.sum(dim=1).clamp(min=1).to(per_token.dtype)  # [B]
-    num_rows = supervised.any(dim=1).sum() if num_rows is None else num_rows
-    return (per_token / per_row[row]).sum() / num_rows.clamp(min=1)
+    counts = row.new_ones(len(labels)) if counts is None else counts
+    num_rows = (supervised.any(dim=1) * counts).sum() if num_rows is None else num_rows
+    return (per_token * (counts / per_row)[row]).sum() / num_rows.clamp(min=1)
 
 
 def balance_loss(gate_total: Tensor, num_gates: Tensor) -> Tensor:

@@ -132,18 +132,18 @@ class Objective:
         Args:
             output: of the pass.
             micro_batch: of the pass.
-            num_rows: rows with labels on this side of the batch, on all processes; None for hard negatives.
+            num_rows: places with labels on this side of the batch, on all processes; None for hard negatives.
             written: of the explicit pass over the same rows, where there is one.
         """
-        inputs, parts = micro_batch["inputs"], {}
+        inputs, counts, parts = micro_batch["inputs"], micro_batch["counts"], {}
         if "labels" in inputs:
             assert output.suffix_logits is not None
             assert num_rows is not None
-            parts["cross_entropy"] = suffix_cross_entropy(output.suffix_logits, inputs["labels"], num_rows)
+            parts["cross_entropy"] = suffix_cross_entropy(output.suffix_logits, inputs["labels"], num_rows, counts)
         if output.reconstruction_logits is not None:
             assert num_rows is not None
             labels = inputs["reconstruction_labels"]
-            parts["reconstruct"] = suffix_cross_entropy(output.reconstruction_logits, labels, num_rows)
+            parts["reconstruct"] = suffix_cross_entropy(output.reconstruction_logits, labels, num_rows, counts)
         if written is not None and (teacher := micro_batch.get("teacher")) is not None:
             assert num_rows is not None
             assert output.read_out_layers is not None
@@ -151,13 +151,15 @@ class Objective:
             assert written.suffix_logits is not None
             if self.weights["distillation"]:
                 parts["distillation"] = distillation_loss(
-                    output.read_out_layers, written.read_out_layers, micro_batch["counts"], num_rows
+                    output.read_out_layers, written.read_out_layers, counts, num_rows
                 )
-            parts["teacher_cross_entropy"] = suffix_cross_entropy(written.suffix_logits, teacher["labels"], num_rows)
+            parts["teacher_cross_entropy"] = suffix_cross_entropy(
+                written.suffix_logits, teacher["labels"], num_rows, counts
+            )
         return {name: value * num_processes() for name, value in parts.items()}
 
     def num_rows(self, batch: Batch) -> dict[Role, Tensor]:
-        """Rows with labels on each side of the batch, on all processes; a collective call."""
+        """Places with labels on each side of the batch, on all processes; a collective call."""
         return {role: total(batch["num_supervised"][role]) for role in SUPERVISED if role in batch["passes"]}
 
     def batch_terms(self, representations: dict[Role, list[Representations]], batch: Batch) -> dict[str, Tensor]:
@@ -165,10 +167,12 @@ class Objective:
 
         Args:
             representations: what `represent` returned for each pass of each side.
-            batch: gives keys and masks.
+            batch: gives places, keys and masks.
         """
         parts: dict[str, Tensor] = {}
-        sides: dict[Role, Representations] = {role: _joined(passes) for role, passes in representations.items()}
+        sides: dict[Role, Representations] = {
+            role: _joined(passes, batch["places"][role]) for role, passes in representations.items()
+        }
         supervised = [sides[role] for role in SUPERVISED if role in sides]
         if self.num_experts is not None:
             gates = torch.stack([side["gate_total"] for side in supervised]).sum(dim=0)
@@ -266,10 +270,13 @@ class Objective:
         return (by_task[self.tasks[task]] if task in self.tasks else by_task.mean(dim=0)).unbind()
 
 
-def _joined(passes: list[Representations]) -> Representations:
-    """One side from its passes: rows joined, gates summed, scalars averaged (every pass must use them)."""
+def _joined(passes: list[Representations], places: Tensor) -> Representations:
+    """One side from its passes: rows at their places, gates summed, scalars averaged (every pass must use them)."""
     joins = {"gate_total": _sum, "scalars": _mean}
-    return {name: joins.get(name, torch.cat)([one[name] for one in passes]) for name in passes[0]}
+    return {
+        name: joins[name](parts) if name in joins else torch.cat(parts).index_select(0, places)
+        for name, parts in ((name, [one[name] for one in passes]) for name in passes[0])
+    }
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
