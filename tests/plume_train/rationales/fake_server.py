@@ -37,16 +37,58 @@ def answer_for(target: str) -> str:
 
 @dataclass
 class FakeServer:
-    """respond: from what is asked to a reply. asked: texts of all requests, in order of arrival."""
+    """respond: from what is asked to a reply. asked: texts of all requests, in order of arrival.
+
+    files, batches: by ID. is_holding: whether batches stay under way. unanswered: texts that a batch has no line for.
+    """
 
     respond: Callable[[str, dict[str, Any]], Reply]
     asked: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     address: str = ""
     most_at_once: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    batches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    is_holding: bool = False
+    unanswered: set[str] = field(default_factory=set)
 
     def times(self) -> Counter[str]:
         return Counter(self.asked)
+
+    def upload(self, body: bytes) -> dict[str, Any]:
+        """A file that comes as a form, whose longest part it is."""
+        boundary = body.partition(b"\r\n")[0]
+        parts = [part.partition(b"\r\n\r\n")[2].rstrip(b"\r\n") for part in body.split(boundary)]
+        name = f"file-{len(self.files)}"
+        self.files[name] = max(parts, key=len).decode()
+        return {"id": name, "object": "file", "bytes": 1, "created_at": 0, "filename": "f", "purpose": "batch",
+                "status": "processed"}  # fmt: skip
+
+    def make_batch(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = f"batch-{len(self.batches)}"
+        self.batches[name] = {"id": name, "object": "batch", "created_at": 0, "status": "in_progress", **body}
+        return self.batches[name]
+
+    def look_at(self, name: str) -> dict[str, Any]:
+        """A batch, whose questions are answered when it is first looked at."""
+        batch = self.batches[name]
+        if self.is_holding or batch["status"] != "in_progress":
+            return batch
+        right, wrong = [], []
+        for line in map(json.loads, self.files[batch["input_file_id"]].splitlines()):
+            question = question_of(line["body"])
+            self.asked.append(question)
+            self.bodies.append(line["body"])
+            if question not in self.unanswered:
+                status, _, reply = self.respond(question, line["body"])
+                answer = {"custom_id": line["custom_id"], "response": {"status_code": status, "body": reply}}
+                (right if status == 200 else wrong).append(json.dumps(answer))
+        for kind, lines in (("output", right), ("error", wrong)):
+            if lines:
+                self.files[f"{name}-{kind}"] = "\n".join(lines) + "\n"
+                batch[f"{kind}_file_id"] = f"{name}-{kind}"
+        batch["status"] = "expired" if self.unanswered else "completed"
+        return batch
 
 
 def question_of(body: dict[str, Any]) -> str:
@@ -62,8 +104,20 @@ def serving(respond: Callable[[str, dict[str, Any]], Reply]) -> Iterator[FakeSer
     lock, active = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.removesuffix("/content").rpartition("/")[2]
+            if self.path.endswith("/content"):
+                self.send(200, {"content-type": "text/plain"}, server.files[name].encode())
+            else:
+                self.send(200, {}, json.dumps(server.look_at(name)).encode())
+
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if not self.path.endswith("/chat/completions"):
+                made = server.upload(raw) if self.path.endswith("/files") else server.make_batch(json.loads(raw))
+                self.send(200, {}, json.dumps(made).encode())
+                return
+            body = json.loads(raw)
             question = question_of(body)
             with lock:
                 active[0] += 1
@@ -78,13 +132,12 @@ def serving(respond: Callable[[str, dict[str, Any]], Reply]) -> Iterator[FakeSer
             if reply is None:
                 self.close_connection = True
                 return
-            written = json.dumps(reply).encode()
+            self.send(status, headers, json.dumps(reply).encode())
+
+        def send(self, status: int, headers: dict[str, str], written: bytes) -> None:
             self.send_response(status)
-            for name, value in {
-                **headers,
-                "content-type": "application/json",
-                "content-length": str(len(written)),
-            }.items():
+            kind = {"content-type": "application/json", "content-length": str(len(written))}
+            for name, value in {**kind, **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(written)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from plume_train.data.records import Records
 from plume_train.data.rows import Side
+from plume_train.rationales import batches as batches_module
 from plume_train.rationales import server as server_module
 from plume_train.rationales.answers import Answer, RejectedError, check_answer, read_answer
 from plume_train.rationales.command import rationales
@@ -434,3 +435,104 @@ def test_a_long_target_is_given_away_by_most_of_its_words():
 def test_what_is_no_answer_is_said_to_be_none(written):
     with pytest.raises(RejectedError, match="no JSON with steps"):
         read_answer(written)
+
+
+@pytest.fixture
+def quick_looks(monkeypatch):
+    monkeypatch.setattr(batches_module, "POLL_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_batches_bring_the_same_rows_as_single_questions(tmp_path, capsys, monkeypatch):
+    """Several files, since one holds two questions here; what is not taken is asked again with the reason."""
+    monkeypatch.setattr(batches_module, "MOST_REQUESTS", 2)
+    file = write_rows(tmp_path)
+
+    def respond(question, body):
+        is_again = len(body["messages"]) > 2
+        return right(question, body) if is_again or "3" not in question else completion("no JSON here")
+
+    with serving(respond) as server:
+        assert ask(server, file, "--batch", "--price", "1", "2", "--yes") == 0
+        assert len(server.batches) == 4  # three, and one for the question that is asked again
+        assert server.bodies[-1]["messages"][-1]["content"].startswith("The last answer was not taken: no JSON")
+        assert server.times() == {f"what number {n}?": 2 if n == 3 else 1 for n in range(6)}
+        one_by_one = ask(server, file, out="single.jsonl")
+    assert one_by_one == 0
+    assert rows_of(tmp_path) == rows_of(tmp_path, "single.jsonl")
+    told = capsys.readouterr().out
+    assert "batch batch-0 with 2 questions is handed in; the same command waits for it again" in told
+    assert "7 answers this time, 700 tokens in and 350 out" in told
+    assert not (tmp_path / "out.batches.json").exists()
+
+
+def test_a_command_that_is_stopped_while_batches_are_under_way_waits_for_them_again(tmp_path):
+    file = write_rows(tmp_path)
+    with serving(right) as server:
+        server.is_holding = True
+        words = ["rationales", file, "--out", tmp_path / "out.jsonl", "--base-url", server.address, "--model", "m"]
+        pending = tmp_path / "out.batches.json"
+        with started([sys.executable, "-m", "plume_train", *words, "--batch"]) as process:
+            while not pending.exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            process.kill()
+            process.wait()
+        with pytest.raises(ValueError, match="6 questions about these rows are under way in batches; say --batch"):
+            ask(server, file)
+        server.is_holding = False
+        assert ask(server, file, "--batch", "--limit", "1") == 0  # what is under way is not counted
+        assert len(server.batches) == 1
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_what_a_batch_leaves_unanswered_or_refuses_is_told(tmp_path, capsys):
+    file = write_rows(tmp_path)
+
+    def respond(question, body):
+        return failure(400, "bad words") if "1" in question else right(question, body)
+
+    with serving(respond) as server:
+        server.unanswered = {"what number 4?"}
+        assert ask(server, file, "--batch") == 0
+        told = capsys.readouterr().out
+        assert "4 rationales written, 1 side left without" in told
+        assert "the server refuses the question" in told
+        assert "not answered in its batch; asked again next time" in told
+        server.unanswered = set()
+        assert ask(server, file, "--batch") == 0
+        assert server.times()["what number 4?"] == 2
+        assert server.times()["what number 1?"] == 1
+    assert sum("rationale" in str(row["query"]) for row in rows_of(tmp_path)) == 5
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_batch_of_which_every_question_fails_ends_the_run_and_keeps_no_verdict(tmp_path, capsys):
+    file = write_rows(tmp_path)
+    with serving(lambda question, body: failure(404, "there is no model m")) as server:
+        assert ask(server, file, "--batch") == 1
+    assert "batch batch-0: there is no model m; what was answered is kept" in capsys.readouterr().err
+    with serving(right) as server:
+        assert ask(server, file, "--batch") == 0
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_batch_goes_on_without_structured_output_where_the_server_has_none(tmp_path):
+    def respond(question, body):
+        return failure(400, "unknown field response_format") if "response_format" in body else right(question, body)
+
+    with serving(respond) as server:
+        assert ask(server, write_rows(tmp_path), "--batch") == 0
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_batches_keep_to_the_budget(tmp_path, capsys):
+    file = write_rows(tmp_path)
+    with serving(right) as server:
+        # About 430 tokens each: two fit.
+        assert ask(server, file, "--batch", "--price", "1000", "1000", "--budget", "1.0", "--yes") == 0
+        assert len(server.asked) == 2
+    assert "not asked: the budget is spent" in capsys.readouterr().out

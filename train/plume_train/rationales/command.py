@@ -24,16 +24,16 @@ from plume.terminal import Parser, counted, is_watched, say
 from plume_train.data.records import JsonLines, Records, open_source
 from plume_train.data.rows import RecordFormat
 from plume_train.rationales.answers import RejectedError, check_answer, read_answer
+from plume_train.rationales.batches import BatchRun, Pending, keys_of
 from plume_train.rationales.journal import Journal
 from plume_train.rationales.questions import Question, SideName, num_tokens
-from plume_train.rationales.server import BudgetError, NoAnswerError, Server, ServerError, Spent
+from plume_train.rationales.server import NOT_ASKED, BudgetError, NoAnswerError, Server, ServerError, Spent
 
 #: Questions that are looked at to estimate a run, and answers after which the estimate is told anew.
 NUM_SAMPLED = 20
 #: How often a question is asked whose answers are rejected.
 MOST_TRIES = 3
 
-_NOT_ASKED = "not asked: the budget is spent"
 _NO_ANSWER = "the server did not answer; asked again next time"
 
 
@@ -62,7 +62,13 @@ def rationales(argv: Sequence[str]) -> int:
     journal = Journal(answers)
     keys = [question.key(model=options.model) for question in questions]
     asked = {key: question for key, question in zip(keys, questions, strict=True) if key not in journal.known}
-    missing = list(asked.items())[: options.limit]
+    waiting = keys_of(Pending(_pending_file(journal)).batches) & asked.keys()
+    if waiting and not options.batch:
+        raise ValueError(
+            f"{counted(len(waiting), 'question')} about these rows are under way in batches; say --batch to wait for "
+            f"them, or remove {_pending_file(journal)} to ask again"
+        )
+    missing = [pair for pair in asked.items() if pair[0] not in waiting][: options.limit]
     spent = Spent(tuple(options.price) if options.price else None, options.budget)
     spent.leave_out(entry.get("tokens", (0, 0)) for entry in journal.known.values())
     say(
@@ -70,6 +76,7 @@ def rationales(argv: Sequence[str]) -> int:
         f"{len({*keys} & {*journal.known})} different ones were asked about before, {len(missing)} are to be now"
     )
     _estimate([question for _, question in missing], spent)
+    missing += [(key, asked[key]) for key in waiting]
     if options.dry_run:
         return 0
     _confirm(options, spent, bool(missing))
@@ -160,10 +167,25 @@ async def _ask_all(
 ) -> str | None:
     """Ask, a few questions ahead of what is sent; returns what ended it, if something did."""
     key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want any
+    by = {"model": options.model, "date": date.today().isoformat()}
     async with openai.AsyncOpenAI(
         base_url=options.base_url, api_key=key, max_retries=0, timeout=options.timeout
     ) as client:
         server = Server(client, options.model, spent, options.concurrency)
+        if options.batch:
+            run = BatchRun(
+                server=server,
+                pending=Pending(_pending_file(journal)),
+                judge=_judge,
+                note=lambda name, entry: journal.add(name, entry | {"by": by}),
+                reasons=reasons,
+                most_tries=MOST_TRIES,
+            )
+            try:
+                await run.ask(dict(questions))
+            except ServerError as error:
+                return str(error)
+            return None
         todo, failed = iter(questions), asyncio.Event()
         found: list[str] = []
         began, bar = time.monotonic(), tqdm(total=len(questions), unit="side", disable=not is_watched())
@@ -175,11 +197,11 @@ async def _ask_all(
                 paid = Paid()
                 try:
                     entry = await _ask_until_right(server, question, paid)
-                    journal.add(name, entry | {"by": {"model": options.model, "date": date.today().isoformat()}})
+                    journal.add(name, entry | {"by": by})
                 except NoAnswerError:
                     reasons[_NO_ANSWER] += 1
                 except BudgetError:
-                    reasons[_NOT_ASKED] += 1
+                    reasons[NOT_ASKED] += 1
                 except ServerError as error:
                     found.append(str(error))
                     failed.set()
@@ -198,6 +220,10 @@ async def _ask_all(
         return found[0] if found else None
 
 
+def _pending_file(journal: Journal) -> Path:
+    return journal.file.with_name(journal.file.name.replace(".answers.jsonl", ".batches.json"))
+
+
 @dataclass
 class Paid:
     """Tokens of a question so far, in and out, those of rejected answers included."""
@@ -212,25 +238,30 @@ class Paid:
 async def _ask_until_right(server: Server, question: Question, paid: Paid) -> dict[str, Any]:
     """What the journal keeps of a question: an answer that is taken, or why none is."""
     reason, tries = "", 0
-    try:
-        messages = await asyncio.to_thread(question.messages)
-    except InputError as error:
-        return {"reason": "a file that cannot be decoded", "detail": str(error), "tries": 0}
     for tries in range(1, MOST_TRIES + 1):
-        hint = (
-            [{"role": "user", "content": f"The last answer was not taken: {reason}. Write another."}] if reason else []
-        )
         try:
-            written, tokens = await server.ask(messages + hint, seed=tries)
+            messages = await asyncio.to_thread(question.messages, reason)
+        except InputError as error:
+            return {"reason": "a file that cannot be decoded", "detail": str(error), "tries": 0}
+        try:
+            written, tokens = await server.ask(messages, seed=tries)
             paid.add(tokens)
-            answer = read_answer(written)
-            check_answer(answer, question.content, question.goal)
+            return {**_judge(written, question), "tries": tries, "tokens": paid.tokens}
         except RejectedError as error:
             reason = str(error)
             paid.add(error.tokens)
-            continue
-        return {"rationale": answer.rationale, "answer": answer.text, "tries": tries, "tokens": paid.tokens}
     return {"reason": reason, "tries": tries, "tokens": paid.tokens}
+
+
+def _judge(written: str, question: Question) -> dict[str, Any]:
+    """What the journal keeps of an answer.
+
+    Raises:
+        RejectedError: it is not taken.
+    """
+    answer = read_answer(written)
+    check_answer(answer, question.content, question.goal)
+    return {"rationale": answer.rationale, "answer": answer.text}
 
 
 def _write(out: Path, records: Records, questions: Iterable[tuple[str, Question]], journal: Journal) -> None:
@@ -240,6 +271,7 @@ def _write(out: Path, records: Records, questions: Iterable[tuple[str, Question]
         entry = journal.known.get(key)
         if entry and entry.get("rationale"):
             answers.setdefault(question.row, []).append((question, entry))
+    journal.file.touch()  # by which `out` is known as this command's own, also where nothing was answered
     unfinished = out.with_name(out.name + ".unfinished")
     with unfinished.open("w", encoding="utf-8") as lines:
         for index in range(len(records)):
@@ -295,6 +327,9 @@ def _parse(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--prompts", help="YAML that maps names of tasks to what is asked")
     parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
+    parser.add_argument(
+        "--batch", action="store_true", help="hand all in and wait, up to a day: half the price with hosted models"
+    )
     parser.add_argument("--concurrency", type=int, default=32, help="questions at a time at most (32)")
     parser.add_argument("--timeout", type=float, default=120, help="seconds that an answer may take (120)")
     parser.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens")

@@ -90,8 +90,11 @@ class Question:
         told = json.dumps(settings, sort_keys=True).encode()
         return blake2b(self.digest + told, digest_size=16).hexdigest()
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self, not_taken: str = "") -> list[dict[str, Any]]:
         """As an OpenAI-compatible server takes them, with pictures as data URLs.
+
+        Args:
+            not_taken: why the last answer was not taken; "" where there was none.
 
         Raises:
             InputError: a file that cannot be decoded.
@@ -102,7 +105,11 @@ class Question:
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
         text = "\n\n".join(part for part in (self.prompt, self.content.instruction, self.content.text) if part)
         user = [*parts, {"type": "text", "text": text}] if parts else text
-        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+        asked: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+        if not_taken:
+            again = f"The last answer was not taken: {not_taken}. Write another."
+            asked.append({"role": "user", "content": again})
+        return asked
 
 
 def num_tokens(messages: list[dict[str, Any]]) -> int:

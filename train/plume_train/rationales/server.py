@@ -32,7 +32,12 @@ MORE_AFTER = 50
 
 _WRONG = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 _REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
+#: Their statuses.
+REFUSED = (400, 422)
 _BUSY = (openai.APIConnectionError, openai.InternalServerError, openai.ConflictError)  # a time-out is of the first
+
+
+NOT_ASKED = "not asked: the budget is spent"
 
 
 class ServerError(Exception):
@@ -116,7 +121,7 @@ class Server:
         for attempt in range(MOST_ATTEMPTS):
             async with self._turn(self.spent.cost(tokens_in, self.spent.usual_tokens)):
                 try:
-                    return self._answer(await self._send(messages, seed), tokens_in)
+                    return self.take(await self._send(messages, seed), tokens_in)
                 except openai.RateLimitError as error:
                     wait = self._wait(attempt, error)
                     self.errors["asked too much (429)"] += 1
@@ -126,32 +131,45 @@ class Server:
                 except _BUSY as error:
                     self.errors[_brief(error)] += 1
                     if not self._has_answered and attempt == 2 and isinstance(error, openai.APIConnectionError):
-                        raise ServerError(f"nobody answers at {self.client.base_url}: {_sentence(error)}") from None
+                        raise ServerError(f"nobody answers at {self.client.base_url}: {sentence(error)}") from None
                     wait = self._wait(attempt, error)
                 except _REFUSED as error:
                     if self.is_structured and "response_format" in str(error):
                         self.is_structured = False
                         continue
                     if not self._has_answered:
-                        raise ServerError(_sentence(error)) from None
+                        raise ServerError(sentence(error)) from None
                     raise RejectedError("the server refuses the question") from None
                 except _WRONG as error:
-                    raise ServerError(_sentence(error)) from None
+                    raise ServerError(sentence(error)) from None
                 except openai.APIStatusError as error:
                     if error.status_code != 408:
-                        raise ServerError(_sentence(error)) from None
+                        raise ServerError(sentence(error)) from None
                     self.errors["server error (408)"] += 1
                     wait = self._wait(attempt, error)
             await asyncio.sleep(wait)
         raise NoAnswerError
 
     async def _send(self, messages: list[dict[str, Any]], seed: int) -> Any:
-        shape = {"json_schema": {"name": "rationale", "schema": SCHEMA, "strict": True}, "type": "json_schema"}
-        more: dict[str, Any] = {"response_format": shape} if self.is_structured else {}
-        asked: Any = messages
-        return await self.client.chat.completions.create(model=self.model, messages=asked, seed=seed, **more)
+        return await self.client.chat.completions.create(**self.request(messages, seed))
 
-    def _answer(self, reply: Any, tokens_in: int) -> tuple[str, tuple[int, int]]:
+    def request(self, messages: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+        """What is sent: structured output, unless the server has refused it."""
+        shape = {"json_schema": {"name": "rationale", "schema": SCHEMA, "strict": True}, "type": "json_schema"}
+        more = {"response_format": shape} if self.is_structured else {}
+        return {"model": self.model, "messages": messages, "seed": seed, **more}
+
+    def take(self, reply: Any, tokens_in: int) -> tuple[str, tuple[int, int]]:
+        """What the model has written, and tokens in and out, once they are counted.
+
+        Args:
+            reply: a chat completion.
+            tokens_in: of what was asked, where the reply does not say.
+
+        Raises:
+            RejectedError: it wrote no whole answer.
+            ServerError: it is no chat completion.
+        """
         if not hasattr(reply, "choices"):
             raise ServerError(
                 f"what answers at {self.client.base_url} is no OpenAI-compatible server; does it end in /v1?"
@@ -210,7 +228,7 @@ def _brief(error: Exception) -> str:
     )
 
 
-def _sentence(error: openai.APIError) -> str:
+def sentence(error: openai.APIError) -> str:
     """What a server says is wrong, in one line."""
     body = getattr(error, "body", None)
     told = body.get("message") if isinstance(body, dict) else None
