@@ -241,7 +241,6 @@ def test_groups_are_written_and_trained_together(tmp_path, start, hops_folder, p
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["pairs.parquet", "--model", "m", "--out", "o.jsonl"], "is no file .jsonl"),
         (["pairs.jsonl", "--model", "m", "--out", "pairs.jsonl"], "expected a file .jsonl that is not the data"),
         (["pairs.jsonl", "--model", "m", "--out", "o.jsonl", "--group-size", "1"], "--group-size 0 or at least 2"),
         (["pairs.jsonl", "--out", "o.jsonl"], "one of the arguments --model --vectors is required"),

@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 from plume import Plume
 from plume.inputs.item import Item
 from plume.terminal import Parser, is_watched, say
+from plume_train.data.read import add_row_flags, read_rows
 from plume_train.data.records import Records
 from plume_train.data.rows import Record
 from plume_train.mine import Pairs
-from plume_train.vectors import read_pairs, to_input
+from plume_train.vectors import to_input
 
 #: Shares of the queries that think, at which recall is told.
 SHARES = tuple(step / 10 for step in range(11))
@@ -87,7 +88,7 @@ def gate(argv: Sequence[str]) -> int:
     steps = plume.plume_config.num_latent_steps
     if plume.plume_config.is_one_pass or not steps:
         raise ValueError(f"{options.model} takes its steps in one pass, or none, so that there is nothing to decide")
-    records = read_pairs(options.data, options.media_root)
+    records = read_rows(options.data, options)
     anchors, measured = measure(plume, records, limit=options.limit, batch_size=options.batch_size)
     helps = np.array([before - after > options.least_gain for before, after in (one.loss for one in measured)])
     order = np.random.default_rng(0).permutation(len(measured))
@@ -267,7 +268,7 @@ def _parse(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--limit", type=int, help="pairs to look at, the first ones")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs per pass (32)")
-    parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
+    add_row_flags(parser)
     parser.add_argument("--anyway", action="store_true", help="write a gate that is no better than chance, too")
     options = parser.parse_args(argv)
     if not 0 < options.share < 1:

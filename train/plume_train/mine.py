@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from plume.terminal import Parser, counted, is_watched, say
+from plume_train.data.read import add_row_flags, check_writable, read_rows
 from plume_train.data.records import Records
 from plume_train.data.rows import is_negative_column
 from plume_train.data.vectors import VectorStore
-from plume_train.vectors import WINDOW, embed_records, read_pairs
+from plume_train.vectors import WINDOW, embed_records
 
 #: Distinct targets of a task from which on FAISS searches them, where it is installed.
 FAISS_FROM = 200_000
@@ -70,7 +71,8 @@ def mine(argv: Sequence[str]) -> int:
         ValueError: data or a model that cannot be used.
     """
     options = _parse(argv)
-    records = read_pairs(options.data, options.media_root)
+    records = read_rows(options.data, options)
+    check_writable(records, options.data)
     if any(name in records.raw(0) for name in ("qry", "pos")):
         raise ValueError(
             f"{options.data} holds rows of UME-sft, which have no place for negatives; write them as plume's"
@@ -395,10 +397,8 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--sampling", choices=("top", "random"), default="top", help="which of them (top)")
     parser.add_argument("--group-size", type=int, default=0, help="rows of a batch_group; a batch or a part of it (0)")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs per pass of the model (32)")
-    parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
+    add_row_flags(parser)
     options = parser.parse_args(argv)
-    if Path(options.data).suffix not in (".jsonl", ".ndjson"):
-        parser.error(f"{options.data} is no file .jsonl, whose rows can be written with what was found for them")
     if options.out.suffix != ".jsonl" or options.out.resolve() == Path(options.data).resolve():
         parser.error(f"--out is {options.out}; expected a file .jsonl that is not the data")
     if options.num_negatives < 0 or options.range_min < 0 or options.group_size < 0 or options.group_size == 1:

@@ -20,8 +20,9 @@ from plume.checkpoints.place import check_place
 from plume.checkpoints.published import is_published
 from plume.config import PlumeConfig
 from plume.terminal import Parser, counted, is_watched, say
+from plume_train.data.read import add_row_flags, read_rows
 from plume_train.data.records import Records
-from plume_train.data.rows import RecordFormat, Side
+from plume_train.data.rows import Side
 from plume_train.data.vectors import SIDES, SideName, VectorStore
 
 #: Sides that are embedded, and written, at once.
@@ -44,7 +45,7 @@ def vectors(argv: Sequence[str]) -> int:
         ValueError: data, a model or arrays that cannot be used.
     """
     options = _parse(argv)
-    records = read_pairs(options.data, options.media_root)
+    records = read_rows(options.data, options)
     if options.rows:
         store, num_bad = _from_arrays(records, options), 0
     else:
@@ -59,12 +60,6 @@ def vectors(argv: Sequence[str]) -> int:
     num_known = sum(map(int, _known(records, store)))
     say(f"{store.folder}: vectors of {store.dim} numbers for {num_known} of {counted(len(records), 'row')}")
     return 1 if num_bad else 0
-
-
-def read_pairs(data: str, media_root: str | None = None) -> Records:
-    """Rows with a query and a target."""
-    root = Path(media_root) if media_root else None
-    return Records(data, row_format=RecordFormat(media_root=root), show_progress=is_watched())
 
 
 def embed_records(
@@ -258,5 +253,5 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--num-latent-steps", type=int, help="K of queries (the checkpoint's)")
     parser.add_argument("--document-latent-steps", type=int, help="K of targets (the checkpoint's, or that of queries)")
     parser.add_argument("--batch-size", type=int, default=32, help="inputs per pass (32)")
-    parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
+    add_row_flags(parser)
     return parser.parse_args(argv)

@@ -372,9 +372,6 @@ def test_other_data_prompts_and_results_that_are_there_are_refused(tmp_path):
         (tmp_path / "out.answers.jsonl").write_text("{}\n")
         with pytest.raises(ValueError, match=r"out\.answers\.jsonl:1 is no answer; move the file away"):
             ask(server, file)
-        (tmp_path / "rows.json").write_text("[]")
-        with pytest.raises(ValueError, match="is no JSONL file"):
-            ask(server, tmp_path / "rows.json", out="other.jsonl")
         turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "<gen_emb>"}]
         file.write_text(json.dumps({"qry": {"conversations": turns}, "pos": {"conversations": turns}}))
         with pytest.raises(ValueError, match="is a row of UME-sft without a rationale"):

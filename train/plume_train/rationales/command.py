@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from plume.inputs.errors import InputError
 from plume.terminal import Parser, counted, is_watched, say
-from plume_train.data.records import JsonLines, Records, open_source
-from plume_train.data.rows import RecordFormat
+from plume_train.data.read import add_row_flags, check_writable, read_rows
+from plume_train.data.records import Records
 from plume_train.rationales.answers import RejectedError, check_answer, read_answer
 from plume_train.rationales.batches import BatchRun, Pending, keys_of
 from plume_train.rationales.journal import Journal
@@ -54,10 +54,9 @@ def rationales(argv: Sequence[str]) -> int:
     answers = out.with_suffix(".answers.jsonl")
     if out.exists() and not answers.exists():
         raise ValueError(f"{out} exists, and no answers beside it ({answers.name}); name another file with --out")
-    if not isinstance(open_source(options.data), JsonLines):
-        raise ValueError(f"{options.data} is no JSONL file; write its rows to one first (train/README.md, A row)")
     media_root = Path(options.media_root or Path(options.data).parent)
-    records = Records(options.data, row_format=RecordFormat(media_root=media_root), show_progress=is_watched())
+    records = read_rows(options.data, options)
+    check_writable(records, options.data)
     questions = list(_questions(records, options))
     journal = Journal(answers)
     keys = [question.key(model=options.model) for question in questions]
@@ -316,7 +315,7 @@ def _parse(argv: Sequence[str]) -> Any:
         "vLLM, SGLang, Ollama, hosted ones. The key is OPENAI_API_KEY. Answers are kept as they come, beside FILE; the "
         "same command goes on after an interruption and asks nothing twice.",
     )
-    parser.add_argument("data", help="rows, .jsonl")
+    parser.add_argument("data", help="rows: .jsonl, .json, .parquet, a folder of `datasets`, or a Hub name")
     parser.add_argument("--out", required=True, help="file .jsonl for the rows with rationales")
     parser.add_argument("--base-url", required=True, help="of the server, as http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="its name there")
@@ -326,7 +325,7 @@ def _parse(argv: Sequence[str]) -> Any:
         "--max-margin", type=float, help="ask only about rows whose margin, by `plume-train mine`, is at most this"
     )
     parser.add_argument("--prompts", help="YAML that maps names of tasks to what is asked")
-    parser.add_argument("--media-root", help="folder that media paths are relative to (the data's)")
+    add_row_flags(parser)
     parser.add_argument(
         "--batch", action="store_true", help="hand all in and wait, up to a day: half the price with hosted models"
     )
