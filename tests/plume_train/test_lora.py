@@ -73,11 +73,13 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(tmp_path, start, hops_fo
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
-def test_a_checkpoint_of_a_run_can_be_merged(tmp_path, start, hops_folder):
-    model = train(settings(tmp_path, start, hops_folder, max_steps=4, **LORA))
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_a_run_can_be_merged(tmp_path, start, hops_folder, base_dtype):
+    given = {"max_steps": 4, "bf16": base_dtype != "float32", "base_dtype": base_dtype, **LORA}
+    model = train(settings(tmp_path, start, hops_folder, **given))
     assert merge([str(tmp_path / "out" / "checkpoint-4"), str(tmp_path / "merged")]) == 0
     merged = PlumeModel.from_pretrained(tmp_path / "merged").eval()
-    assert torch.allclose(vectors(merged), vectors(model), atol=1e-6)
+    assert torch.equal(vectors(merged), vectors(model))
     assert merged.config.num_latent_steps == 2
     with pytest.raises(RunError, match="is not empty; choose another folder"):
         merge([str(tmp_path / "out" / "checkpoint-4"), str(tmp_path / "merged")])
@@ -137,6 +139,37 @@ def test_frozen_weights_in_bfloat16_train_as_well(tmp_path, start, hops_folder, 
         lines = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_base_in_four_bits_is_trained_and_merged(tmp_path, start, hops_folder):
+    """QLoRA: frozen layers are packed, the merged model computes what was trained, and a checkpoint merges alike."""
+    packed = {}
+
+    def spy(trainer):
+        packed.update({name: one for name, one in trainer.model.named_parameters() if one.dtype == torch.uint8})
+
+    given = {"max_steps": 4, "bf16": True, "save_strategy": "steps", "save_steps": 4, **LORA, "base_dtype": "nf4"}
+    args = settings(tmp_path, start, hops_folder, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plume_train.run.tell_memory", spy)
+        model = train(args)
+    assert len(packed) == 14  # seven layers in each of two blocks
+    name = "backbone.language_model.layers.0.self_attn.q_proj.weight"
+    as_loaded = PlumeModel.from_backbone(args.model, dtype="bfloat16", **args.plume_config).state_dict()[name].float()
+    learnt = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    low, high = (learnt[f"base_model.model.{name.replace('weight', f'lora_{part}.weight')}"] for part in "AB")
+    base = model.state_dict()[name] - high @ low * (args.lora_alpha / args.lora_rank)
+    assert 0.01 < (base - as_loaded).norm() / as_loaded.norm() < 0.2  # what four bits leave
+    assert merge([str(tmp_path / "out" / "checkpoint-4"), str(tmp_path / "merged")]) == 0
+    assert torch.equal(vectors(PlumeModel.from_pretrained(tmp_path / "merged").eval()), vectors(model))
+
+
+def test_four_bits_need_lora_and_bitsandbytes(tmp_path, start, hops_folder, monkeypatch):
+    with pytest.raises(SettingsError, match="base_dtype=nf4 is for LoRA"):
+        train(settings(tmp_path, start, hops_folder, base_dtype="nf4", bf16=True))
+    monkeypatch.setattr("plume_train.qlora.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"needs bitsandbytes; pip install 'plume-embed\[qlora\]'"):
+        train(settings(tmp_path, start, hops_folder, base_dtype="nf4", bf16=True, **LORA))
 
 
 def test_what_makes_latent_inputs_learns_in_full_and_is_saved(tmp_path, start, hops_folder):

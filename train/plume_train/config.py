@@ -271,7 +271,7 @@ class PlumeTrainingArguments(TrainingArguments):
     train_merger: bool = True
     """Whether the layer between vision tower and language model learns; the published training let it."""
 
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
     """Of the weights that are frozen, for example of the language model with LoRA; what learns is float32. "bfloat16"
     halves their memory and needs `bf16`."""
 

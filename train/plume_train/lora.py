@@ -23,8 +23,9 @@ from plume.terminal import Parser
 from plume.tokens import SPECIAL_TOKENS
 from plume_train.config import PlumeTrainingArguments, SettingsError
 from plume_train.progress import PROGRESS_FILE
+from plume_train.qlora import dequantize
 from plume_train.saving import RunError, begun_with
-from plume_train.start import load_model
+from plume_train.start import freeze, load_model, widen_what_learns
 
 #: Folder of the unmerged weights, beside the merged model.
 ADAPTER_FOLDER = "adapter"
@@ -81,11 +82,12 @@ def save_merged(model: Any, folder: Path) -> None:
     }
     plain: PlumeModel = model.unload()
     plain.loss_scalars = None
+    dequantize(plain)
     plain.save_pretrained(folder, max_shard_size="500MB")
     is_touched = False
     for file in sorted(folder.glob("model*.safetensors")):
         weights = load_file(file)
-        if touched := {name: merged_weight(layers[name]) for name in weights if name in layers}:
+        if touched := {name: merged_weight(layers[name], weights[name]) for name in weights if name in layers}:
             beside = file.with_suffix(".part")  # the file is what the other weights are read from
             save_file(weights | touched, beside, metadata={"format": "pt"})
             beside.replace(file)
@@ -95,15 +97,13 @@ def save_merged(model: Any, folder: Path) -> None:
     tidy_weight_files(folder)
 
 
-def merged_weight(layer: Any) -> Tensor:
-    """What the weight of a layer of peft comes to, in float32; the layer stays as it is."""
-    weight = layer.get_base_layer().weight
-    kept = weight.data
-    weight.data = kept.to(torch.float32, copy=True)
-    layer.merge()
-    whole, weight.data = weight.data, kept
-    layer.merged_adapters.clear()
-    return whole
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """What a weight comes to with what a layer of peft has learnt beside it, in float32."""
+    (name,) = layer.active_adapters
+    if hasattr(layer, "get_delta_weight"):
+        return weight.float() + layer.get_delta_weight(name).to("cpu", torch.float32)
+    rows = torch.tensor(layer.token_indices[name])
+    return weight.float().index_copy(0, rows, layer.trainable_tokens_delta[name].to("cpu", torch.float32))
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -115,7 +115,7 @@ def merge(argv: Sequence[str]) -> int:
     Returns:
         0, the exit code.
     """
-    from peft import PeftModel
+    from peft import load_peft_weights, set_peft_model_state_dict
 
     parser = Parser(prog="plume-train merge", description=merge.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("checkpoint", type=Path, help="for example runs/mine/checkpoint-500")
@@ -128,7 +128,12 @@ def merge(argv: Sequence[str]) -> int:
     if known.folder.exists() and any(known.folder.iterdir()):
         raise RunError(f"{known.folder} is not empty; choose another folder")
     args = begun_with(known.checkpoint.resolve().parent)
-    model: Any = PeftModel.from_pretrained(load_model(args).eval(), str(known.checkpoint))  # type: ignore[arg-type]
+    # As the run has built it, so that what learns is not rounded to the dtype of what does not.
+    bare = load_model(args)
+    freeze(bare, args)
+    model = add_lora(bare, args)
+    widen_what_learns(model)
+    set_peft_model_state_dict(model, load_peft_weights(str(known.checkpoint), device="cpu"))
     config = model.get_base_model().config
     if args.target_steps is not None:
         config.document_latent_steps = args.target_steps

@@ -10,6 +10,7 @@ from plume.checkpoints.folder import read_config
 from plume.config import TRANSITION_FIELDS, PlumeConfig
 from plume.model.model import PlumeModel
 from plume_train.config import PlumeTrainingArguments, SettingsError
+from plume_train.qlora import check_qlora, quantize
 
 
 def load_model(args: PlumeTrainingArguments) -> PlumeModel:
@@ -20,10 +21,19 @@ def load_model(args: PlumeTrainingArguments) -> PlumeModel:
     Raises:
         SettingsError: `plume_config` contradicts the plume checkpoint it starts from.
     """
+    model = _load(args)
+    if args.base_dtype == "nf4":
+        check_qlora(args)
+        quantize(model, args)
+    return model
+
+
+def _load(args: PlumeTrainingArguments) -> PlumeModel:
     assert isinstance(args.plume_config, dict)
+    dtype = "bfloat16" if args.base_dtype == "nf4" else args.base_dtype
     if read_config(args.model).get("model_type") != PlumeConfig.model_type:
-        return PlumeModel.from_backbone(args.model, dtype=args.base_dtype, **args.plume_config)
-    model = PlumeModel.from_pretrained(args.model, dtype=args.base_dtype)
+        return PlumeModel.from_backbone(args.model, dtype=dtype, **args.plume_config)
+    model = PlumeModel.from_pretrained(args.model, dtype=dtype)
     changed = {name: value for name, value in args.plume_config.items() if getattr(model.config, name, None) != value}
     for name, value in changed.items():
         if name not in TRANSITION_FIELDS:
