@@ -18,6 +18,7 @@ from plume_train.config import PlumeTrainingArguments
 from plume_train.curriculum import PAPER, Curriculum, Stage
 from plume_train.data.collate import SUPERVISED, PairCollator, StagedRecords, _Entry
 from plume_train.data.records import Records
+from plume_train.data.rows import Side
 from plume_train.data.sampler import Draw
 from plume_train.data.vectors import VectorStore
 from plume_train.objective import objective as objective_module
@@ -341,6 +342,31 @@ def test_labels_of_a_task_are_columns_once_each(trainee, rows, tmp_path, micro_b
     other = batch_of(trainee, rows, args, DRAWS["latent"], labels={"another": labels["rows"]})
     assert not other["has_labels"]
     assert "negative" not in other["passes"]
+
+
+def test_a_label_that_is_right_for_a_query_in_another_row_is_no_negative_of_it(trainee, rows, tmp_path):
+    """Rows 0, 3 and 5, with labels kite, table and red; to the first query table is right as well."""
+    args = arguments(tmp_path, temperature=0.1)
+    records = [rows.records[row] for row in (0, 3, 5)]
+    sides = [Side("kite"), Side("table"), Side("red")]
+    rows.records = [replace(record, target=side) for record, side in zip(records, sides, strict=True)]
+    labels = {"rows": sides}
+    right = {"rows": {records[0].query.key: (sides[0].key, sides[1].key)}}
+    batch = batch_of(trainee, rows, args, DRAWS["latent"], range(3), labels=labels, right_labels=right)
+    trainee.loss_scalars = None
+    found = Step(
+        model=trainee, objective=Objective(args, 4), accelerator=Accelerator(cpu=True), autocast=nullcontext
+    ).direct(batch)["contrastive"]
+    with torch.no_grad():
+        query, target, negative = (
+            trainee(**batch["passes"][role][0]["inputs"]).embedding[batch["places"][role]]
+            for role in ("query", "target", "negative")
+        )
+    forwards, backwards = query @ negative.T / 0.1, target @ query.T / 0.1
+    forwards[0, 1] = backwards[1, 0] = -torch.inf
+    own = torch.arange(3)
+    expected = (cross_entropy(forwards, own) + cross_entropy(backwards, own)) / 2
+    assert torch.allclose(found.double(), expected, atol=1e-6)
 
 
 def test_targets_take_no_more_steps_than_they_are_allowed(trainee, rows, tmp_path):

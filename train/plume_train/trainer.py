@@ -76,6 +76,7 @@ class PlumeTrainer(Trainer):
             micro_batch_tokens=args.micro_batch_tokens,
             num_negatives=args.num_negatives,
             labels=dataset.records.labels,
+            right_labels=dataset.records.right_labels,
             share=(args.process_index, args.world_size),
             target_steps=bare.config.document_latent_steps,
             teacher_roles=SUPERVISED

@@ -184,6 +184,16 @@ def test_the_targets_of_a_task_that_has_few_are_its_labels(folder):
     assert Records(file, max_labels=2).labels == Records(file).labels == {}
 
 
+def test_queries_with_several_labels_are_known_by_their_keys(folder):
+    pairs = [("a", "x"), ("a", "y"), ("a", "x"), ("b", "x"), ("c", "z")]
+    lines = [{"query": query, "target": target, "task": "t"} for query, target in pairs]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = {"t": {Side("a").key: tuple(sorted((Side("x").key, Side("y").key)))}}
+    assert Records(file, max_labels=3).right_labels == expected
+    assert Records(file, max_labels=2).right_labels == {}
+
+
 def test_a_row_of_columns_is_read(folder):
     record = read_one(
         folder,

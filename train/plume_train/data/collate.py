@@ -75,6 +75,7 @@ class Batch(TypedDict):
     takes_all_steps `[B]`: rows whose K is the largest of the batch.
     most_steps: that K.
     query_keys, target_keys `[B]`, negative_keys `[H]`: integers that are equal where the content is.
+    right_keys `[B, R]`: with labels, keys of those that are right for a query; None without labels.
     is_negative `[H]`: False at empty places.
     is_forced: whether vectors are read behind words of the data, a rationale or an answer.
     has_labels: whether all targets of the task are among the hard negatives.
@@ -95,6 +96,7 @@ class Batch(TypedDict):
     query_keys: Tensor | None
     target_keys: Tensor | None
     negative_keys: Tensor | None
+    right_keys: Tensor | None
     is_negative: Tensor | None
     is_forced: bool
     has_labels: bool
@@ -135,6 +137,7 @@ class PairCollator:
         micro_batch_tokens: int | None = None,
         num_negatives: int = 0,
         labels: Mapping[str, Sequence[Side]] | None = None,
+        right_labels: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
         share: tuple[int, int] = (0, 1),
         target_steps: int | None = None,
         teacher_roles: Sequence[Role] = (),
@@ -156,6 +159,7 @@ class PairCollator:
             micro_batch_tokens: tokens of a pass at most, padding included; a longer row has one to itself.
             num_negatives: entries for hard negatives per row; further ones are left out, missing ones stay empty.
             labels: all targets of some tasks, which take the place of those in the batch.
+            right_labels: keys of the right ones, of queries that have several.
             share: rank of this process and number of processes, which share the labels out.
             target_steps: K of targets and negatives at most; None: as queries.
             teacher_roles: sides whose explicit pass is added, for distillation.
@@ -174,6 +178,7 @@ class PairCollator:
         self.micro_batch_tokens = micro_batch_tokens
         self.num_negatives = num_negatives
         self.labels, self.share = labels or {}, share
+        self.right_labels = right_labels or {}
         self.target_steps = target_steps
         self.teacher_roles = teacher_roles
         self.teacher_vectors = teacher_vectors
@@ -224,6 +229,7 @@ class PairCollator:
             query_keys=_keys(entries["query"]),
             target_keys=_keys(entries["target"]) if "target" in entries else None,
             negative_keys=_keys(entries["negative"]) if "negative" in entries else None,
+            right_keys=self._right_keys(records) if labels else None,
             is_negative=_counts(entries["negative"]) if "negative" in entries else None,
             is_forced=any(self._is_forced(entry) for role in SUPERVISED for entry in entries.get(role, ())),
             has_labels=bool(labels),
@@ -233,6 +239,17 @@ class PairCollator:
             where=[record.where for record in records],
             bad_rows=bad_rows,
         )
+
+    def _right_keys(self, records: Sequence[Record]) -> Tensor:
+        """As wide for every batch of a task, on all processes; the own target stands where a query has fewer."""
+        several = self.right_labels.get(records[0].task, {})
+        width = max(map(len, several.values()), default=1)
+        rows = []
+        for record in records:
+            own = EMPTY.key if record.target is None else record.target.key
+            keys = several.get(record.query.key, ())
+            rows.append([*keys, *[own] * (width - len(keys))])
+        return torch.tensor(rows)
 
     def _taught(self, role: Role, entries: Sequence[_Entry]) -> tuple[Tensor, Tensor]:
         """Vectors of another embedder, and where it has one."""

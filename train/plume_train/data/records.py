@@ -215,7 +215,10 @@ class Records:
         self._groups: list[int | str | None] = []
         #: All distinct targets of tasks that have few.
         self.labels: dict[str, list[Side]] = {}
+        #: Of those tasks, keys of the right targets of queries that have several.
+        self.right_labels: dict[str, dict[int, tuple[int, ...]]] = {}
         self._targets: dict[str, dict[int, Side]] = defaultdict(dict)
+        self._right: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._max_labels = max_labels
         #: Of all rows, what they say, and of the media that they name.
         self.digest = ""
@@ -246,7 +249,12 @@ class Records:
             self._take(scan)
         self.digest = self._content.hexdigest()
         self.labels = {task: list(found.values()) for task, found in self._targets.items() if len(found) <= max_labels}
+        self.right_labels = {
+            task: {query: tuple(sorted(keys)) for query, keys in self._right[task].items() if len(keys) > 1}
+            for task in self.labels
+        }
         self._targets.clear()
+        self._right.clear()
         if not self._places:
             raise RowError(f"{', '.join(map(str, places))} holds no usable row; {len(self.bad_rows)} were bad")
 
@@ -337,6 +345,7 @@ class Records:
             scan.has_instructions |= bool(record.query.instruction or (record.target and record.target.instruction))
             if record.target is not None and len(of_task := self._targets[task]) <= self._max_labels:
                 of_task.setdefault(record.target.key, replace(record.target, rationale="", answer=""))
+                self._right[task][record.query.key].add(record.target.key)
             for known, side in zip(scan.variety.setdefault(task, ([], [])), (record.query, record.target), strict=True):
                 if side is not None and len(known) < 2 and side.key not in known:
                     known.append(side.key)

@@ -97,6 +97,7 @@ class Contrast:
         is_negative: Tensor | None = None,
         negative_keys: Tensor | None = None,
         has_labels: bool = False,
+        right_keys: Tensor | None = None,
     ) -> Contrast:
         """Find the columns; a collective call.
 
@@ -109,19 +110,26 @@ class Contrast:
             negative_keys: the same of the hard negatives.
             has_labels: whether all targets of the task are among the hard negatives, so that for queries those of the
                 batch are not needed beside them, where some would stand several times.
+            right_keys: keys of the labels that are right for a query, `[B, R]`: none of them is a negative of it, and
+                it is none of theirs.
         """
         all_pairs = gather_rows(is_pair)
         allowed = all_pairs[None].repeat(len(is_pair), 1)  # [B, N]
         for keys in (query_keys, target_keys):
             if keys is not None:
                 allowed &= keys[:, None] != gather_rows(keys)[None]
+        if right_keys is not None and target_keys is not None:
+            allowed &= ~(target_keys[:, None, None] == gather_rows(right_keys)[None]).any(dim=2)
         own = torch.arange(len(is_pair), device=is_pair.device) + rows_before(is_pair)
         allowed = allowed.scatter(1, own[:, None], value=True)  # the positive always counts
         negatives = None
         if is_negative is not None:
             negatives = gather_rows(is_negative)[None].repeat(len(is_pair), 1)
             if target_keys is not None and negative_keys is not None:
-                negatives &= target_keys[:, None] != gather_rows(negative_keys)[None]
+                others = gather_rows(negative_keys)
+                negatives &= target_keys[:, None] != others[None]
+                if right_keys is not None:
+                    negatives &= ~(right_keys[:, :, None] == others[None, None]).any(dim=1)
         own_alone = torch.zeros_like(allowed).scatter(1, own[:, None], value=True)
         return cls(
             allowed=allowed,

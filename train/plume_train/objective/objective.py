@@ -191,7 +191,8 @@ class Objective:
 
     def _contrast(self, sides: dict[Role, Representations], batch: Batch) -> dict[str, Tensor]:
         query, target, negative = sides["query"], sides["target"], sides.get("negative")
-        columns = {name: batch[name] for name in ("query_keys", "target_keys", "is_negative", "negative_keys")}
+        names = ("query_keys", "target_keys", "is_negative", "negative_keys", "right_keys")
+        columns = {name: batch[name] for name in names}
         if not self.args.mask_duplicates:
             columns["query_keys"] = None
             if not batch["has_labels"]:  # among which the own one must be known
