@@ -84,7 +84,7 @@ def embed_records(
     Returns:
         The vectors, and how many sides could not be embedded.
     """
-    embed, about = _opened(model, num_latent_steps, document_latent_steps, batch_size)
+    embed, about = open_embedder(model, num_latent_steps, document_latent_steps, batch_size)
     store = VectorStore.create(folder, about)
     num_bad = 0
     bar = tqdm(total=len(records), desc="Embedding", unit=" rows", disable=not is_watched())
@@ -144,10 +144,10 @@ def _alone(parts: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else list(parts)
 
 
-def _opened(
-    model: str, num_latent_steps: int | None, document_latent_steps: int | None, batch_size: int
+def open_embedder(
+    model: str, num_latent_steps: int | None = None, document_latent_steps: int | None = None, batch_size: int = 32
 ) -> tuple[Embed, dict[str, Any]]:
-    """How to embed, and what tells these vectors from others."""
+    """How a plume checkpoint, or any model of sentence-transformers, embeds, and what tells its vectors from others."""
     if _is_plume(model):
         from plume import Plume
 

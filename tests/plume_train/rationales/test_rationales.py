@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from plume_train.data.records import Records
 from plume_train.data.rows import Side
 from plume_train.rationales import batches as batches_module
+from plume_train.rationales import finds as finds_module
 from plume_train.rationales import server as server_module
 from plume_train.rationales.answers import Answer, RejectedError, check_answer, read_answer
 from plume_train.rationales.command import rationales
@@ -533,3 +535,40 @@ def test_batches_keep_to_the_budget(tmp_path, capsys):
         assert ask(server, file, "--batch", "--price", "1000", "1000", "--budget", "1.0", "--yes") == 0
         assert len(server.asked) == 2
     assert "not asked: the budget is spent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [(), ("--batch",)])
+@pytest.mark.usefixtures("quick_looks")
+def test_an_answer_must_find_a_longer_target_by_an_embedder_where_one_is_given(
+    tmp_path, monkeypatch, plume_folder, words
+):
+    """An embedder that counts words: the second answer speaks of another row's target."""
+    texts = [
+        "a red kite high over the wide grey sea of June",
+        "five blue birds in a small round cage",
+        "the slow rain of a long night in a cold March",
+    ]
+    names = sorted({word for text in texts for word in text.split()})
+
+    def embed(name, inputs):
+        counts = np.array([[text.split().count(word) for word in names] for text in inputs], dtype=np.float32)
+        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-6)
+
+    opened = []
+    monkeypatch.setattr(finds_module, "open_embedder", lambda model: (opened.append(model) or embed, {}))
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"query": f"what number {n}?", "target": text, "task": "t"}) + "\n"
+                            for n, text in enumerate(texts)))  # fmt: skip
+
+    def respond(question, body):
+        said = {"0": "kite over sea", "1": "rain of night", "2": "rain of night"}[question.split()[-1].rstrip("?")]
+        return completion(answer_for(said))
+
+    with serving(respond) as server:
+        assert ask(server, file, "--check-with", "any", *words) == 0
+        assert server.times() == {"what number 0?": 1, "what number 1?": 3, "what number 2?": 1}
+    assert opened == ["any"]
+    assert ["rationale" in str(row["query"]) for row in rows_of(tmp_path)] == [True, False, True]
+    monkeypatch.undo()
+    with serving(respond) as server:  # a checkpoint as the embedder
+        assert ask(server, file, "--check-with", str(plume_folder), out="other.jsonl") == 0

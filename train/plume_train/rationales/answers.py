@@ -126,10 +126,15 @@ def _check_goal(answer: Answer, asked: Side, goal: Side) -> None:
         gives_all = target and own and plain in f" {' '.join(words)} "
         if gives_all or (len(own) >= 3 and len(own & set(words)) > MOST_TOLD * len(own)):
             raise RejectedError("gives the target away before the last step")
-    if len(target) <= SHORT and not (goal.images or goal.videos):
+    if is_short(goal):
         written = f" {' '.join(_words(answer.text))} "
         if not written.strip() or (plain not in written and written not in plain):
             raise RejectedError("the answer is not the target")
+
+
+def is_short(goal: Side) -> bool:
+    """Whether a target is so few words, and nothing else, that an answer must say them."""
+    return 0 < len(_words(goal.text)) <= SHORT and not (goal.images or goal.videos)
 
 
 def _refusal(written: str) -> str:

@@ -8,10 +8,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from plume_train.data.read import add_row_flags, check_writable, read_rows
 from plume_train.data.records import Records
 from plume_train.rationales.answers import RejectedError, check_answer, read_answer
 from plume_train.rationales.batches import BatchRun, Pending, keys_of
+from plume_train.rationales.finds import Finder
 from plume_train.rationales.journal import Journal
 from plume_train.rationales.questions import Question, SideName, num_tokens
 from plume_train.rationales.server import NOT_ASKED, BudgetError, NoAnswerError, Server, ServerError, Spent
@@ -33,6 +35,9 @@ from plume_train.rationales.server import NOT_ASKED, BudgetError, NoAnswerError,
 NUM_SAMPLED = 20
 #: How often a question is asked whose answers are rejected.
 MOST_TRIES = 3
+
+Judge = Callable[[str, Question], dict[str, Any]]
+"""What the journal keeps of what was written about a question; raises RejectedError where it is not taken."""
 
 _NO_ANSWER = "the server did not answer; asked again next time"
 
@@ -79,9 +84,11 @@ def rationales(argv: Sequence[str]) -> int:
     if options.dry_run:
         return 0
     _confirm(options, spent, bool(missing))
+    finder = Finder(options.check_with, records) if options.check_with and missing else None
+    judge = partial(_judge, finder=finder)
     reasons: Counter[str] = Counter()
     try:
-        error = asyncio.run(_ask_all(missing, options, spent, journal, reasons)) if missing else None
+        error = asyncio.run(_ask_all(missing, options, spent, journal, reasons, judge)) if missing else None
     except KeyboardInterrupt:
         say(f"plume-train rationales: stopped; answers are in {journal.file}, and the same command goes on", err=True)
         return 130
@@ -163,6 +170,7 @@ async def _ask_all(
     spent: Spent,
     journal: Journal,
     reasons: Counter[str],
+    judge: Judge,
 ) -> str | None:
     """Ask, a few questions ahead of what is sent; returns what ended it, if something did."""
     key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want any
@@ -175,7 +183,7 @@ async def _ask_all(
             run = BatchRun(
                 server=server,
                 pending=Pending(_pending_file(journal)),
-                judge=_judge,
+                judge=judge,
                 note=lambda name, entry: journal.add(name, entry | {"by": by}),
                 reasons=reasons,
                 most_tries=MOST_TRIES,
@@ -195,7 +203,7 @@ async def _ask_all(
                     return
                 paid = Paid()
                 try:
-                    entry = await _ask_until_right(server, question, paid)
+                    entry = await _ask_until_right(server, question, paid, judge)
                     journal.add(name, entry | {"by": by})
                 except NoAnswerError:
                     reasons[_NO_ANSWER] += 1
@@ -234,7 +242,7 @@ class Paid:
         self.tokens = [self.tokens[0] + tokens[0], self.tokens[1] + tokens[1]]
 
 
-async def _ask_until_right(server: Server, question: Question, paid: Paid) -> dict[str, Any]:
+async def _ask_until_right(server: Server, question: Question, paid: Paid, judge: Judge) -> dict[str, Any]:
     """What the journal keeps of a question: an answer that is taken, or why none is."""
     reason, tries = "", 0
     for tries in range(1, MOST_TRIES + 1):
@@ -245,14 +253,14 @@ async def _ask_until_right(server: Server, question: Question, paid: Paid) -> di
         try:
             written, tokens = await server.ask(messages, seed=tries)
             paid.add(tokens)
-            return {**_judge(written, question), "tries": tries, "tokens": paid.tokens}
+            return {**await asyncio.to_thread(judge, written, question), "tries": tries, "tokens": paid.tokens}
         except RejectedError as error:
             reason = str(error)
             paid.add(error.tokens)
     return {"reason": reason, "tries": tries, "tokens": paid.tokens}
 
 
-def _judge(written: str, question: Question) -> dict[str, Any]:
+def _judge(written: str, question: Question, finder: Finder | None = None) -> dict[str, Any]:
     """What the journal keeps of an answer.
 
     Raises:
@@ -260,6 +268,8 @@ def _judge(written: str, question: Question) -> dict[str, Any]:
     """
     answer = read_answer(written)
     check_answer(answer, question.content, question.goal)
+    if finder is not None:
+        finder.check(answer, question)
     return {"rationale": answer.rationale, "answer": answer.text}
 
 
@@ -324,6 +334,10 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--max-margin", type=float, help="ask only about rows whose margin, by `plume-train mine`, is at most this"
     )
+    parser.add_argument(
+        "--check-with", metavar="EMBEDDER", help="a model by which an answer must find its target among a hundred "
+        "others, where that is a longer text or a medium"
+    )  # fmt: skip
     parser.add_argument("--prompts", help="YAML that maps names of tasks to what is asked")
     add_row_flags(parser)
     parser.add_argument(
