@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Recipe:
     has_gib: float
     shapes: Any
     lora_rank: int
-    base_dtype: torch.dtype
+    base_dtype: str
     rows: int
     tokens: int = 700
     labels: int = 200
@@ -52,15 +53,16 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe(name="24 GB: 2B, LoRA", has_gib=24, shapes=SHAPES_2B, lora_rank=16, base_dtype=torch.bfloat16, rows=8),
-    Recipe(name="80 GB: 2B in full", has_gib=80, shapes=SHAPES_2B, lora_rank=0, base_dtype=torch.float32, rows=16),
-    Recipe(name="80 GB: 7B, LoRA", has_gib=80, shapes=SHAPES_7B, lora_rank=16, base_dtype=torch.bfloat16, rows=16),
+    Recipe(name="24 GB: 2B, LoRA", has_gib=24, shapes=SHAPES_2B, lora_rank=16, base_dtype="bfloat16", rows=8),
+    Recipe(name="24 GB: 7B, QLoRA", has_gib=24, shapes=SHAPES_7B, lora_rank=16, base_dtype="nf4", rows=8),
+    Recipe(name="80 GB: 2B in full", has_gib=80, shapes=SHAPES_2B, lora_rank=0, base_dtype="float32", rows=16),
+    Recipe(name="80 GB: 7B, LoRA", has_gib=80, shapes=SHAPES_7B, lora_rank=16, base_dtype="bfloat16", rows=16),
     Recipe(
         name="eight of 80 GB: 2B in full, ZeRO-2",
         has_gib=80,
         shapes=SHAPES_2B,
         lora_rank=0,
-        base_dtype=torch.bfloat16,
+        base_dtype="bfloat16",
         rows=32,
         moments=3,  # two, and a float32 copy of the weights
         shares=(1, 8, 8),
@@ -70,7 +72,9 @@ RECIPES = (
 
 def derived(recipe: Recipe) -> dict[str, Any]:
     """Bytes of a step on each device, from shapes alone."""
-    model = shaped(recipe.shapes, "meta", recipe.base_dtype)
+    is_packed = recipe.base_dtype == "nf4"
+    model = shaped(recipe.shapes, "meta", torch.bfloat16 if is_packed else getattr(torch, recipe.base_dtype))
+    packed = [layer.weight for name, layer in model.named_modules() if is_packed and re.fullmatch(LORA_TARGETS, name)]
     if recipe.lora_rank:
         learns = with_lora(model, recipe.lora_rank)
     else:
@@ -87,6 +91,10 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         checkpointing=True,
         moments=recipe.moments,
         shares=recipe.shares,
+    )
+    # Half a byte each, and a float32 for 64 of them.
+    memory = replace(
+        memory, weights=memory.weights - sum(one.nbytes - one.numel() * (1 / 2 + 4 / 64) for one in packed)
     )
     parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations", "total")}
     return {"recipe": recipe.name, "has_gib": recipe.has_gib, "rows": recipe.rows, "tokens": recipe.tokens} | {
@@ -150,7 +158,7 @@ def main() -> None:
     """Derive, measure, write."""
     parser = Parser(description=str(__doc__))
     parser.add_argument("--measure", action="store_true", help="also run LoRA at 2B on this CPU")
-    parser.add_argument("--base-dtype", nargs="+", default=["bfloat16", "float32"], help="of the frozen weights")
+    parser.add_argument("--base-dtype", nargs="+", default=["nf4", "bfloat16", "float32"], help="of the frozen weights")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     options = parser.parse_args()
     found = [derived(recipe) for recipe in RECIPES]

@@ -5,7 +5,8 @@ ProsQA (Hao et al., arXiv 2412.06769): graphs of invented concepts, of which two
 needed: training rows are graphs of our own with the names, the number of nodes and the path lengths of the tuning half.
 
 What is written has the layout of `plume_eval.hops.make`, so that `plume-eval hops run` measures it and `plume-hops`
-trains on it. Rows to read ask for the facts that hold a word, the latest first: what a supporting fact is found by.
+trains on it. Rows to read ask for the latest fact with a word, for several words in turn, of which each but the first
+is named in the rationale: what a supporting fact is found by, with as much to learn from as a row can hold.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 from plume_eval.hops.puzzle import START
 from plume_eval.hops.text import graph_puzzle
 
-#: Facts that a row to read asks for at most; facts of an easy one.
-_READ_FACTS, _EASY_FACTS = 2, 4
+#: Words that a row to read asks for at most; facts of an easy one at most.
+_READ_WORDS, _EASY_FACTS = 4, 6
 _WORD = re.compile(r"[a-z0-9-]+")
 _QUESTION = re.compile(r"is ([a-z]+) an? ([a-z]+) or ([a-z]+)\?")
 
@@ -179,18 +180,16 @@ def make_prosqa(out: Path, file: Path, *, num_train: int = 20_000, seed: int = 0
 
 
 def _reading_rows(texts: Sequence[str], name: str, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows that ask for the facts with a word, the latest first: of whole stories, and of their last facts."""
+    """Rows that ask for the latest facts with some words: in whole stories, and in their last one to six facts."""
     rows: dict[str, list[dict[str, Any]]] = {"read": [], "read_easy": []}
     for index, text in enumerate(texts):
         rng = Random(f"{seed}/{name}/read/{index}")
         facts = [f"{fact}." for fact in text.split(". ")[:-1]]  # what is asked is the last part
-        for split, told in (("read", facts), ("read_easy", facts[-_EASY_FACTS:])):
-            held = {fact: set(_WORD.findall(fact)) for fact in told}
-            words = sorted({word for of_fact in held.values() for word in of_fact if len(word) > 2})
-            rare = [word for word in words if sum(word in of_fact for of_fact in held.values()) <= len(told) / 2]
-            word = rng.choice(rare or words)
-            found = [fact for fact in told[::-1] if word in held[fact]][:_READ_FACTS]
-            query = {"text": f"{' '.join(told)} read {word}", "rationale": " ".join(found)}
+        for split, told in (("read", facts), ("read_easy", facts[-rng.randint(1, _EASY_FACTS) :])):
+            latest = {word: fact for fact in told for word in _WORD.findall(fact) if len(word) > 2}
+            first, *others = rng.sample(sorted(latest), min(_READ_WORDS, len(latest)))
+            found = [latest[first], *(f"{word} {latest[word]}" for word in others)]
+            query = {"text": f"{' '.join(told)} read {first}", "rationale": " ".join(found)}
             rows[split].append({"task": f"hops/{split.replace('_', '-')}-{name}", "query": query})
     return rows
 
