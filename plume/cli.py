@@ -413,6 +413,58 @@ def _from_stdin() -> list[Path]:
     return [Path(os.fsdecode(line)) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
 
 
+@app.command()
+def serve(
+    model: Model = _DEMO,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    served_as: Annotated[str, typer.Option(help="What clients call the model; its last name if not given.")] = "",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the best there is if not given.")] = None,
+    input_type: Annotated[
+        Literal["query", "document"] | None, typer.Option(help="The side of inputs whose request does not say.")
+    ] = None,
+    dimensions: Annotated[
+        list[int] | None, typer.Option(help="A length that vectors may be cut to on request; may be repeated.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens per pass, padding included.", min=1)] = 32_768,
+    max_queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait; beyond, 429.", min=1)] = 262_144,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 50_000_000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PLUME_API_KEY", help="That requests must bear; better in PLUME_API_KEY.")
+    ] = None,
+    notice_seconds: Annotated[
+        float, typer.Option(help="Between a signal and the end, in which /ready says 503.", min=0)
+    ] = 0.0,
+    grace_seconds: Annotated[int, typer.Option(help="For answers under way when the listener closes.", min=1)] = 60,
+) -> None:
+    """Serve vectors over HTTP, by the APIs of OpenAI, vLLM, Jina, Cohere and TEI.
+
+    One process and one model per GPU. What waits is bounded in tokens, what a request may hold is bounded before it is
+    decoded, and no request opens a path or an address.
+    """
+    _check_model(model)
+    from plume.serving.server import serve as run
+    from plume.serving.service import Settings
+
+    quiet_libraries()
+    settings = Settings(
+        model=model,
+        served_as=served_as,
+        device=device,
+        input_type=input_type,
+        dimensions=tuple(dimensions or ()),
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_tokens,
+        max_queue_tokens=max_queue_tokens,
+        max_body_bytes=max_body_bytes,
+        api_key=api_key or None,
+    )
+    status = run(settings, host=host, port=port, notice_seconds=notice_seconds, grace_seconds=grace_seconds)
+    if status:
+        raise typer.Exit(status)
+
+
 def _check_model(name_or_path: str) -> None:
     """Stop before anything is imported if there can be no such checkpoint."""
     try:

@@ -124,6 +124,7 @@ _EXTRAS = {
     "tensorboard": "train",
     "deepspeed": "deepspeed",
     "openai": "rationales",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "orjson"), "serve"),
 }
 
 

@@ -36,7 +36,7 @@ ORDER = [
     {"model"},
     {"engine", "tracing", "random_models"},
     {"embedder"},
-    {"search", "space"},
+    {"search", "serving", "space"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},
     {"__main__", "autoload"},

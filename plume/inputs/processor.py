@@ -181,7 +181,7 @@ class PlumeProcessor(ProcessorMixin):
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if len(text.encode()) + self._num_visual_tokens(self.complete(item)) <= limit:
             return item
-        if (length := self._exact_length(item)) <= limit:
+        if (length := self.exact_length(item)) <= limit:
             return item
         if not self.truncate:
             raise InputError(name, f"it has {_too_long(length, limit)}")
@@ -192,7 +192,7 @@ class PlumeProcessor(ProcessorMixin):
             content[texts[-1]] = self._without_last_tokens(content[texts[-1]], length - limit)
             if not content[texts[-1]]:
                 texts.pop()
-            length = self._exact_length(Item(tuple(content), item.instruction))
+            length = self.exact_length(Item(tuple(content), item.instruction))
         if length > limit:
             raise InputError(
                 name,
@@ -348,7 +348,8 @@ class PlumeProcessor(ProcessorMixin):
         """Tokens of the prefixes of some inputs as they are written, with one placeholder per image and video."""
         return [len(ids) for ids in self._prefix_ids([self.complete(item) for item in items])]
 
-    def _exact_length(self, item: Item) -> int:
+    def exact_length(self, item: Item) -> int:
+        """Tokens of an input, its prompt and visual ones included."""
         item = self.complete(item)
         num_placeholders = len(item.images) + len(item.videos)  # which are among the tokens
         return len(self._prefix_ids([item])[0]) + self._num_visual_tokens(item) - num_placeholders

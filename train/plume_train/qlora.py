@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,8 +27,7 @@ def check_qlora(args: PlumeTrainingArguments) -> None:
 
 def quantize(model: Any, args: PlumeTrainingArguments) -> None:
     """Turn the weights that LoRA stands beside into four bits, one layer after the other, on the run's device."""
-    import bitsandbytes as bnb
-
+    bnb: Any = import_module("bitsandbytes")
     layers = {name: layer for name, layer in model.named_modules() if re.fullmatch(args.lora_targets, name)}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
@@ -50,14 +50,12 @@ def dequantize(model: Any) -> None:
     """Turn them into bfloat16 again, with what four bits have left of them."""
     if not getattr(model, "is_loaded_in_4bit", False):
         return
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
+    bnb: Any = import_module("bitsandbytes")
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, Linear4bit):
+        if isinstance(layer, bnb.nn.Linear4bit):
             whole = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             weight: Any = layer.weight
-            values = dequantize_4bit(weight.data, weight.quant_state).to("cpu", torch.bfloat16)
+            values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to("cpu", torch.bfloat16)
             whole.weight = nn.Parameter(values, requires_grad=False)
             whole.bias = layer.bias
             _replace(model, name, whole)

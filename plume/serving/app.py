@@ -1,0 +1,255 @@
+"""The routes: requests of several APIs in, vectors in their shapes out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import Response
+
+from plume.serving.errors import RequestError
+from plume.serving.requests import Request, read_cohere, read_json, read_openai, read_tei
+from plume.serving.service import Answer, Service
+from plume.version import __version__
+
+_access = logging.getLogger("plume.serving.access")
+
+#: Routes that anybody may ask, so that a supervisor needs no key.
+OPEN = ("/health", "/ready")
+Read = Callable[[Mapping[str, Any]], Request]
+Write = Callable[[Request, Answer], Any]
+
+
+def make_app(service: Service, on_start: Callable[[], None] | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        service: answers.
+        on_start: called in the event loop once it runs, for example to begin loading.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if on_start is not None:
+            on_start()
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, service.close)
+
+    app = FastAPI(title="plume", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, service=service)
+    model = service.settings.name
+
+    async def embed(request: HTTPRequest, read: Read, write: Write) -> Response:
+        asked, answer = await _answered(service, request, read)
+        return Response(status_code=499) if answer is None else _json(write(asked, answer))
+
+    @app.post("/v1/embeddings", openapi_extra=_body("input"))
+    @app.post("/embeddings", include_in_schema=False)
+    async def openai_embeddings(request: HTTPRequest) -> Response:
+        return await embed(request, read_openai, lambda asked, answer: _as_openai(asked, answer, model))
+
+    @app.post("/v2/embed", openapi_extra=_body("texts"))
+    async def cohere_embed(request: HTTPRequest) -> Response:
+        return await embed(request, read_cohere, _as_cohere)
+
+    @app.post("/embed", openapi_extra=_body("inputs"))
+    async def tei_embed(request: HTTPRequest) -> Response:
+        return await embed(request, read_tei, lambda _, answer: answer.vectors)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        about = {"id": model, "object": "model", "created": 0, "owned_by": "plume"}
+        return _json({"object": "list", "data": [about]})
+
+    @app.get("/info")
+    async def info() -> Response:
+        plume = service.plume
+        return _json(
+            {
+                "model_id": model,
+                "model_sha": plume.fingerprint,
+                "model_dtype": str(plume.plume_model.dtype).removeprefix("torch."),
+                "max_input_length": plume.max_seq_length,
+                "max_batch_tokens": service.settings.max_batch_tokens,
+                "max_client_batch_size": service.settings.ceilings.inputs,
+                "version": __version__,
+                "embedding_dimension": plume.get_embedding_dimension(),
+                "dimensions": [plume.get_embedding_dimension(), *service.settings.dimensions],
+                "num_latent_steps": {side: plume.default_steps(side) for side in ("query", "document")},
+                "max_latent_steps": plume.plume_config.max_latent_steps,
+            }
+        )
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": service.state}, 200 if service.is_alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        is_ready = service.state == "ready" and service.is_alive
+        return _json({"status": service.state}, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(RequestError)
+    async def refused(_: HTTPRequest, error: RequestError) -> Response:
+        return _json(error.body, error.status, error.headers)
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def no_route(_: HTTPRequest, error: Any) -> Response:
+        told = RequestError(error.status_code, "there is no such route, or not by this method")
+        return _json(told.body, told.status)
+
+    @app.exception_handler(Exception)
+    async def failed(_: HTTPRequest, error: Exception) -> Response:
+        logging.getLogger("plume.serving").error("a request failed", exc_info=error)
+        told = RequestError(500, "the server failed to answer this request")
+        return _json(told.body, told.status)
+
+    return app
+
+
+async def _answered(service: Service, request: HTTPRequest, read: Read) -> tuple[Request, Answer | None]:
+    _ = service.plume  # before the body is read: 503 where there is no model
+    body = await _read_body(service, request)
+    service.pending_bytes += len(body)
+    try:
+        loop = asyncio.get_running_loop()
+        asked = await loop.run_in_executor(service.decoders, lambda: read(read_json(body)))
+        return asked, await service.answer(_connection(request), asked, _gone(request))
+    finally:
+        service.pending_bytes -= len(body)
+
+
+async def _read_body(service: Service, request: HTTPRequest) -> bytes:
+    """The body, as long as it is neither too large nor too slow, whatever its headers say.
+
+    Raises:
+        RequestError: it is, or too many are being read.
+    """
+    settings = service.settings
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > settings.max_body_bytes:
+                    raise RequestError(413, f"a request may hold {settings.max_body_bytes:,} bytes")
+                if service.pending_bytes + size > settings.max_pending_bytes:
+                    service.metrics.rejected.labels("pending bytes").inc()
+                    raise RequestError(429, "too many requests are being read; try again later", retry_after=1)
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(408, "the request was not sent in time") from None
+    return b"".join(parts)
+
+
+async def _gone(request: HTTPRequest) -> None:
+    """Returns when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _connection(request: HTTPRequest) -> str:
+    client = request.client
+    return f"{client.host}:{client.port}" if client else ""
+
+
+def _as_openai(asked: Request, answer: Answer, model: str) -> dict[str, Any]:
+    vectors = encoded(answer.vectors, asked.encodings[0])
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _as_cohere(asked: Request, answer: Answer) -> dict[str, Any]:
+    texts = [part.value for one in asked.inputs for part in one.parts if part.kind == "text"]
+    return {
+        "id": f"{time.time_ns():x}",
+        "embeddings": {name: encoded(answer.vectors, name) for name in asked.encodings},
+        "texts": texts,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": answer.num_tokens}},
+        "response_type": "embeddings_by_type",
+    }
+
+
+def encoded(vectors: np.ndarray, encoding: str) -> list[Any]:
+    """Vectors as an API writes them: numbers, base64 of little-endian float32, or signs packed by eight.
+
+    Example:
+        >>> encoded(np.array([[0.5, -0.5, 0.5, 0.5, -0.5, 0.0, 0.0, 0.0]], np.float32), "ubinary")[0].tolist()
+        [183]
+    """
+    if encoding == "base64":
+        return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+    if encoding in ("binary", "ubinary"):
+        packed = np.packbits(vectors >= 0, axis=1)
+        return list(packed if encoding == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8))
+    return [np.ascontiguousarray(vector) for vector in vectors]
+
+
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    if isinstance(content, np.ndarray):
+        content = np.ascontiguousarray(content)
+    written = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(written, status, dict(headers or {}), "application/json")
+
+
+def _body(field: str) -> dict[str, Any]:
+    """What OpenAPI says of a body that the route reads itself."""
+    schema = {"type": "object", "required": [field], "properties": {field: {}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class Gate:
+    """Asks for the key, counts and logs; no middleware of Starlette's own, which would hide that a client has gone."""
+
+    def __init__(self, app: Any, service: Service):
+        self.app, self.service = app, service
+        key = service.settings.api_key
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One connection's request, as ASGI hands it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self._may_pass(scope):
+                await self.app(scope, receive, watched)
+            else:
+                told = RequestError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+                await _json(told.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.service.metrics.requests.labels(route, str(status)).inc()
+            milliseconds = round(1000 * (time.monotonic() - began), 1)
+            _access.info(json.dumps({"route": route, "status": status, "milliseconds": milliseconds}))
+
+    def _may_pass(self, scope: Any) -> bool:
+        if self._expected is None or scope["path"] in OPEN:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._expected)

@@ -1,0 +1,335 @@
+"""A checkpoint behind a queue: from what a request asks for to vectors, with everything that may go wrong between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from plume.embedder.plume import Plume
+from plume.inputs.errors import InputError
+from plume.inputs.item import Item, check_unicode
+from plume.inputs.processor import PlumeProcessor
+from plume.serving.batcher import Batcher, BrokenVectorError, Entry, FatalError, How, QueueFullError
+from plume.serving.errors import RequestError, wrong
+from plume.serving.media import Ceilings, VideoDecoder, content_of, decode_image
+from plume.serving.metrics import Metrics
+from plume.serving.requests import Asked, Request, Side
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+_log = logging.getLogger("plume.serving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of a server.
+
+    model: a folder or a Hub name. served_as: what clients call it. device: None takes the best that there is.
+    input_type: the side of inputs whose request does not say; None leaves it open, where that is possible.
+    dimensions: lengths below the model's that vectors may be cut to.
+    max_batch_size, max_batch_tokens: of a pass; max_queue_tokens: that may wait.
+    max_body_bytes: of a request; max_pending_bytes: of all that are being read or decoded.
+    num_decoders: threads that read requests. body_seconds: that a client may take to send one.
+    stuck_seconds: of a batch, after which the server counts as dead.
+    api_key: that requests must bear; None: none.
+    """
+
+    model: str
+    served_as: str = ""
+    device: str | None = None
+    input_type: Side | None = None
+    dimensions: tuple[int, ...] = ()
+    max_batch_size: int = 32
+    max_batch_tokens: int = 32_768
+    max_queue_tokens: int = 262_144
+    max_body_bytes: int = 50_000_000
+    max_pending_bytes: int = 400_000_000
+    num_decoders: int = 4
+    body_seconds: float = 30.0
+    stuck_seconds: float = 120.0
+    api_key: str | None = field(default=None, repr=False)
+    ceilings: Ceilings = field(default_factory=Ceilings)
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.served_as or self.model.rstrip("/").rpartition("/")[2] or self.model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """vectors: of the inputs, `[N, D]`, float32. num_tokens: of all inputs."""
+
+    vectors: np.ndarray
+    num_tokens: int
+
+
+class Service:
+    """What the routes call.
+
+    Example:
+        >>> service = Service(Settings(model=str(getfixture("plume_folder")), device="cpu"))
+        >>> service.load()
+        >>> service.state
+        'ready'
+        >>> service.close()
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.state: State = "loading"
+        self.metrics = Metrics()
+        self.decoders = ThreadPoolExecutor(settings.num_decoders, thread_name_prefix="plume-decode")
+        self.videos = VideoDecoder(settings.ceilings)
+        self.pending_bytes = 0
+        self.failure = ""
+        self._plume: Plume | None = None
+        self._batcher: Batcher | None = None
+        self._lock = threading.Lock()
+
+    # What runs once.
+
+    def load(self) -> None:
+        """Open the checkpoint, embed one text and one image, so that what is made lazily is there, and be ready."""
+        settings = self.settings
+        try:
+            plume = Plume(settings.model, device=settings.device)
+            if unknown := [dim for dim in settings.dimensions if not 1 <= dim <= plume.plume_config.hidden_size]:
+                raise ValueError(f"vectors of {unknown[0]} numbers cannot be cut from {plume.plume_config.hidden_size}")
+            from PIL import Image
+
+            plume.encode(["a red kite"], show_progress_bar=False, task=settings.input_type or "query")
+            plume.encode([Image.new("RGB", (56, 56), "red")], show_progress_bar=False, task="document")
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            self.state = "failed"
+            raise
+        with self._lock:
+            self._plume = plume
+            self._batcher = Batcher(
+                self._encode,
+                max_batch_size=settings.max_batch_size,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_queue_tokens=settings.max_queue_tokens,
+                observe=lambda batch, seconds: self.metrics.see_batch(batch, seconds, time.monotonic() - seconds),
+                stop=self._fail,
+            )
+            batcher = self._batcher
+        watch = self.metrics.watch
+        watch("plume_queue_tokens", "Tokens that wait", lambda: batcher.queue_tokens)
+        watch("plume_queue_inputs", "Inputs that wait", lambda: batcher.queue_inputs)
+        watch("plume_pending_bytes", "Bytes of requests that are being read", lambda: self.pending_bytes)
+        watch("plume_resident_bytes", "Memory of the process", resident_bytes)
+        if self.state == "loading":
+            self.state = "ready"
+
+    def drain(self) -> None:
+        """Take no more requests; those that wait are answered."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+
+    def close(self, timeout: float | None = None) -> None:
+        """Answer what waits, and end all threads and processes."""
+        self.drain()
+        if self._batcher is not None:
+            self._batcher.close(timeout)
+        self.decoders.shutdown(wait=False, cancel_futures=True)
+        self.videos.close()
+
+    def _fail(self) -> None:
+        self.failure, self.state = "the device has failed", "failed"
+
+    # What may be asked at any time.
+
+    @property
+    def plume(self) -> Plume:
+        """The model.
+
+        Raises:
+            RequestError: it is not there yet, or not any more.
+        """
+        if self.state == "ready" and self._plume is not None:
+            return self._plume
+        told = {"loading": "the model is being loaded", "draining": "the server is being stopped"}
+        self.metrics.rejected.labels(self.state).inc()
+        raise RequestError(503, told.get(self.state, "the server has failed"), retry_after=5)
+
+    @property
+    def batcher(self) -> Batcher:
+        """The queue of a model that is there."""
+        assert self._batcher is not None
+        return self._batcher
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether work gets done; True while loading."""
+        if self.state == "failed":
+            return False
+        batcher = self._batcher
+        return batcher is None or (batcher.is_alive and batcher.busy_seconds() < self.settings.stuck_seconds)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return self._batcher is None or self._batcher.is_idle
+
+    # What a request goes through.
+
+    async def answer(self, connection: Hashable, request: Request, gone: Awaitable[Any]) -> Answer | None:
+        """Vectors of the inputs of a request; None where its client has gone meanwhile.
+
+        Args:
+            connection: whose turn it takes in the queue.
+            request: as it was read.
+            gone: is done when the client has gone.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        entries = await loop.run_in_executor(self.decoders, self._entries, request)
+        self.metrics.seconds.labels("decode").observe(time.monotonic() - began)
+        batcher = self.batcher
+        try:
+            batcher.submit(connection, entries)
+        except QueueFullError as error:
+            self.metrics.rejected.labels("queue full").inc()
+            raise RequestError(429, "the queue is full; try again later", retry_after=error.seconds) from None
+        waiting = asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries), return_exceptions=True)
+        watch = asyncio.ensure_future(gone)
+        try:
+            await asyncio.wait({waiting, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                self.metrics.cancelled.inc(batcher.drop(connection, entries))
+                return None
+            results = waiting.result()
+        finally:
+            watch.cancel()
+            waiting.cancel()
+        found: list[np.ndarray] = []
+        for asked, result in zip(request.inputs, results, strict=True):
+            if isinstance(result, BaseException):
+                raise self._refusal(result, asked.param)
+            found.append(result)
+        steps = request.num_latent_steps
+        if steps is None:
+            steps = self.plume_steps(request.side)
+        self.metrics.latent_steps.inc((steps or 0) * len(entries))
+        vectors = np.stack(found).astype(np.float32, copy=False)
+        return Answer(self._cut(vectors, request), sum(entry.num_tokens for entry in entries))
+
+    def plume_steps(self, side: Side | None) -> int | None:
+        """K of inputs of a side, where a request does not say."""
+        assert self._plume is not None
+        return self._plume.default_steps(side or "query")
+
+    def _entries(self, request: Request) -> list[Entry]:
+        """Inputs, checked, decoded and counted.
+
+        Raises:
+            RequestError: what is wrong with the request, or with which of its inputs.
+        """
+        plume, ceilings = self.plume, self.settings.ceilings
+        config = plume.plume_config
+        if request.model not in (None, "", self.settings.name, self.settings.model):
+            raise RequestError(404, f"there is no such model; this server has {self.settings.name!r}", "model")
+        if len(request.inputs) > ceilings.inputs:
+            raise RequestError(413, f"a request may hold {ceilings.inputs:,} inputs", "input")
+        if sum(part.kind != "text" for asked in request.inputs for part in asked.parts) > ceilings.media:
+            raise RequestError(413, f"a request may hold {ceilings.media:,} images and videos", "input")
+        self._check_dimensions(request)
+        side = request.side or self.settings.input_type
+        if request.num_latent_steps is not None:
+            try:
+                config.check_num_latent_steps(request.num_latent_steps)
+            except ValueError:
+                raise wrong(
+                    f"this model takes at most {config.max_latent_steps} latent steps", "num_latent_steps"
+                ) from None
+        elif side is None and config.document_steps() != config.num_latent_steps:
+            raise wrong('queries and documents differ here; say input_type "query" or "document"', "input_type")
+        processor = plume.plume_model.processor
+        assert processor is not None
+        how = How(request.num_latent_steps, side)
+        entries = []
+        for asked in request.inputs:
+            item = self._item(asked, request.instruction, processor)
+            entries.append(Entry(item, processor.exact_length(item), how))
+        return entries
+
+    def _item(self, asked: Asked, instruction: str, processor: PlumeProcessor) -> Item:
+        ceilings, limits = self.settings.ceilings, processor.limits
+        content: list[Any] = []
+        for part in asked.parts:
+            if part.kind == "text":
+                if len(part.value) > ceilings.text_bytes:
+                    raise RequestError(413, f"a text may hold {ceilings.text_bytes:,} bytes", part.param)
+                content += [part.value] if part.value else []
+            elif part.kind == "image":
+                raw = content_of(part.value, ceilings.image_bytes, part.param)
+                content.append(decode_image(raw, ceilings, limits, part.param))
+            else:
+                raw = content_of(part.value, ceilings.video_bytes, part.param)
+                own, most = limits.sampling, ceilings.video_frames
+                sampling = replace(own, num_frames=min(own.num_frames, most), max_frames=min(own.max_frames, most))
+                content.append(self.videos.decode(raw, sampling, limits.background, part.param))
+        item = Item(tuple(content), asked.instruction or instruction)
+        try:
+            for text in (*(part for part in content if isinstance(part, str)), item.instruction):
+                check_unicode(text, asked.param)
+            if item.is_empty and not limits.takes_empty:
+                raise wrong("an input is empty", asked.param)
+            return processor.fit(item, asked.param)
+        except InputError as error:  # its reasons speak of lengths, not of content
+            raise wrong(error.reason, asked.param) from None
+
+    def _check_dimensions(self, request: Request) -> None:
+        whole = self.plume.get_embedding_dimension()
+        wanted = whole if request.dimensions is None else request.dimensions
+        if wanted != whole and wanted not in self.settings.dimensions:
+            lengths = ", ".join(map(str, (whole, *self.settings.dimensions)))
+            raise wrong(f"vectors of this model have {lengths} numbers", "dimensions")
+        if wanted % 8 and {"binary", "ubinary"} & set(request.encodings):
+            raise wrong("bits are packed by eight, which the length of these vectors is no multiple of", "dimensions")
+
+    @staticmethod
+    def _cut(vectors: np.ndarray, request: Request) -> np.ndarray:
+        if request.dimensions is None or request.dimensions == vectors.shape[1]:
+            return vectors
+        short = vectors[:, : request.dimensions]
+        return short / np.linalg.norm(short, axis=1, keepdims=True)
+
+    def _encode(self, items: Sequence[Item], how: How) -> np.ndarray:
+        assert self._plume is not None
+        return self._plume.encode(
+            list(items),
+            num_latent_steps=how.num_latent_steps,
+            task=how.side,
+            batch_size=len(items),
+            max_tokens_per_batch=2**62,  # the queue has seen to it
+            show_progress_bar=False,
+        )
+
+    def _refusal(self, error: BaseException, param: str) -> RequestError:
+        if isinstance(error, InputError):
+            return wrong(error.reason, param)
+        if isinstance(error, FatalError):
+            return RequestError(503, "the server has failed", retry_after=30)
+        _log.error("an input could not be embedded: %s", type(error).__name__, exc_info=error)
+        told = str(error) if isinstance(error, BrokenVectorError) else "an input could not be embedded"
+        return RequestError(500, told, param)
+
+
+def resident_bytes() -> float:
+    """Memory that this process has."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
