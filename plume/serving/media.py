@@ -66,14 +66,16 @@ def content_of(value: Any, most: int, param: str) -> bytes:
         header, _, text = text.partition(",")
         if not header.lower().rstrip().endswith(";base64"):
             raise wrong("a data URI must be in base64", param)
-    elif "://" in text[:64] or text[:1] in "/.~":
-        raise wrong("this server opens no address and no path; send the file as data:<type>;base64,<content>", param)
+    elif "://" in text[:64]:
+        raise wrong("this server opens no address; send the file as data:<type>;base64,<content>", param)
     if len(text) > most * 4 // 3 + 4:
         raise RequestError(413, f"a medium holds more than {most:,} bytes", param)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise wrong("a medium is not valid base64", param) from None
+        raise wrong(
+            "a medium is not valid base64, which a path never is; send the content of the file", param
+        ) from None
 
 
 def decode_image(content: bytes, ceilings: Ceilings, limits: MediaLimits, param: str) -> Image.Image:

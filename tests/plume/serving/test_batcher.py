@@ -1,0 +1,236 @@
+"""The queue: order, budgets, turns, and what happens when something fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+import torch
+
+from plume.inputs.item import Item
+from plume.serving.batcher import Batcher, BrokenVectorError, Entry, FatalError, How, QueueFullError
+
+
+class Model:
+    """Encodes a text `n` as the n-th unit vector; keeps what it was given, and waits while it is held."""
+
+    def __init__(self):
+        self.batches: list[tuple[list[str], How]] = []
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.is_running = threading.Event()
+        self.fail = lambda texts: None
+
+    def __call__(self, items, how):
+        texts = [item.text for item in items]
+        self.batches.append((texts, how))
+        self.is_running.set()
+        assert self.may_run.wait(30)
+        self.fail(texts)
+        return np.eye(1000, dtype=np.float32)[[int(text) for text in texts]]
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def queue(model):
+    made = []
+
+    def make(**settings):
+        made.append(Batcher(model, **settings))
+        return made[-1]
+
+    yield make
+    model.may_run.set()
+    for batcher in made:
+        batcher.close(30)
+
+
+def entries(numbers, tokens=1, **how):
+    return [Entry(Item((str(number),)), tokens, How(**how)) for number in numbers]
+
+
+def held(batcher, model):
+    """One input that keeps the thread busy, so that what comes next waits."""
+    model.may_run.clear()
+    (first,) = entries([999])
+    batcher.submit("first", [first])
+    assert model.is_running.wait(30)
+    return first
+
+
+def places(some):
+    return [int(entry.future.result(30).argmax()) for entry in some]
+
+
+def test_every_input_gets_its_vector(queue, model):
+    batcher = queue(max_batch_size=3)
+    some = entries(range(20))
+    batcher.submit("a", some)
+    assert places(some) == list(range(20))
+    assert max(len(texts) for texts, _ in model.batches) <= 3
+    assert batcher.queue_tokens == batcher.queue_inputs == 0
+
+
+def test_a_batch_keeps_to_its_tokens_with_padding_and_shares_its_k(queue, model):
+    batcher = queue(max_batch_tokens=10)
+    first = held(batcher, model)
+    some = [*entries([1, 2], 2), *entries([3], 8), *entries([4], 50), *entries([5, 6], 1, num_latent_steps=0)]
+    batcher.submit("a", some)
+    model.may_run.set()
+    assert places([first, *some]) == [999, 1, 2, 3, 4, 5, 6]
+    assert [texts for texts, _ in model.batches] == [["999"], ["1", "2"], ["3"], ["4"], ["5", "6"]]
+    assert model.batches[-1][1].num_latent_steps == 0
+
+
+def test_connections_take_turns(queue, model):
+    batcher = queue(max_batch_size=4)
+    held(batcher, model)
+    many, few, other = entries(range(100)), entries([200]), entries([300, 301], num_latent_steps=1)
+    batcher.submit("many", many)
+    batcher.submit("few", few)
+    batcher.submit("other K", other)
+    model.may_run.set()
+    assert places([*many, *few, *other]) == [*range(100), 200, 300, 301]
+    order = [texts for texts, _ in model.batches[1:]]
+    assert "200" in order[0]
+    assert any("300" in texts for texts in order[:3])
+
+
+def test_a_full_queue_takes_all_of_a_request_or_nothing(queue, model):
+    batcher = queue(max_queue_tokens=10)
+    held(batcher, model)
+    large = entries(range(3), 20)  # nothing waits: taken whatever its size
+    batcher.submit("a", large)
+    with pytest.raises(QueueFullError) as error:
+        batcher.submit("b", entries([5]))
+    assert 1 <= error.value.seconds <= 60
+    assert batcher.queue_inputs == 3
+    model.may_run.set()
+    assert places(large) == [0, 1, 2]
+    again = entries([5])
+    batcher.submit("b", again)
+    assert places(again) == [5]
+
+
+def test_clients_that_have_gone_leave_the_queue(queue, model):
+    batcher = queue()
+    first = held(batcher, model)
+    gone, stays = entries(range(5), 2), entries([7], 3)
+    batcher.submit("gone", gone)
+    batcher.submit("stays", stays)
+    assert batcher.drop("gone", gone) == 5
+    assert batcher.queue_tokens == 3
+    assert batcher.drop("first", [first]) == 0  # has been begun
+    model.may_run.set()
+    assert places([first, *stays]) == [999, 7]
+    assert all(entry.future.cancelled() for entry in gone)
+    with pytest.raises(CancelledError):
+        gone[0].future.result()
+    assert [texts for texts, _ in model.batches] == [["999"], ["7"]]
+
+
+def test_a_poisoned_input_fails_alone(queue, model):
+    def fail(texts):
+        if "3" in texts:
+            raise ValueError("poison")
+
+    model.fail = fail
+    batcher = queue()
+    first = held(batcher, model)
+    some = entries(range(8))
+    batcher.submit("a", some)
+    model.may_run.set()
+    assert places([first]) == [999]
+    for number, entry in enumerate(some):
+        if number == 3:
+            with pytest.raises(ValueError, match="poison"):
+                entry.future.result(30)
+        else:
+            assert places([entry]) == [number]
+
+
+def test_memory_that_is_short_halves_the_batches(queue, model):
+    def fail(texts):
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    model.fail = fail
+    batcher = queue(max_batch_tokens=64)
+    held(batcher, model)
+    some = entries(range(8))
+    batcher.submit("a", some)
+    model.may_run.set()
+    assert places(some) == list(range(8))
+    assert batcher.max_batch_tokens < 64
+
+
+def test_what_is_no_unit_vector_is_not_handed_out(queue, model):
+    batcher = queue()
+    batcher._encode = lambda items, how: np.array([[0.0, 0.0], [np.nan, 1.0], [1.0, 0.0]])[: len(items)]
+    some = entries(range(3))
+    batcher.submit("a", some)
+    for entry in some[:2]:
+        with pytest.raises(BrokenVectorError):
+            entry.future.result(30)
+    assert some[2].future.result(30).tolist() == [1.0, 0.0]
+
+
+def test_a_lost_device_fails_what_waits_and_stops_the_server(model):
+    def fail(texts):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    stopped = threading.Event()
+    model.fail = fail
+    batcher = Batcher(model, stop=stopped.set)
+    first = held(batcher, model)
+    some = entries(range(3))
+    batcher.submit("a", some)
+    model.may_run.set()
+    for entry in [first, *some]:
+        with pytest.raises(FatalError):
+            entry.future.result(30)
+    assert stopped.wait(30)
+    batcher.close(30)
+    assert not batcher.is_alive
+
+
+def test_what_waits_is_encoded_before_the_end(queue, model):
+    batcher = queue(max_batch_size=1)
+    held(batcher, model)
+    some = entries(range(4))
+    batcher.submit("a", some)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    assert batcher.busy_seconds() > 0
+    assert not batcher.is_idle
+    model.may_run.set()
+    closing.join(30)
+    assert places(some) == [0, 1, 2, 3]
+    assert not batcher.is_alive
+
+
+def test_many_threads_get_their_own_vectors(queue, model):
+    batcher = queue(max_batch_size=7)
+    found: dict[int, list[int]] = {}
+
+    def client(number):
+        some = entries(range(number * 30, number * 30 + 30), num_latent_steps=number % 2)
+        for start in range(0, 30, 10):
+            batcher.submit(number, some[start : start + 10])
+            time.sleep(0)
+        found[number] = places(some)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join(60)
+    assert found == {number: list(range(number * 30, number * 30 + 30)) for number in range(8)}
+    assert all(len(texts) <= 7 for texts, _ in model.batches)
