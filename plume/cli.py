@@ -423,6 +423,9 @@ def serve(
     input_type: Annotated[
         Literal["query", "document"] | None, typer.Option(help="The side of inputs whose request does not say.")
     ] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None, typer.Option(help="A host that media may be fetched from; may be repeated; else none is.")
+    ] = None,
     dimensions: Annotated[
         list[int] | None, typer.Option(help="A length that vectors may be cut to on request; may be repeated.")
     ] = None,
@@ -441,7 +444,7 @@ def serve(
     """Serve vectors over HTTP, by the APIs of OpenAI, vLLM, Jina, Cohere and TEI.
 
     One process and one model per GPU. What waits is bounded in tokens, what a request may hold is bounded before it is
-    decoded, and no request opens a path or an address.
+    decoded, and no request opens a path, or an address of a host that is not allowed.
     """
     _check_model(model)
     from plume.serving.server import serve as run
@@ -453,6 +456,7 @@ def serve(
         served_as=served_as,
         device=device,
         input_type=input_type,
+        allowed_media_domains=tuple(allowed_media_domains or ()),
         dimensions=tuple(dimensions or ()),
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_tokens,

@@ -48,17 +48,24 @@ class Ceilings:
     video_memory: int = 4 * 2**30
 
 
+def is_address(value: Any) -> bool:
+    """Whether a medium is said by where it is."""
+    return isinstance(value, str) and not is_data_uri(value) and "://" in value[:64]
+
+
 def content_of(value: Any, most: int, param: str) -> bytes:
     """The bytes of a medium.
 
     Args:
-        value: a data URI, or bare base64.
+        value: a data URI, bare base64, or bytes that have been fetched.
         most: bytes at most.
         param: how errors call it.
 
     Raises:
         RequestError: it is neither, or too large.
     """
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, str):
         raise wrong("a medium must be a string: a data URI or base64", param)
     text = value.strip()
@@ -66,8 +73,6 @@ def content_of(value: Any, most: int, param: str) -> bytes:
         header, _, text = text.partition(",")
         if not header.lower().rstrip().endswith(";base64"):
             raise wrong("a data URI must be in base64", param)
-    elif "://" in text[:64]:
-        raise wrong("this server opens no address; send the file as data:<type>;base64,<content>", param)
     if len(text) > most * 4 // 3 + 4:
         raise RequestError(413, f"a medium holds more than {most:,} bytes", param)
     try:

@@ -19,11 +19,15 @@ from plume.inputs.item import Item, check_unicode
 from plume.inputs.processor import PlumeProcessor
 from plume.serving.batcher import Batcher, BrokenVectorError, Entry, FatalError, How, QueueFullError
 from plume.serving.errors import RequestError, wrong
-from plume.serving.media import Ceilings, VideoDecoder, content_of, decode_image
+from plume.serving.fetch import Fetcher
+from plume.serving.media import Ceilings, VideoDecoder, content_of, decode_image, is_address
 from plume.serving.metrics import Metrics
-from plume.serving.requests import Asked, Request, Side
+from plume.serving.requests import Asked, Part, Request, Side
 
 State = Literal["loading", "ready", "draining", "failed"]
+
+#: Addresses that are fetched at once.
+_FETCHES = 16
 
 _log = logging.getLogger("plume.serving")
 
@@ -34,6 +38,7 @@ class Settings:
 
     model: a folder or a Hub name. served_as: what clients call it. device: None takes the best that there is.
     input_type: the side of inputs whose request does not say; None leaves it open, where that is possible.
+    allowed_media_domains: hosts that media may be fetched from; none: no address is opened.
     dimensions: lengths below the model's that vectors may be cut to.
     max_batch_size, max_batch_tokens: of a pass; max_queue_tokens: that may wait.
     max_body_bytes: of a request; max_pending_bytes: of all that are being read or decoded.
@@ -46,6 +51,7 @@ class Settings:
     served_as: str = ""
     device: str | None = None
     input_type: Side | None = None
+    allowed_media_domains: tuple[str, ...] = ()
     dimensions: tuple[int, ...] = ()
     max_batch_size: int = 32
     max_batch_tokens: int = 32_768
@@ -89,6 +95,8 @@ class Service:
         self.metrics = Metrics()
         self.decoders = ThreadPoolExecutor(settings.num_decoders, thread_name_prefix="plume-decode")
         self.videos = VideoDecoder(settings.ceilings)
+        self.fetcher = Fetcher(settings.allowed_media_domains)
+        self.fetchers = ThreadPoolExecutor(_FETCHES, thread_name_prefix="plume-fetch")
         self.pending_bytes = 0
         self.failure = ""
         self._plume: Plume | None = None
@@ -141,7 +149,8 @@ class Service:
         self.drain()
         if self._batcher is not None:
             self._batcher.close(timeout)
-        self.decoders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.decoders, self.fetchers):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.videos.close()
 
     def _fail(self) -> None:
@@ -195,6 +204,7 @@ class Service:
             RequestError: it cannot be answered.
         """
         loop, began = asyncio.get_running_loop(), time.monotonic()
+        request = await self._fetched(request)
         entries = await loop.run_in_executor(self.decoders, self._entries, request)
         self.metrics.seconds.labels("decode").observe(time.monotonic() - began)
         batcher = self.batcher
@@ -226,6 +236,35 @@ class Service:
         vectors = np.stack(found).astype(np.float32, copy=False)
         return Answer(self._cut(vectors, request), sum(entry.num_tokens for entry in entries))
 
+    async def _fetched(self, request: Request) -> Request:
+        """The request with the content of media that it says the address of."""
+        parts = [part for asked in request.inputs for part in asked.parts if part.kind != "text"]
+        if not any(is_address(part.value) for part in parts):
+            return request
+        self._check_number(request)
+        began, loop, ceilings = time.monotonic(), asyncio.get_running_loop(), self.settings.ceilings
+        most = {"image": ceilings.image_bytes, "video": ceilings.video_bytes}
+
+        async def fetched(part: Part) -> Part:
+            if part.kind == "text" or not is_address(part.value):
+                return part
+            fetch = self.fetcher.fetch
+            return replace(part, value=await loop.run_in_executor(
+                self.fetchers, fetch, part.value.strip(), most[part.kind], part.param))  # fmt: skip
+
+        inputs = [
+            replace(asked, parts=tuple(await asyncio.gather(*map(fetched, asked.parts)))) for asked in request.inputs
+        ]
+        self.metrics.seconds.labels("fetch").observe(time.monotonic() - began)
+        return replace(request, inputs=inputs)
+
+    def _check_number(self, request: Request) -> None:
+        ceilings = self.settings.ceilings
+        if len(request.inputs) > ceilings.inputs:
+            raise RequestError(413, f"a request may hold {ceilings.inputs:,} inputs", "input")
+        if sum(part.kind != "text" for asked in request.inputs for part in asked.parts) > ceilings.media:
+            raise RequestError(413, f"a request may hold {ceilings.media:,} images and videos", "input")
+
     def plume_steps(self, side: Side | None) -> int | None:
         """K of inputs of a side, where a request does not say."""
         assert self._plume is not None
@@ -237,14 +276,11 @@ class Service:
         Raises:
             RequestError: what is wrong with the request, or with which of its inputs.
         """
-        plume, ceilings = self.plume, self.settings.ceilings
+        plume = self.plume
         config = plume.plume_config
         if request.model not in (None, "", self.settings.name, self.settings.model):
             raise RequestError(404, f"there is no such model; this server has {self.settings.name!r}", "model")
-        if len(request.inputs) > ceilings.inputs:
-            raise RequestError(413, f"a request may hold {ceilings.inputs:,} inputs", "input")
-        if sum(part.kind != "text" for asked in request.inputs for part in asked.parts) > ceilings.media:
-            raise RequestError(413, f"a request may hold {ceilings.media:,} images and videos", "input")
+        self._check_number(request)
         self._check_dimensions(request)
         side = request.side or self.settings.input_type
         if request.num_latent_steps is not None:
