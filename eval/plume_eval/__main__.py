@@ -497,6 +497,24 @@ def run_mteb(
 
 
 @app.command()
+def serving(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+    port: Annotated[int, typer.Option(help="A free one.")] = 8765,
+    num_requests: Annotated[int, typer.Option(help="Over which memory is watched.", min=4)] = 4_000,
+) -> None:
+    """Measure `plume serve`: throughput beside `encode`, overhead, latency under load, memory, draining; minutes."""
+    from plume_eval.serving import measure_serving, write_serving
+
+    quiet_libraries()
+    try:
+        found = measure_serving(model, port, num_requests=num_requests)
+    except (ValueError, OSError) as error:
+        raise typer.Exit(_fail(error)) from None
+    typer.echo(write_serving(model, out, found))
+
+
+@app.command()
 def overhead(
     model: Model,
     data: Data,
