@@ -94,7 +94,8 @@ class PairsEvaluation:
         """
         numbers = {}
         runs: list[tuple[Mode, str, int | None]] = [(mode, "", num_latent_steps) for mode in self.modes]
-        if model.config.gate_threshold is not None and "latent" in self.modes:
+        is_trained = num_latent_steps == model.config.num_latent_steps  # the K that a gate decides about
+        if model.config.gate_threshold is not None and "latent" in self.modes and is_trained:
             runs.append(("latent", "_gated", None))
         for count in self.num_latent_steps:
             runs.append(("latent", f"_k{count}", count))

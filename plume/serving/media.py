@@ -38,7 +38,7 @@ class Ceilings:
     """What a request may hold at most; beyond it, it is refused before anything is decoded."""
 
     inputs: int = 2_048
-    text_bytes: int = 2**20
+    text_characters: int = 2**18
     media: int = 64
     image_bytes: int = 20_000_000
     image_pixels: int = 25_000_000
@@ -150,12 +150,12 @@ class VideoDecoder:
 
 
 def _confine(memory: int) -> None:
-    """Bound the memory of this process beyond what it has now."""
+    """Bound the memory of this process beyond what it has now, where the system tells that."""
     import resource
 
-    with open("/proc/self/statm") as numbers:
-        now = int(numbers.read().split()[0]) * resource.getpagesize()
     with suppress(ValueError, OSError):
+        with open("/proc/self/statm") as numbers:
+            now = int(numbers.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
 
 

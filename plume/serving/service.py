@@ -306,8 +306,8 @@ class Service:
         content: list[Any] = []
         for part in asked.parts:
             if part.kind == "text":
-                if len(part.value) > ceilings.text_bytes:
-                    raise RequestError(413, f"a text may hold {ceilings.text_bytes:,} bytes", part.param)
+                if len(part.value) > ceilings.text_characters:
+                    raise RequestError(413, f"a text may hold {ceilings.text_characters:,} characters", part.param)
                 content += [part.value] if part.value else []
             elif part.kind == "image":
                 raw = content_of(part.value, ceilings.image_bytes, part.param)

@@ -23,6 +23,7 @@ from plume_train.data.sampler import Draw
 from plume_train.data.vectors import VectorStore
 from plume_train.objective import objective as objective_module
 from plume_train.objective.gradcache import Step
+from plume_train.objective.losses import Contrast
 from plume_train.objective.objective import Objective
 
 EVERY_TERM = {
@@ -186,6 +187,28 @@ def test_places_of_equal_content_share_a_row_and_change_no_gradient(trainee, row
     assert largest_difference(parts, alone_parts) < 1e-9
     # transformers' norms are in float32, where a gradient of two places rounds otherwise than two gradients.
     assert largest_difference(gradient, alone_gradient) < 1e-6
+
+
+def test_a_negative_of_several_rows_is_one_row(trainee, rows, tmp_path):
+    """Whatever their targets are, unless something of a target is to be said."""
+    rows.records = [replace(rows.records[row], negatives=(Side("sea"),)) for row in (0, 3, 5)]
+    args = arguments(tmp_path, num_negatives=1, reconstruct_weight=1.0, reconstruct="target")
+    batch = batch_of(trainee, rows, args, DRAWS["latent"], range(3))
+    assert batch["places"]["negative"].tolist() == [0, 0, 0]
+    assert batch["passes"]["negative"][0]["counts"].tolist() == [3]
+    rows.records = [replace(one, query=Side("blue")) for one in rows.records]
+    assert batch_of(trainee, rows, args, DRAWS["latent"], range(3))["places"]["query"].tolist() == [0, 0, 1]
+    plain = arguments(tmp_path, num_negatives=1)
+    assert batch_of(trainee, rows, plain, DRAWS["latent"], range(3))["places"]["query"].tolist() == [0, 0, 0]
+
+
+def test_the_written_pass_of_a_teacher_keeps_to_the_tokens_too(trainee, rows, tmp_path):
+    args = arguments(tmp_path, distillation_weight=1.0, micro_batch_tokens=60)
+    batch = batch_of(trainee, rows, args, DRAWS["latent"])
+    for one in batch["passes"]["query"]:
+        count, length = one["inputs"]["input_ids"].shape
+        written = one["teacher"]["suffix_ids"].shape[1]
+        assert count == 1 or count * (length + written) <= 60
 
 
 def test_what_is_to_be_written_otherwise_shares_no_row(trainee, rows, tmp_path):
@@ -367,6 +390,12 @@ def test_a_label_that_is_right_for_a_query_in_another_row_is_no_negative_of_it(t
     own = torch.arange(3)
     expected = (cross_entropy(forwards, own) + cross_entropy(backwards, own)) / 2
     assert torch.allclose(found.double(), expected, atol=1e-6)
+    # Terms that contrast with the batch's own targets leave them out in both directions.
+    keys = {name: batch[name] for name in ("query_keys", "target_keys", "right_keys")}
+    contrast = Contrast.of(batch["is_pair"], **keys)
+    assert not contrast.allowed_targets[0, 1]
+    assert not contrast.allowed[1, 0]
+    assert contrast.allowed_targets[2, 1]
 
 
 def test_targets_take_no_more_steps_than_they_are_allowed(trainee, rows, tmp_path):

@@ -81,7 +81,8 @@ def test_rows_of_other_formats_are_written_as_jsonl(tmp_path, run, command):
 def test_embedded_media_are_refused_before_anything_is_done(tmp_path, run, command):
     picture = io.BytesIO()
     Pictures.new("RGB", (28, 28), "red").save(picture, "PNG")
-    rows = Dataset.from_list([{"query_image": {"bytes": picture.getvalue(), "path": None}, "target_text": "red"}])
+    whole = {"query_image": {"bytes": picture.getvalue(), "path": None}, "query_text": "what", "target_text": "red"}
+    rows = Dataset.from_list([{**whole, "query_image": None}, whole])  # not in the first row
     rows.cast_column("query_image", Image()).save_to_disk(tmp_path / "pairs")
     with pytest.raises(ValueError, match=r"in 'query_image', which a file .jsonl cannot; write its media to files"):
         run(command, tmp_path / "pairs")

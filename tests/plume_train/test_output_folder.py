@@ -10,7 +10,7 @@ import torch
 from plume import PlumeModel
 from plume_train.config import SettingsError
 from plume_train.run import train
-from plume_train.saving import RunError
+from plume_train.saving import RunError, move_into, whole_or_nothing
 from plume_train.trainer import PlumeTrainer
 from tests.plume_train.runs import settings, stopped_before_its_end
 
@@ -105,6 +105,23 @@ def test_a_run_that_overwrites_goes_on_after_an_interruption(tmp_path, start, ho
     train(settings(tmp_path, start, hops_folder, **args))
     assert f"going on from {out / 'checkpoint-4'}" in capsys.readouterr().err  # the earlier model is not this run's
     assert (out / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("sizes", [("1GB", "20KB"), ("20KB", "1GB"), ("20KB", "40KB")])
+def test_weights_that_replace_others_are_the_only_ones(tmp_path, plume_folder, sizes):
+    """Weights in one file are loaded before those in several, and files of another number have other names."""
+    old, new = PlumeModel.from_pretrained(plume_folder), PlumeModel.from_pretrained(plume_folder)
+    with torch.no_grad():
+        new.transition.router.weight.add_(1.0)
+    for model, size in zip((old, new), sizes, strict=True):
+        with whole_or_nothing(tmp_path / "out", True) as unfinished:
+            model.save_pretrained(unfinished, max_shard_size=size)
+            move_into(unfinished, tmp_path / "out")
+    found = PlumeModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(found.transition.router.weight, new.transition.router.weight)
+    num_files = len(list((tmp_path / "out").glob("*.safetensors")))
+    new.save_pretrained(tmp_path / "alone", max_shard_size=sizes[1])
+    assert num_files == len(list((tmp_path / "alone").glob("*.safetensors")))
 
 
 def test_a_run_that_failed_before_its_first_step_may_be_begun_with_other_settings(tmp_path, start, hops_folder):

@@ -180,8 +180,8 @@ class PlumeTrainingArguments(TrainingArguments):
     """Rows of one pass of the model. Smaller than the batch, GradCache computes the same gradients in less memory."""
 
     micro_batch_tokens: int | None = None
-    """Tokens of one pass at most, visual ones and padding included; rows of like length share it. For inputs of
-    unlike length, where a number of rows that fits long ones is too small for short ones."""
+    """Tokens of one pass at most, visual ones and padding included, without those that reconstruction says; rows of
+    like length share it. For inputs of unlike length, where a number that fits long ones is too small for short."""
 
     contrastive_loss: Literal["info_nce", "sigmoid"] = "info_nce"
     """Softmax over candidates (paper), or every pair alone (SigLIP)."""

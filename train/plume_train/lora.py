@@ -84,16 +84,17 @@ def save_merged(model: Any, folder: Path) -> None:
     plain.loss_scalars = None
     dequantize(plain)
     plain.save_pretrained(folder, max_shard_size="500MB")
-    is_touched = False
+    left = set(layers)
     for file in sorted(folder.glob("model*.safetensors")):
         weights = load_file(file)
         if touched := {name: merged_weight(layers[name], weights[name]) for name in weights if name in layers}:
             beside = file.with_suffix(".part")  # the file is what the other weights are read from
             save_file(weights | touched, beside, metadata={"format": "pt"})
             beside.replace(file)
-            is_touched = True
-    if is_touched:
-        write_dtype(folder, "float32")
+            left -= touched.keys()
+    if left:
+        raise RunError(f"{sorted(left)[0]} has learnt something, and no file of the model holds it")
+    write_dtype(folder, "float32")
     tidy_weight_files(folder)
 
 

@@ -28,6 +28,7 @@ def check_qlora(args: PlumeTrainingArguments) -> None:
 def quantize(model: Any, args: PlumeTrainingArguments) -> None:
     """Turn the weights that LoRA stands beside into four bits, one layer after the other, on the run's device."""
     bnb: Any = import_module("bitsandbytes")
+    count = 0
     layers = {name: layer for name, layer in model.named_modules() if re.fullmatch(args.lora_targets, name)}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
@@ -43,6 +44,12 @@ def quantize(model: Any, args: PlumeTrainingArguments) -> None:
         narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")  # type: ignore
         narrow.bias = layer.bias
         _replace(model, name, narrow.to(args.device))
+        count += 1
+    if not count:
+        raise SettingsError(
+            f"base_dtype=nf4 packs the linear layers whose names lora_targets matches, and {args.lora_targets!r} "
+            "matches none; give a regular expression of whole names"
+        )
     model.is_loaded_in_4bit = True  # by which peft knows them
 
 

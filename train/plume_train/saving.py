@@ -378,16 +378,25 @@ def whole_or_nothing(folder: Path, is_writer: bool) -> Iterator[Path]:
 
 
 def move_into(unfinished: Path, folder: Path) -> None:
-    """Move what `whole_or_nothing` yielded into its place, once it is on the disk, replacing what has the same name."""
+    """Move what `whole_or_nothing` yielded into its place, once it is on the disk, replacing what has the same name.
+
+    Weights replace all weights: another number of files has other names, and those of before would be loaded instead.
+    """
     for inner in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
         tidy_weight_files(inner)
     for file in sorted(unfinished.rglob("*")):
         _to_disk(file)
+    names = {entry.name for entry in unfinished.iterdir()}
+    old = set(folder.glob("model*.safetensors")) | {folder / "model.safetensors.index.json"}
     for entry in sorted(unfinished.iterdir()):
         place = folder / entry.name
         if entry.is_dir() and place.exists():
             shutil.rmtree(place)
         os.replace(entry, place)
+    if any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+        for file in old:
+            if file.name not in names:
+                file.unlink(missing_ok=True)
     _to_disk(folder)
     shutil.rmtree(unfinished.parent)
 

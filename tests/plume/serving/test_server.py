@@ -46,7 +46,7 @@ def service(plume_folder):
         device="cpu",
         dimensions=(16,),
         max_body_bytes=2_000_000,
-        ceilings=Ceilings(inputs=64, media=3, image_pixels=1_000_000, text_bytes=10_000),
+        ceilings=Ceilings(inputs=64, media=3, image_pixels=1_000_000, text_characters=10_000),
     )
     service = Service(settings)
     service.load()
@@ -217,7 +217,7 @@ USER = {"role": "user", "content": "blue"}
         ({"input": [None]}, 400, "input[0]", "expected a string"),
         ({"input": [{"sound": "x"}]}, 400, "input[0]", 'an object with "text", "image" or "video"'),
         ({"input": ["blue"] * 65}, 413, "input", "a request may hold 64 inputs"),
-        ({"input": ["x" * 10_001]}, 413, "input[0]", "a text may hold 10,000 bytes"),
+        ({"input": ["x" * 10_001]}, 413, "input[0]", "a text may hold 10,000 characters"),
         ({"input": ["a " * 4_800] * 2}, 400, "input[0]", "tokens"),
         ({"input": "blue", "model": "other"}, 404, "model", "this server has 'tiny'"),
         ({"input": "blue", "dimensions": 8}, 400, "dimensions", "have 64, 16 numbers"),

@@ -518,6 +518,77 @@ def test_a_batch_of_which_every_question_fails_ends_the_run_and_keeps_no_verdict
 
 
 @pytest.mark.usefixtures("quick_looks")
+def test_a_batch_of_refusals_is_due_to_its_questions_once_others_were_answered(tmp_path, capsys):
+    """The one question that is asked again is refused; and so it is when the command is started anew."""
+    file = write_rows(tmp_path)
+
+    def respond(question, body):
+        if "3" not in question:
+            return right(question, body)
+        return failure(400, "bad words") if len(body["messages"]) > 2 else completion("no JSON here")
+
+    with serving(respond) as server:
+        assert ask(server, file, "--batch") == 0
+        assert "the server refuses the question" in capsys.readouterr().out
+        assert ask(server, file, "--batch") == 0
+        assert server.times()["what number 3?"] == 2
+    entries = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    (refused,) = [entry for entry in entries if entry.get("reason")]
+    assert (refused["tries"], refused["tokens"]) == (2, [100, 50])  # what the first answer cost
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_batches_of_other_questions_are_left_to_whoever_handed_them_in(tmp_path, capsys):
+    file = write_rows(tmp_path)
+    (tmp_path / "prompts.yaml").write_text("t: Which number is it?")
+    with serving(right) as server:
+        state = {"id": "batch-other", "cost": 0.0, "keys": ["another"]}
+        pending = tmp_path / "out.batches.json"
+        pending.write_text(json.dumps({"batches": [state], "rejected": {}}))
+        assert ask(server, file, "--batch") == 0
+        assert "1 other batch of out.batches.json left to the command that handed them in" in capsys.readouterr().out
+        assert json.loads(pending.read_text())["batches"] == [state]
+        assert "batch-other" not in server.batches  # nor was it looked at
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_replies_of_servers_that_are_not_openai_s_own_are_read_in_batches_too(tmp_path):
+    def respond(question, body):
+        status, headers, reply = right(question, body)
+        del reply["created"], reply["id"]
+        reply["choices"][0]["finish_reason"] = "eos"
+        return status, headers, reply
+
+    with serving(respond) as server:
+        assert ask(server, write_rows(tmp_path), "--batch") == 0
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_batch_that_expired_whole_is_asked_again_next_time(tmp_path, capsys):
+    file = write_rows(tmp_path)
+    with serving(right) as server:
+        server.unanswered = {f"what number {n}?" for n in range(6)}
+        assert ask(server, file, "--batch") == 0
+        assert "6  not answered in its batch; asked again next time" in capsys.readouterr().out
+        server.unanswered = set()
+        assert ask(server, file, "--batch") == 0
+    assert all("rationale" in row["query"] for row in rows_of(tmp_path))
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_what_rejected_answers_of_a_stopped_command_cost_counts_for_the_budget(tmp_path, capsys):
+    file = write_rows(tmp_path, count=1)
+    with serving(right) as server:
+        rejected = {"some key": {"reason": "no JSON", "tries": 1, "tokens": [500, 500]}}
+        (tmp_path / "out.batches.json").write_text(json.dumps({"batches": [], "rejected": rejected}))
+        assert ask(server, file, "--batch", "--price", "1000", "1000", "--budget", "1.2", "--yes") == 0
+        assert server.asked == []
+    assert "not asked: the budget is spent" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_looks")
 def test_a_batch_goes_on_without_structured_output_where_the_server_has_none(tmp_path):
     def respond(question, body):
         return failure(400, "unknown field response_format") if "response_format" in body else right(question, body)

@@ -282,7 +282,7 @@ class PairCollator:
             if record.error:
                 raise RowError(record.error)
             entries: dict[Role, list[_Entry]] = {
-                role: [self._entry(side, draw, record) for side in of] for role, of in sides.items()
+                role: [self._entry(role, side, draw, record) for side in of] for role, of in sides.items()
             }
         except (InputError, RowError) as error:
             if self.on_bad_row == "error":
@@ -316,12 +316,13 @@ class PairCollator:
             entries.append(_Entry(side or EMPTY, draw, item, vision, counts=side is not None))
         return entries
 
-    def _entry(self, side: Side, draw: Draw, record: Record) -> _Entry:
+    def _entry(self, role: Role, side: Side, draw: Draw, record: Record) -> _Entry:
         keeps = draw.is_instructed or (record.task in self.labels and side is not record.query)
         read = side if keeps else replace(side, instruction="")
         item, vision = self._media.load(read, record.where)
-        target = record.target
-        wanted = target.text if target is not None and not target.images and not target.videos else ""
+        target, wanted = record.target, ""
+        if role == "query" and self.reconstruct == "target" and target and not target.images and not target.videos:
+            wanted = target.text
         return _Entry(side, draw, item, vision, counts=True, wanted=wanted)
 
     def _empty(self, draw: Draw) -> _Entry:
@@ -343,7 +344,7 @@ class PairCollator:
         micro_batches: list[list[Hashable]] = [contents]
         if self.micro_batch_tokens or size < len(contents):
             read = self._num_read([rows[content] for content in contents])
-            said = [len(self._suffix(role, rows[content])[0]) for content in contents]
+            said = [self._num_said(role, rows[content], most_steps) for content in contents]
             lengths = dict(zip(contents, zip(read, said, strict=True), strict=True))
             steps = self._capped(role, most_steps)
             micro_batches, longest = [], (0, 0)
@@ -361,6 +362,13 @@ class PairCollator:
             [[(rows[content], filled[content]) for content in of_pass] for of_pass in micro_batches],
             torch.tensor([place[content] for content in row_of]),
         )
+
+    def _num_said(self, role: Role, entry: _Entry, most_steps: int) -> int:
+        """Tokens of the suffix of a row, of the longer one where a second pass writes its whole rationale."""
+        own = len(self._suffix(role, entry)[0])
+        if role not in self.teacher_roles or not most_steps:
+            return own
+        return max(own, len(self._suffix(role, entry, explicit=True)[0]))
 
     def _num_read(self, entries: Sequence[_Entry]) -> list[int]:
         """Tokens of the prefixes of some rows, visual ones included."""
@@ -471,7 +479,7 @@ class PairCollator:
 class _Entry:
     """One side of a row, ready to be joined with others; `item` holds stand-ins for the media in `vision`.
 
-    wanted: the row's target where it is a text alone.
+    wanted: the row's target, where it is a text alone and a query is to say it.
     """
 
     side: Side

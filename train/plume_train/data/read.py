@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from plume.terminal import counted, is_watched, say
-from plume_train.data.records import OnBadRow, Records
+from plume_train.data.records import JsonLines, OnBadRow, Records, open_source
 from plume_train.data.rows import RecordFormat, UnclosedAnswerPolicy
 
 _NUM_TOLD = 3
@@ -48,14 +48,16 @@ def check_writable(records: Records, data: str) -> None:
     """Refuse rows that no line of JSON can hold, before anything is done with them.
 
     Raises:
-        ValueError: names what the first row holds.
+        ValueError: names what the first such row holds.
     """
-    row = records.raw(0)
-    for name, value in row.items() if isinstance(row, dict) else ():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{data} holds a {type(value).__name__} in {name!r}, which a file .jsonl cannot; write its media to "
-                "files first, and their paths into the rows (train/README.md, A row)"
-            ) from None
+    if isinstance(open_source(data), JsonLines):
+        return
+    for row in map(records.raw, range(len(records))):
+        for name, value in row.items() if isinstance(row, dict) else ():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{data} holds a {type(value).__name__} in {name!r}, which a file .jsonl cannot; write its media "
+                    "to files first, and their paths into the rows (train/README.md, A row)"
+                ) from None

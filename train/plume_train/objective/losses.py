@@ -118,10 +118,13 @@ class Contrast:
         for keys in (query_keys, target_keys):
             if keys is not None:
                 allowed &= keys[:, None] != gather_rows(keys)[None]
+        forwards = allowed
         if right_keys is not None and target_keys is not None:
-            allowed &= ~(target_keys[:, None, None] == gather_rows(right_keys)[None]).any(dim=2)
+            allowed = allowed & ~(target_keys[:, None, None] == gather_rows(right_keys)[None]).any(dim=2)
+            forwards = allowed & ~(right_keys[:, :, None] == gather_rows(target_keys)[None, None]).any(dim=1)
         own = torch.arange(len(is_pair), device=is_pair.device) + rows_before(is_pair)
-        allowed = allowed.scatter(1, own[:, None], value=True)  # the positive always counts
+        # The positive always counts.
+        allowed, forwards = (mask.scatter(1, own[:, None], value=True) for mask in (allowed, forwards))
         negatives = None
         if is_negative is not None:
             negatives = gather_rows(is_negative)[None].repeat(len(is_pair), 1)
@@ -133,7 +136,7 @@ class Contrast:
         own_alone = torch.zeros_like(allowed).scatter(1, own[:, None], value=True)
         return cls(
             allowed=allowed,
-            allowed_targets=own_alone if has_labels else allowed,
+            allowed_targets=own_alone if has_labels else forwards,
             allowed_negatives=negatives,
             is_pair=is_pair,
             own=own,

@@ -229,7 +229,8 @@ class Objective:
                 self.args.matryoshka_precisions,  # type: ignore[arg-type]
             )
         if self.weights["alignment"]:
-            of_batch = Contrast.of(batch["is_pair"], columns["query_keys"], columns["target_keys"])
+            keys = columns["query_keys"], columns["target_keys"]
+            of_batch = Contrast.of(batch["is_pair"], *keys, right_keys=columns["right_keys"])
             parts["alignment"] = alignment_loss(
                 query["embedding"], target["embedding"], query["anchor"], target["anchor"], 1 / scales[0], of_batch
             )
@@ -237,7 +238,8 @@ class Objective:
             parts["ranking"] = self._ranking(sides, batch, columns)
         if self.weights["per_step"] and batch["most_steps"]:
             whole = batch["is_pair"] & batch["takes_all_steps"]
-            contrast = Contrast.of(whole, columns["query_keys"], columns["target_keys"])
+            keys = columns["query_keys"], columns["target_keys"]
+            contrast = Contrast.of(whole, *keys, right_keys=columns["right_keys"])
             parts["per_step"] = per_step_loss(query["states"], target["states"], self.args.temperature, contrast)
         return parts
 

@@ -80,7 +80,8 @@ class BatchRun:
     """All questions of a run, in as many batches as it takes.
 
     judge: takes what was written about a question, or raises RejectedError. note: keeps an entry of the journal.
-    most_tries: how often a question is asked whose answers are rejected.
+    most_tries: how often a question is asked whose answers are rejected. has_answered: whether the model has answered
+    others before, so that a batch of refusals is due to its questions.
     """
 
     server: Server
@@ -89,6 +90,8 @@ class BatchRun:
     note: Callable[[str, dict[str, Any]], None]
     reasons: Counter[str]
     most_tries: int
+    has_answered: bool = False
+    _mine: list[Batch] = field(default_factory=list)
 
     async def ask(self, questions: Mapping[str, Question]) -> None:
         """Hand in what is not under way, wait, and ask again about what was rejected.
@@ -98,10 +101,14 @@ class BatchRun:
         """
         under_way = keys_of(self.pending.batches)
         self.server.spent.reserved += sum(batch.cost for batch in self.pending.batches)
-        if under_way:
-            say(f"waiting for {counted(len(under_way), 'question')} that were handed in before")
+        # Batches of another command on the same file, as with other prompts, are left for that one.
+        self._mine = [batch for batch in self.pending.batches if not questions.keys().isdisjoint(batch.keys)]
+        if self._mine:
+            say(f"waiting for {counted(len(keys_of(self._mine)), 'question')} that were handed in before")
+        if left := len(self.pending.batches) - len(self._mine):
+            say(f"{counted(left, 'other batch')} of {self.pending.file.name} left to the command that handed them in")
         await self._hand_in({key: question for key, question in questions.items() if key not in under_way})
-        while self.pending.batches:
+        while self._mine:
             again: list[str] = []
             for batch, state in await self._ended():
                 again += await self._collect(batch, state, questions)
@@ -150,7 +157,9 @@ class BatchRun:
             )
         except openai.APIError as error:
             raise ServerError(f"no batch can be handed in: {sentence(error)}") from None
-        self.pending.batches.append(Batch(made.id, sum(cost for _, _, cost in lines), [key for key, _, _ in lines]))
+        batch = Batch(made.id, sum(cost for _, _, cost in lines), [key for key, _, _ in lines])
+        self.pending.batches.append(batch)
+        self._mine.append(batch)
         self.pending.save()
         say(f"batch {made.id} with {counted(len(lines), 'question')} is handed in; the same command waits for it again")
 
@@ -164,14 +173,14 @@ class BatchRun:
         failures = 0
         while True:
             try:
-                states = [await self._client.batches.retrieve(one.id) for one in self.pending.batches]
+                states = [await self._client.batches.retrieve(one.id) for one in self._mine]
             except openai.APIError as error:
                 failures += 1
                 if isinstance(error, openai.NotFoundError) or failures == MOST_FAILURES:
                     raise ServerError(f"batches cannot be looked at: {sentence(error)}") from None
             else:
                 failures = 0
-                pairs = list(zip(self.pending.batches, states, strict=True))
+                pairs = list(zip(self._mine, states, strict=True))
                 if ended := [(one, state) for one, state in pairs if state.status in _ENDED]:
                     return ended
             await asyncio.sleep(POLL_S)
@@ -187,9 +196,13 @@ class BatchRun:
         ]
         self.server.spent.reserved -= batch.cost
         self.pending.batches.remove(batch)
-        found = {line["custom_id"]: line.get("response") or {} for line in lines}
+        self._mine.remove(batch)
+        found = {line["custom_id"]: {"error": line.get("error"), **(line.get("response") or {})} for line in lines}
         wrong = [one for one in found.values() if one.get("status_code") != 200]
-        if not found or len(wrong) == len(found):  # as for a wrong name of the model: no fault of the questions
+        is_refused = self.has_answered and all(one.get("status_code") in REFUSED for one in wrong)
+        is_late = state.status in ("expired", "cancelled")
+        if not is_late and (not found or (len(wrong) == len(found) and not is_refused)):
+            # As for a wrong name of the model, which is no fault of the questions.
             self.pending.save()
             if wrong and self.server.is_structured and "response_format" in _told(wrong[0]):
                 self.server.is_structured = False
@@ -209,16 +222,20 @@ class BatchRun:
     def _take(self, key: str, question: Question, response: Mapping[str, Any]) -> bool:
         """Note the answer to a question; whether it is to be asked again."""
         status = response.get("status_code")
+        body = response.get("body") or {}
+        known = self.pending.rejected.get(key, Rejected())
         if status in REFUSED:
-            self._finish(key, {"reason": "the server refuses the question", "tries": 1})
+            reason = "the server refuses the question"
+            self._finish(key, {"reason": reason, "tries": known.tries + 1, "tokens": known.tokens})
             return False
-        if status != 200:
+        if status != 200 or not body.get("choices"):
             self.reasons[_NO_LINE] += 1
             return False
-        known = self.pending.rejected.setdefault(key, Rejected())
+        self.has_answered = True
+        self.pending.rejected[key] = known
         known.tries += 1
         try:
-            written, tokens = self.server.take(ChatCompletion.model_validate(response["body"]), 0)
+            written, tokens = self.server.take(ChatCompletion.construct(**body), 0)
             known.tokens = [known.tokens[0] + tokens[0], known.tokens[1] + tokens[1]]
             entry = self.judge(written, question)
         except RejectedError as error:
@@ -237,7 +254,7 @@ class BatchRun:
 
 def _told(response: Mapping[str, Any]) -> str:
     """What the server says is wrong with a question, in one line."""
-    error = (response.get("body") or {}).get("error") or {}
+    error = (response.get("body") or {}).get("error") or response.get("error") or {}
     return " ".join(str(error.get("message") or f"status {response.get('status_code')}").split())[:300]
 
 

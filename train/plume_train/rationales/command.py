@@ -66,7 +66,8 @@ def rationales(argv: Sequence[str]) -> int:
     journal = Journal(answers)
     keys = [question.key(model=options.model) for question in questions]
     asked = {key: question for key, question in zip(keys, questions, strict=True) if key not in journal.known}
-    waiting = keys_of(Pending(_pending_file(journal)).batches) & asked.keys()
+    pending = Pending(_pending_file(journal))
+    waiting = keys_of(pending.batches) & asked.keys()
     if waiting and not options.batch:
         raise ValueError(
             f"{counted(len(waiting), 'question')} about these rows are under way in batches; say --batch to wait for "
@@ -75,6 +76,7 @@ def rationales(argv: Sequence[str]) -> int:
     missing = [pair for pair in asked.items() if pair[0] not in waiting][: options.limit]
     spent = Spent(tuple(options.price) if options.price else None, options.budget)
     spent.leave_out(entry.get("tokens", (0, 0)) for entry in journal.known.values())
+    spent.leave_out(one.tokens for one in pending.rejected.values())
     say(
         f"{counted(len(questions), 'side')} without a rationale in {counted(len(records), 'row')}; "
         f"{len({*keys} & {*journal.known})} different ones were asked about before, {len(missing)} are to be now"
@@ -187,6 +189,7 @@ async def _ask_all(
                 note=lambda name, entry: journal.add(name, entry | {"by": by}),
                 reasons=reasons,
                 most_tries=MOST_TRIES,
+                has_answered=any(entry.get("rationale") for entry in journal.known.values()),
             )
             try:
                 await run.ask(dict(questions))

@@ -51,6 +51,8 @@ class Finder:
             keys, others = self._others_of(self._records.tasks[question.row])
             written = self._embed("query", [answer.text or answer.rationale])[0]
             own = self._embed("target", [to_input(goal)])[0]
+        if np.isnan(own).any():
+            return  # the embedder cannot read this target, which is no fault of the answer
         others = others[[key != goal.key for key in keys]]
         if len(others) and not (written @ own >= (others @ written).max()):
             raise RejectedError("the answer finds other targets before its own")
