@@ -437,9 +437,9 @@ def serve(
         str | None, typer.Option(envvar="PLUME_API_KEY", help="That requests must bear; better in PLUME_API_KEY.")
     ] = None,
     notice_seconds: Annotated[
-        float, typer.Option(help="Between a signal and the end, in which /ready says 503.", min=0)
+        float, typer.Option(help="After a signal, in which /ready says 503 and requests are taken.", min=0)
     ] = 0.0,
-    grace_seconds: Annotated[int, typer.Option(help="For answers under way when the listener closes.", min=1)] = 60,
+    grace_seconds: Annotated[int, typer.Option(help="For answers under way then.", min=1)] = 60,
 ) -> None:
     """Serve vectors over HTTP, by the APIs of OpenAI, vLLM, Jina, Cohere and TEI.
 

@@ -17,16 +17,20 @@ import orjson
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from plume.serving.errors import RequestError
 from plume.serving.requests import Request, read_cohere, read_json, read_openai, read_tei
-from plume.serving.service import Answer, Service
+from plume.serving.service import Answer, Held, Service
 from plume.version import __version__
 
 _access = logging.getLogger("plume.serving.access")
 
 #: Routes that anybody may ask, so that a supervisor needs no key.
 OPEN = ("/health", "/ready")
+#: For threads to end.
+_CLOSE_S = 5.0
+
 Read = Callable[[Mapping[str, Any]], Request]
 Write = Callable[[Request, Answer], Any]
 
@@ -44,7 +48,7 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
         if on_start is not None:
             on_start()
         yield
-        await asyncio.get_running_loop().run_in_executor(None, service.close)
+        await asyncio.get_running_loop().run_in_executor(None, service.close, _CLOSE_S)
 
     app = FastAPI(title="plume", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, service=service)
@@ -64,13 +68,21 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
         return await embed(request, read_cohere, _as_cohere)
 
     @app.post("/embed", openapi_extra=_body("inputs"))
+    @app.post("/", include_in_schema=False)
     async def tei_embed(request: HTTPRequest) -> Response:
         return await embed(request, read_tei, lambda _, answer: answer.vectors)
 
+    about = {"id": model, "object": "model", "created": 0, "owned_by": "plume"}
+
     @app.get("/v1/models")
     async def models() -> Response:
-        about = {"id": model, "object": "model", "created": 0, "owned_by": "plume"}
         return _json({"object": "list", "data": [about]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        if name != model:
+            raise RequestError(404, f"there is no such model; this server has {model!r}", "model")
+        return _json(about)
 
     @app.get("/info")
     async def info() -> Response:
@@ -91,11 +103,11 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
             }
         )
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return _json({"status": service.state}, 200 if service.is_alive else 503)
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         is_ready = service.state == "ready" and service.is_alive
         return _json({"status": service.state}, 200 if is_ready else 503)
@@ -124,18 +136,18 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
 
 
 async def _answered(service: Service, request: HTTPRequest, read: Read) -> tuple[Request, Answer | None]:
-    _ = service.plume  # before the body is read: 503 where there is no model
-    body = await _read_body(service, request)
-    service.pending_bytes += len(body)
-    try:
-        loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(service.decoders, lambda: read(read_json(body)))
-        return asked, await service.answer(_connection(request), asked, _gone(request))
-    finally:
-        service.pending_bytes -= len(body)
+    with service.taking() as held:  # 503 where there is no model, before the body is read
+        body = await _read_body(service, request, held)
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(service.decoders, lambda: read(read_json(body)))
+            return asked, await service.answer(_connection(request), asked, gone, held)
+        finally:
+            gone.cancel()
 
 
-async def _read_body(service: Service, request: HTTPRequest) -> bytes:
+async def _read_body(service: Service, request: HTTPRequest, held: Held) -> bytes:
     """The body, as long as it is neither too large nor too slow, whatever its headers say.
 
     Raises:
@@ -149,12 +161,12 @@ async def _read_body(service: Service, request: HTTPRequest) -> bytes:
                 size += len(part)
                 if size > settings.max_body_bytes:
                     raise RequestError(413, f"a request may hold {settings.max_body_bytes:,} bytes")
-                if service.pending_bytes + size > settings.max_pending_bytes:
-                    service.metrics.rejected.labels("pending bytes").inc()
-                    raise RequestError(429, "too many requests are being read; try again later", retry_after=1)
+                held.add(len(part))
                 parts.append(part)
     except TimeoutError:
         raise RequestError(408, "the request was not sent in time") from None
+    except ClientDisconnect:
+        raise RequestError(499, "the client has gone") from None
     return b"".join(parts)
 
 

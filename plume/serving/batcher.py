@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,10 @@ NORM_TOLERANCE = 1e-3
 
 
 class QueueFullError(Exception):
-    """The queue has no room for a request now; `seconds` says when to try again."""
+    """The queue has no room for a request now; `seconds` says when to try again, None that it never will."""
 
-    def __init__(self, seconds: int):
-        super().__init__(f"the queue is full; try again in {seconds} s")
+    def __init__(self, seconds: int | None):
+        super().__init__("the queue is full")
         self.seconds = seconds
 
 
@@ -93,9 +94,10 @@ class Batcher:
             encode: called from the thread alone.
             max_batch_size: inputs of a batch at most.
             max_batch_tokens: tokens of a batch at most, padding included; a longer input has one to itself.
-            max_queue_tokens: tokens that may wait; a request that finds none waiting is taken whatever its size.
+            max_queue_tokens: tokens that may wait, of one connection at most half of them; one input alone is taken
+                whatever its length.
             observe: see `Observe`.
-            stop: called once the device has failed for good.
+            stop: called once nothing can be encoded any more.
         """
         self._encode, self._observe, self._stop = encode, observe, stop
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
@@ -104,7 +106,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._queue_tokens = self._queue_inputs = 0
         self._began: float | None = None
-        self._is_closing = False
+        self._is_closing = self._is_over = False
+        self._largest = max_batch_tokens
         self._tokens_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="plume-encode", daemon=True)
         self._thread.start()
@@ -142,12 +145,20 @@ class Batcher:
             entries: the inputs.
 
         Raises:
-            QueueFullError: there is no room for them now.
+            QueueFullError: there is no room for them now, or never.
+            FatalError: nothing is encoded any more.
         """
         tokens = sum(entry.num_tokens for entry in entries)
+        share = self.max_queue_tokens // 2
         with self._changed:
-            if self._queue_tokens and self._queue_tokens + tokens > self.max_queue_tokens:
-                raise QueueFullError(self._seconds_until(self._queue_tokens + tokens - self.max_queue_tokens))
+            if self._is_over or self._is_closing:
+                raise FatalError("nothing is encoded any more")
+            if tokens > share and len(entries) > 1:
+                raise QueueFullError(None)
+            own = sum(entry.num_tokens for entry in self._waiting.get(connection, ()))
+            over = max(self._queue_tokens + tokens - self.max_queue_tokens, own + tokens - share)
+            if self._queue_tokens and over > 0:
+                raise QueueFullError(self._seconds_until(over))
             self._waiting.setdefault(connection, deque()).extend(entries)
             self._queue_tokens += tokens
             self._queue_inputs += len(entries)
@@ -183,8 +194,8 @@ class Batcher:
             began = time.monotonic()
             try:
                 self._work(batch)
-            except FatalError:
-                self._fail_all()
+            except BaseException:  # whatever it is, nobody may wait for ever
+                self._fail_all(batch)
                 if self._stop is not None:
                     self._stop()
                 return
@@ -196,7 +207,8 @@ class Batcher:
                 speed if not self._tokens_per_second else 0.8 * self._tokens_per_second + 0.2 * speed
             )
             if self._observe is not None:
-                self._observe(batch, seconds)
+                with suppress(Exception):  # numbers are not worth an answer
+                    self._observe(batch, seconds)
 
     def _next(self) -> list[Entry]:
         """The next batch, once there is one; empty at the end."""
@@ -214,7 +226,7 @@ class Batcher:
         """Inputs of like K, of one connection after the other, as many as fit."""
         batch: list[Entry] = []
         longest, progress = 0, True
-        first = next(iter(self._waiting), None)
+        served: dict[Hashable, None] = {}
         while progress and len(batch) < self.max_batch_size:
             progress = False
             for connection in list(self._waiting):
@@ -232,11 +244,13 @@ class Batcher:
                 if not queue:
                     del self._waiting[connection]
                 progress = True
+                served[connection] = None
                 if head.future.set_running_or_notify_cancel():
                     batch.append(head)
                     longest = max(longest, head.num_tokens)
-        if first in self._waiting:
-            self._waiting.move_to_end(first)  # so that another begins the next batch
+        for connection in served:
+            if connection in self._waiting:
+                self._waiting.move_to_end(connection)  # so that others come before it in the next batch
         return batch
 
     def _work(self, batch: Sequence[Entry]) -> None:
@@ -247,23 +261,30 @@ class Batcher:
         """
         try:
             vectors = self._encode([entry.item for entry in batch], batch[0].how)
+            if len(vectors) != len(batch):
+                raise BrokenVectorError("the model returned another number of vectors")
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self.max_batch_tokens = max(self.max_batch_tokens // 2, 1)
+            self._shrink(batch)
             self._halves(batch, error)
             return
         except Exception as error:  # whatever a model raises is due to an input, unless the device is lost
             if is_fatal(error):
-                for entry in batch:
-                    entry.future.set_exception(FatalError("the device has failed"))
                 raise FatalError from error
             self._halves(batch, error)
             return
+        self.max_batch_tokens = min(self.max_batch_tokens + self._largest // 64, self._largest)
         for entry, vector in zip(batch, vectors, strict=True):
             if not np.isfinite(vector).all() or abs(float(np.linalg.norm(vector)) - 1) > NORM_TOLERANCE:
                 entry.future.set_exception(BrokenVectorError("the model returned what is no unit vector"))
             else:
                 entry.future.set_result(vector)
+
+    def _shrink(self, batch: Sequence[Entry]) -> None:
+        """Smaller batches for a while, as far as it was the batch and not an input that was too large."""
+        if len(batch) > 1:
+            padded = len(batch) * max(entry.num_tokens for entry in batch)
+            self.max_batch_tokens = max(min(self.max_batch_tokens, padded // 2), self._largest // 16, 1)
 
     def _halves(self, batch: Sequence[Entry], error: Exception) -> None:
         if len(batch) == 1:
@@ -272,14 +293,18 @@ class Batcher:
         self._work(batch[: len(batch) // 2])
         self._work(batch[len(batch) // 2 :])
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, batch: Sequence[Entry]) -> None:
+        for entry in batch:
+            if not entry.future.done():
+                entry.future.set_exception(FatalError("nothing is encoded any more"))
         with self._changed:
+            self._is_over = True
             left = [entry for queue in self._waiting.values() for entry in queue]
             self._waiting.clear()
             self._queue_tokens = self._queue_inputs = 0
         for entry in left:
             if entry.future.set_running_or_notify_cancel():
-                entry.future.set_exception(FatalError("the device has failed"))
+                entry.future.set_exception(FatalError("nothing is encoded any more"))
 
 
 def is_fatal(error: Exception) -> bool:

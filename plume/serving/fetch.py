@@ -14,8 +14,9 @@ import socket
 import ssl
 import string
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -85,9 +86,10 @@ class Fetcher:
         raise wrong("an address cannot be fetched, or is not allowed here", param)
 
     def _fetch(self, url: str, most: int) -> bytes:
+        deadline = time.monotonic() + self._whole_seconds
         for _ in range(MOST_REDIRECTS + 1):
             parts = self._checked(url)
-            status, location, content = self._asked(parts, most)
+            status, location, content = self._asked(parts, most, deadline)
             if status == 200:
                 return content
             if status not in _REDIRECTS or not location:
@@ -116,22 +118,31 @@ class Fetcher:
             raise RefusedError("a host that is not allowed")
         return parts
 
-    def _asked(self, parts: SplitResult, most: int) -> tuple[int, str | None, bytes]:
+    def _asked(self, parts: SplitResult, most: int, deadline: float) -> tuple[int, str | None, bytes]:
         host = (parts.hostname or "").lower()
         port = parts.port or (443 if parts.scheme == "https" else 80)
         addresses = list(self._resolve(host, port))
         if not addresses or not all(map(self._is_allowed, addresses)):
             raise RefusedError("a host that resolves to an address of a private network")
-        with closing(socket.create_connection((addresses[0], port), timeout=CONNECT_S)) as plain:
-            plain.settimeout(self._whole_seconds)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise RefusedError("too slow")
+        with ExitStack() as stack:
+            used = socket.create_connection((addresses[0], port), timeout=min(CONNECT_S, left))
+            stack.callback(used.close)
+            if parts.scheme == "https":
+                used = self._tls.wrap_socket(used, server_hostname=host, do_handshake_on_connect=False)
+                stack.callback(used.close)
+            used.settimeout(left)
             # A server that sends a byte now and then would else never end.
             is_late = threading.Event()
-            end = threading.Timer(self._whole_seconds, _shut, [plain, is_late])
+            end = threading.Timer(max(deadline - time.monotonic(), 0), _shut, [used, is_late])
             end.start()
             try:
-                secure = parts.scheme == "https"
-                used = self._tls.wrap_socket(plain, server_hostname=host) if secure else plain
+                if isinstance(used, ssl.SSLSocket):
+                    used.do_handshake()
                 connection = http.client.HTTPConnection(host, port)
+                connection.default_port = port  # so that no host is asked for by its port
                 connection.sock = used
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.putrequest("GET", target, skip_accept_encoding=True)
@@ -174,4 +185,4 @@ def _resolved(host: str, port: int) -> list[str]:
 def _shut(connection: socket.socket, is_late: threading.Event) -> None:
     is_late.set()
     with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # of TLS the connection beneath

@@ -30,6 +30,9 @@ from plume.serving.errors import RequestError, wrong
 #: Formats of images that are decoded.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+#: For a process to start, which imports torch.
+_START_S = 120.0
+
 _log = logging.getLogger("plume.serving")
 
 
@@ -39,7 +42,9 @@ class Ceilings:
 
     inputs: int = 2_048
     text_characters: int = 2**18
+    request_characters: int = 2**20
     media: int = 64
+    videos: int = 4
     image_bytes: int = 20_000_000
     image_pixels: int = 25_000_000
     video_bytes: int = 100_000_000
@@ -97,7 +102,7 @@ def decode_image(content: bytes, ceilings: Ceilings, limits: MediaLimits, param:
     if opened.width * opened.height > ceilings.image_pixels:
         raise wrong(f"an image has more than {ceilings.image_pixels:,} pixels; scale it down", param)
     try:
-        return load_image(opened, param, limits.pixels, limits.background)
+        return load_image(content, param, limits.pixels, limits.background)
     except InputError as error:
         _log.info("an image was refused: %s", type(error.__cause__ or error).__name__)
         raise wrong("an image is damaged, too long, or has pixels that cannot be read", param) from None
@@ -118,13 +123,15 @@ class VideoDecoder:
             RequestError: the video cannot be decoded within the ceilings.
         """
         with self._lock:  # one at a time: each may take all the memory that there is for video
-            self._pool = self._pool or ProcessPoolExecutor(
-                1,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_confine,
-                initargs=(self.ceilings.video_memory,),
-            )
             try:
+                if self._pool is None:
+                    self._pool = ProcessPoolExecutor(
+                        1,
+                        mp_context=multiprocessing.get_context("spawn"),
+                        initializer=_confine,
+                        initargs=(self.ceilings.video_memory,),
+                    )
+                    self._pool.submit(int).result(timeout=_START_S)  # its start is not the video's time
                 work = self._pool.submit(_decode_video, content, sampling, background)
                 reason, video = work.result(timeout=self.ceilings.video_seconds)
             except (TimeoutError, BrokenProcessPool) as error:

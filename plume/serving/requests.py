@@ -17,7 +17,12 @@ Side = Literal["query", "document"]
 Kind = Literal["text", "image", "video"]
 
 #: What a field may not ask for, since it would change how every request is read.
-_REFUSED = ("chat_template", "chat_template_kwargs", "media_io_kwargs", "add_generation_prompt")
+_REFUSED = ("chat_template", "chat_template_kwargs", "media_io_kwargs", "add_generation_prompt", "return_multivector",
+            "late_chunking")  # fmt: skip
+#: How vectors may be written.
+ENCODINGS = ("float", "base64", "binary", "ubinary")
+#: Entries of a list in a request at most, whatever the ceilings of a server; looked at before anything is made of them.
+MOST_ENTRIES = 4_096
 _QUERIES = ("query", "search_query", "retrieval.query", "code.query", "nl2code.query", "qa.query")
 _DOCUMENTS = (
     *("document", "passage", "search_document", "retrieval.passage", "code.passage", "nl2code.passage", "qa.passage"),
@@ -85,8 +90,11 @@ def read_openai(body: Mapping[str, Any]) -> Request:
     Raises:
         RequestError: names the field.
     """
-    if refused := [name for name in _REFUSED if body.get(name) is not None]:
+    if refused := [name for name in _REFUSED if body.get(name) not in (None, False)]:
         raise wrong(f"{refused[0]} is not available", refused[0])
+    for name, only in (("embed_dtype", "float32"), ("endianness", "little")):
+        if body.get(name) not in (None, only, "native"):
+            raise wrong(f"vectors are {only} alone", name)
     if body.get("truncate_prompt_tokens") not in (None, -1):
         raise wrong("inputs are not cut; shorten them, or leave it out", "truncate_prompt_tokens")
     if body.get("use_activation") is False or body.get("normalized") is False or body.get("normalize") is False:
@@ -97,8 +105,10 @@ def read_openai(body: Mapping[str, Any]) -> Request:
         inputs = _conversations(body["messages"], "messages")
     else:
         inputs = _inputs(body.get("input"))
-    encoding = _string(body, "encoding_format") or _string(body, "embedding_type") or "float"
-    if encoding not in ("float", "base64", "binary", "ubinary"):
+    encoding = _string(body, "encoding_format") or body.get("embedding_type") or "float"
+    if isinstance(encoding, list) and len(encoding) == 1:
+        (encoding,) = encoding
+    if encoding not in ENCODINGS:
         raise wrong("expected float, base64, binary or ubinary", "encoding_format")
     return Request(inputs=inputs, encodings=[encoding], **_common(body, ("input_type", "task"), "dimensions"))
 
@@ -123,9 +133,11 @@ def read_cohere(body: Mapping[str, Any]) -> Request:
         else:
             inputs.append(Asked((_part("text" if name == "texts" else "image", value, param),), param))
     encodings = _list(body.get("embedding_types") or ["float"], "embedding_types")
-    if unknown := [one for one in encodings if one not in ("float", "base64", "binary", "ubinary")]:
-        raise wrong(f"{unknown[0]!r:.40} is not available; float, base64, binary and ubinary are", "embedding_types")
-    return Request(inputs=inputs, encodings=encodings, **_common(body, ("input_type",), "output_dimension"))
+    if any(one not in ENCODINGS for one in encodings):
+        raise wrong("float, base64, binary and ubinary are available, and no others", "embedding_types")
+    return Request(
+        inputs=inputs, encodings=list(dict.fromkeys(encodings)), **_common(body, ("input_type",), "output_dimension")
+    )
 
 
 def read_tei(body: Mapping[str, Any]) -> Request:
@@ -181,7 +193,11 @@ def _conversations(value: Any, param: str) -> list[Asked]:
 def _conversation(messages: Any, param: str) -> Asked:
     parts: list[Part] = []
     instructions: list[str] = []
-    for message in _list(messages, param):
+    messages = _list(messages, param)
+    last = messages[-1]
+    if len(messages) > 1 and isinstance(last, dict) and last.get("role") == "assistant" and not _says(last):
+        messages = messages[:-1]  # an empty answer, as some clients end a conversation with
+    for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user"):
             raise wrong("a conversation holds messages of the roles system and user", param)
@@ -193,6 +209,17 @@ def _conversation(messages: Any, param: str) -> Asked:
         else:
             raise wrong("a system message holds media; put them into the user message", param)
     return Asked(tuple(parts), param, " ".join(filter(None, instructions)))
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds anything."""
+    content = message.get("content")
+    texts = (
+        [part.get("text") if isinstance(part, dict) else part for part in content]
+        if isinstance(content, list)
+        else [content]
+    )
+    return any(text not in (None, "") for text in texts)
 
 
 def _parts(content: Any, param: str) -> list[Part]:
@@ -226,6 +253,8 @@ def _part(kind: Kind, value: Any, param: str) -> Part:
 def _list(value: Any, param: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise wrong("expected a list that is not empty", param)
+    if len(value) > MOST_ENTRIES:
+        raise RequestError(413, f"a list may hold {MOST_ENTRIES:,} entries", param.partition("[")[0])
     return value
 
 

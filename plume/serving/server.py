@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,11 @@ _LOOK_S = 0.05
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which is told to stop in three steps: not ready, then nothing waits, then closed."""
+    """uvicorn's, which is told to stop in three steps: not ready, then nothing under way, then closed."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, notice_seconds: float):
+    def __init__(self, config: uvicorn.Config, service: Service, notice_seconds: float, grace_seconds: float):
         super().__init__(config)
-        self.service, self.notice_seconds = service, notice_seconds
+        self.service, self.notice_seconds, self.grace_seconds = service, notice_seconds, grace_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: Any = None) -> None:
@@ -36,15 +37,18 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """At a signal; the second one does not wait."""
         leave, loop = partial(super().handle_exit, sig, frame), self._loop
-        if loop is None or self.service.state in ("draining", "failed"):
+        if loop is None or self.service.state in ("leaving", "draining", "failed"):
             leave()
+            self.force_exit = self.service.state != "failed"
             return
-        self.service.drain()
+        self.service.leave()
         loop.call_soon_threadsafe(lambda: loop.create_task(self._leave(leave)))
 
     async def _leave(self, leave: Any) -> None:
         await asyncio.sleep(self.notice_seconds)  # so that a proxy that asks /ready sends no more
-        while not self.service.is_idle:
+        self.service.drain()
+        end = time.monotonic() + self.grace_seconds
+        while not self.service.is_idle and time.monotonic() < end:
             await asyncio.sleep(_LOOK_S)
         leave()
 
@@ -63,8 +67,8 @@ def serve(
         settings: of the service.
         host: address to listen at; others than this machine's own let others in.
         port: 0 takes a free one, which is logged.
-        notice_seconds: between a signal and the end, in which `/ready` says 503.
-        grace_seconds: for answers that are under way when the listener closes.
+        notice_seconds: after a signal, in which `/ready` says 503 and requests are still taken.
+        grace_seconds: for answers that are under way then.
     """
     _log_as_json()
     service = Service(settings)
@@ -75,9 +79,9 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=grace_seconds,
+        timeout_graceful_shutdown=1,  # what was under way has been waited for
     )
-    server = Server(config, service, notice_seconds)
+    server = Server(config, service, notice_seconds, grace_seconds)
 
     def load() -> None:
         log = logging.getLogger("plume.serving")
@@ -104,8 +108,9 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         found = json.loads(text) if record.name.endswith(".access") else {"message": text}
-        if record.exc_info:
-            found["error"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[0]:  # where, and of what kind; messages may hold what was sent
+            frames = "".join(traceback.format_tb(record.exc_info[2]))
+            found["error"] = f"{record.exc_info[0].__name__}\n{frames}"
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         return json.dumps({"time": f"{when}Z", "level": record.levelname.lower(), "logger": record.name, **found})
 

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from plume.serving.media import Ceilings, VideoDecoder, content_of, decode_image
 from plume.serving.metrics import Metrics
 from plume.serving.requests import Asked, Part, Request, Side
 
-State = Literal["loading", "ready", "draining", "failed"]
+State = Literal["loading", "ready", "leaving", "draining", "failed"]
+"""Of a server; "leaving" takes requests still, while whoever asks whether it is ready sends no more."""
 
 #: Addresses that are fetched at once.
-_FETCHES = 16
+_FETCHES = 8
 
 _log = logging.getLogger("plume.serving")
 
@@ -78,6 +80,27 @@ class Answer:
     num_tokens: int
 
 
+class Held:
+    """Bytes of a request that are in memory, counted while they come; of the event loop alone."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self.size = 0
+
+    def add(self, count: int) -> None:
+        """Count some more.
+
+        Raises:
+            RequestError: too many are in memory, of all requests together.
+        """
+        service = self._service
+        if service.pending_bytes + count > service.settings.max_pending_bytes:
+            service.metrics.rejected.labels("pending bytes").inc()
+            raise RequestError(429, "too many requests are being read; try again later", retry_after=1)
+        service.pending_bytes += count
+        self.size += count
+
+
 class Service:
     """What the routes call.
 
@@ -97,7 +120,8 @@ class Service:
         self.videos = VideoDecoder(settings.ceilings)
         self.fetcher = Fetcher(settings.allowed_media_domains)
         self.fetchers = ThreadPoolExecutor(_FETCHES, thread_name_prefix="plume-fetch")
-        self.pending_bytes = 0
+        self.video_threads = ThreadPoolExecutor(1, thread_name_prefix="plume-video")  # so that texts go on meanwhile
+        self.pending_bytes = self.in_flight = 0
         self.failure = ""
         self._plume: Plume | None = None
         self._batcher: Batcher | None = None
@@ -139,9 +163,14 @@ class Service:
         if self.state == "loading":
             self.state = "ready"
 
-    def drain(self) -> None:
-        """Take no more requests; those that wait are answered."""
+    def leave(self) -> None:
+        """Be not ready any more; requests are still taken."""
         if self.state in ("loading", "ready"):
+            self.state = "leaving"
+
+    def drain(self) -> None:
+        """Take no more requests; those that have been taken are answered."""
+        if self.state != "failed":
             self.state = "draining"
 
     def close(self, timeout: float | None = None) -> None:
@@ -149,12 +178,12 @@ class Service:
         self.drain()
         if self._batcher is not None:
             self._batcher.close(timeout)
-        for threads in (self.decoders, self.fetchers):
+        for threads in (self.decoders, self.fetchers, self.video_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self.videos.close()
 
     def _fail(self) -> None:
-        self.failure, self.state = "the device has failed", "failed"
+        self.failure, self.state = "nothing can be encoded any more", "failed"
 
     # What may be asked at any time.
 
@@ -165,7 +194,7 @@ class Service:
         Raises:
             RequestError: it is not there yet, or not any more.
         """
-        if self.state == "ready" and self._plume is not None:
+        if self.state in ("ready", "leaving") and self._plume is not None:
             return self._plume
         told = {"loading": "the model is being loaded", "draining": "the server is being stopped"}
         self.metrics.rejected.labels(self.state).inc()
@@ -187,42 +216,65 @@ class Service:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
-        return self._batcher is None or self._batcher.is_idle
+        """Whether no request is under way."""
+        return not self.in_flight
+
+    @contextmanager
+    def taking(self) -> Iterator[Held]:
+        """A request that is taken, from its body to its answer.
+
+        Raises:
+            RequestError: none is taken now.
+        """
+        _ = self.plume
+        held = Held(self)
+        self.in_flight += 1
+        try:
+            yield held
+        finally:
+            self.in_flight -= 1
+            self.pending_bytes -= held.size
 
     # What a request goes through.
 
-    async def answer(self, connection: Hashable, request: Request, gone: Awaitable[Any]) -> Answer | None:
+    async def answer(
+        self, connection: Hashable, request: Request, gone: asyncio.Future[Any], held: Held
+    ) -> Answer | None:
         """Vectors of the inputs of a request; None where its client has gone meanwhile.
 
         Args:
             connection: whose turn it takes in the queue.
             request: as it was read.
             gone: is done when the client has gone.
+            held: counts what is in memory.
 
         Raises:
             RequestError: it cannot be answered.
         """
-        loop, began = asyncio.get_running_loop(), time.monotonic()
-        request = await self._fetched(request)
-        entries = await loop.run_in_executor(self.decoders, self._entries, request)
-        self.metrics.seconds.labels("decode").observe(time.monotonic() - began)
-        batcher = self.batcher
+        decoded = asyncio.ensure_future(self._decoded(request, held))
+        await asyncio.wait({decoded, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not decoded.done():
+            decoded.cancel()
+            return None
+        entries, batcher = decoded.result(), self.batcher
         try:
             batcher.submit(connection, entries)
         except QueueFullError as error:
             self.metrics.rejected.labels("queue full").inc()
+            if error.seconds is None:
+                most = batcher.max_queue_tokens // 2
+                raise RequestError(413, f"a request may hold {most:,} tokens; send fewer inputs at once") from None
             raise RequestError(429, "the queue is full; try again later", retry_after=error.seconds) from None
+        except FatalError as error:
+            raise self._refusal(error, "") from None
         waiting = asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries), return_exceptions=True)
-        watch = asyncio.ensure_future(gone)
         try:
-            await asyncio.wait({waiting, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 self.metrics.cancelled.inc(batcher.drop(connection, entries))
                 return None
             results = waiting.result()
         finally:
-            watch.cancel()
             waiting.cancel()
         found: list[np.ndarray] = []
         for asked, result in zip(request.inputs, results, strict=True):
@@ -236,21 +288,33 @@ class Service:
         vectors = np.stack(found).astype(np.float32, copy=False)
         return Answer(self._cut(vectors, request), sum(entry.num_tokens for entry in entries))
 
-    async def _fetched(self, request: Request) -> Request:
+    async def _decoded(self, request: Request, held: Held) -> list[Entry]:
+        """The inputs of a request, fetched and decoded in threads; those with video in a thread of their own."""
+        began, plume = time.monotonic(), self._plume
+        assert plume is not None
+        self._check_number(request)
+        request = await self._fetched(request, held)
+        has_video = any(part.kind == "video" for asked in request.inputs for part in asked.parts)
+        threads = self.video_threads if has_video else self.decoders
+        entries = await asyncio.get_running_loop().run_in_executor(threads, self._entries, request, plume)
+        self.metrics.seconds.labels("decode").observe(time.monotonic() - began)
+        return entries
+
+    async def _fetched(self, request: Request, held: Held) -> Request:
         """The request with the content of media that it says the address of."""
         parts = [part for asked in request.inputs for part in asked.parts if part.kind != "text"]
         if not any(is_address(part.value) for part in parts):
             return request
-        self._check_number(request)
         began, loop, ceilings = time.monotonic(), asyncio.get_running_loop(), self.settings.ceilings
         most = {"image": ceilings.image_bytes, "video": ceilings.video_bytes}
 
         async def fetched(part: Part) -> Part:
             if part.kind == "text" or not is_address(part.value):
                 return part
-            fetch = self.fetcher.fetch
-            return replace(part, value=await loop.run_in_executor(
-                self.fetchers, fetch, part.value.strip(), most[part.kind], part.param))  # fmt: skip
+            fetch, url = self.fetcher.fetch, part.value.strip()
+            content = await loop.run_in_executor(self.fetchers, fetch, url, most[part.kind], part.param)
+            held.add(len(content))
+            return replace(part, value=content)
 
         inputs = [
             replace(asked, parts=tuple(await asyncio.gather(*map(fetched, asked.parts)))) for asked in request.inputs
@@ -262,26 +326,31 @@ class Service:
         ceilings = self.settings.ceilings
         if len(request.inputs) > ceilings.inputs:
             raise RequestError(413, f"a request may hold {ceilings.inputs:,} inputs", "input")
-        if sum(part.kind != "text" for asked in request.inputs for part in asked.parts) > ceilings.media:
+        parts = [part for asked in request.inputs for part in asked.parts]
+        if sum(part.kind != "text" for part in parts) > ceilings.media:
             raise RequestError(413, f"a request may hold {ceilings.media:,} images and videos", "input")
+        if sum(part.kind == "video" for part in parts) > ceilings.videos:
+            raise RequestError(413, f"a request may hold {ceilings.videos:,} videos", "input")
+        length = sum(len(part.value) for part in parts if part.kind == "text")
+        length += sum(len(asked.instruction or request.instruction) for asked in request.inputs)
+        if length > ceilings.request_characters:
+            raise RequestError(413, f"a request may hold {ceilings.request_characters:,} characters of text", "input")
 
     def plume_steps(self, side: Side | None) -> int | None:
         """K of inputs of a side, where a request does not say."""
         assert self._plume is not None
         return self._plume.default_steps(side or "query")
 
-    def _entries(self, request: Request) -> list[Entry]:
+    def _entries(self, request: Request, plume: Plume) -> list[Entry]:
         """Inputs, checked, decoded and counted.
 
         Raises:
             RequestError: what is wrong with the request, or with which of its inputs.
         """
-        plume = self.plume
         config = plume.plume_config
         if request.model not in (None, "", self.settings.name, self.settings.model):
             raise RequestError(404, f"there is no such model; this server has {self.settings.name!r}", "model")
-        self._check_number(request)
-        self._check_dimensions(request)
+        self._check_dimensions(request, plume)
         side = request.side or self.settings.input_type
         if request.num_latent_steps is not None:
             try:
@@ -304,10 +373,12 @@ class Service:
     def _item(self, asked: Asked, instruction: str, processor: PlumeProcessor) -> Item:
         ceilings, limits = self.settings.ceilings, processor.limits
         content: list[Any] = []
+        instruction = asked.instruction or instruction
+        length = len(instruction) + sum(len(part.value) for part in asked.parts if part.kind == "text")
+        if length > ceilings.text_characters:
+            raise RequestError(413, f"an input may hold {ceilings.text_characters:,} characters", asked.param)
         for part in asked.parts:
             if part.kind == "text":
-                if len(part.value) > ceilings.text_characters:
-                    raise RequestError(413, f"a text may hold {ceilings.text_characters:,} characters", part.param)
                 content += [part.value] if part.value else []
             elif part.kind == "image":
                 raw = content_of(part.value, ceilings.image_bytes, part.param)
@@ -317,7 +388,7 @@ class Service:
                 own, most = limits.sampling, ceilings.video_frames
                 sampling = replace(own, num_frames=min(own.num_frames, most), max_frames=min(own.max_frames, most))
                 content.append(self.videos.decode(raw, sampling, limits.background, part.param))
-        item = Item(tuple(content), asked.instruction or instruction)
+        item = Item(tuple(content), instruction)
         try:
             for text in (*(part for part in content if isinstance(part, str)), item.instruction):
                 check_unicode(text, asked.param)
@@ -327,8 +398,8 @@ class Service:
         except InputError as error:  # its reasons speak of lengths, not of content
             raise wrong(error.reason, asked.param) from None
 
-    def _check_dimensions(self, request: Request) -> None:
-        whole = self.plume.get_embedding_dimension()
+    def _check_dimensions(self, request: Request, plume: Plume) -> None:
+        whole = plume.get_embedding_dimension()
         wanted = whole if request.dimensions is None else request.dimensions
         if wanted != whole and wanted not in self.settings.dimensions:
             lengths = ", ".join(map(str, (whole, *self.settings.dimensions)))

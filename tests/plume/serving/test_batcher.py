@@ -103,20 +103,40 @@ def test_connections_take_turns(queue, model):
     assert any("300" in texts for texts in order[:3])
 
 
+def test_newcomers_do_not_wait_behind_everybody(queue, model):
+    batcher = queue(max_batch_size=8)
+    held(batcher, model)
+    crowd = [entries([number] * 20) for number in range(40)]
+    for number, some in enumerate(crowd):
+        batcher.submit(number, some)
+    newcomer = entries([900])
+    batcher.submit("newcomer", newcomer)
+    model.may_run.set()
+    assert places(newcomer) == [900]
+    at = next(index for index, (texts, _) in enumerate(model.batches) if "900" in texts)
+    assert at <= 1 + 41 // 8 + 1  # once every connection has had its turn
+    for some in crowd:
+        places(some)
+
+
 def test_a_full_queue_takes_all_of_a_request_or_nothing(queue, model):
     batcher = queue(max_queue_tokens=10)
     held(batcher, model)
-    large = entries(range(3), 20)  # nothing waits: taken whatever its size
-    batcher.submit("a", large)
+    some = entries(range(4), 1)
+    batcher.submit("a", some)
+    for connection, tokens in (("b", 7), ("a", 2)):  # more than the queue holds; more than half of it for one
+        with pytest.raises(QueueFullError) as error:
+            batcher.submit(connection, entries([5], tokens))
+        assert 1 <= error.value.seconds <= 60
     with pytest.raises(QueueFullError) as error:
-        batcher.submit("b", entries([5]))
-    assert 1 <= error.value.seconds <= 60
-    assert batcher.queue_inputs == 3
+        batcher.submit("b", entries(range(6), 1))  # it would be refused at any time
+    assert error.value.seconds is None
+    assert batcher.queue_inputs == 4
     model.may_run.set()
-    assert places(large) == [0, 1, 2]
-    again = entries([5])
-    batcher.submit("b", again)
-    assert places(again) == [5]
+    assert places(some) == [0, 1, 2, 3]
+    long = entries([5], 99)  # one input alone, where nothing waits
+    batcher.submit("b", long)
+    assert places(long) == [5]
 
 
 def test_clients_that_have_gone_leave_the_queue(queue, model):
@@ -171,6 +191,29 @@ def test_memory_that_is_short_halves_the_batches(queue, model):
     assert batcher.max_batch_tokens < 64
 
 
+def test_an_input_that_takes_all_memory_does_not_make_batches_small_for_good(queue, model):
+    def fail(texts):
+        if "7" in texts:
+            raise torch.OutOfMemoryError("no memory")
+
+    model.fail = fail
+    batcher = queue(max_batch_tokens=64)
+    for _ in range(4):
+        held(batcher, model)
+        some = entries([0, 1, 7])
+        batcher.submit("a", some)
+        model.may_run.set()
+        assert places(some[:2]) == [0, 1]
+        with pytest.raises(torch.OutOfMemoryError):
+            some[2].future.result(30)
+    assert batcher.max_batch_tokens >= 4
+    for _ in range(80):
+        some = entries([3])
+        batcher.submit("a", some)
+        places(some)
+    assert batcher.max_batch_tokens == 64
+
+
 def test_what_is_no_unit_vector_is_not_handed_out(queue, model):
     batcher = queue()
     batcher._encode = lambda items, how: np.array([[0.0, 0.0], [np.nan, 1.0], [1.0, 0.0]])[: len(items)]
@@ -180,6 +223,48 @@ def test_what_is_no_unit_vector_is_not_handed_out(queue, model):
         with pytest.raises(BrokenVectorError):
             entry.future.result(30)
     assert some[2].future.result(30).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("what", ["half a batch", "another number of vectors", "something else"])
+def test_nobody_waits_for_ever_whatever_fails(model, what):
+    """A device that is lost while halves are encoded, or a thread that ends for any other reason."""
+
+    def fail(texts):
+        if what == "half a batch" and "2" in texts:
+            raise RuntimeError("CUDA error: lost" if len(texts) < 4 else "an input")
+        if what == "something else" and "2" in texts:
+            raise SystemExit
+
+    model.fail = fail
+    stopped = threading.Event()
+    batcher = Batcher(model, stop=stopped.set)
+    if what == "another number of vectors":
+        batcher._encode = lambda items, how: np.eye(4)[: len(items) - 1]
+        (alone,) = entries([1])
+        batcher.submit("a", [alone])
+        with pytest.raises(BrokenVectorError):
+            alone.future.result(30)
+        batcher.close(30)
+        return
+    first = held(batcher, model)
+    some, later = entries([1, 2, 3, 4]), entries([5], num_latent_steps=1)
+    batcher.submit("a", some)
+    batcher.submit("b", later)
+    model.may_run.set()
+    assert places([first]) == [999]
+    for entry in [*some, *later]:
+        assert isinstance(entry.future.exception(30), FatalError)
+    assert stopped.wait(30)
+    with pytest.raises(FatalError):
+        batcher.submit("c", entries([6]))
+    batcher.close(30)
+
+
+def test_nothing_is_taken_once_it_is_closed(model):
+    batcher = Batcher(model)
+    batcher.close(30)
+    with pytest.raises(FatalError):
+        batcher.submit("a", entries([1]))
 
 
 def test_a_lost_device_fails_what_waits_and_stops_the_server(model):

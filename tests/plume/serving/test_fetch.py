@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.server
 import io
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -31,6 +34,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name.startswith("to:"):
             self.send_response(302)
             self.send_header("Location", name[3:])
+            self.end_headers()
+        elif name.startswith("late:"):
+            time.sleep(0.25)
+            self.send_response(302)
+            self.send_header("Location", name[5:])
             self.end_headers()
         elif name == "drip":
             self.send_response(200)
@@ -185,6 +193,34 @@ def test_size_and_time_are_bounded(canary):
     for path in ("drip", "slow-headers"):
         with pytest.raises(RequestError, match=WRONG):
             fetcher(whole_seconds=0.3).fetch(f"http://{HOST}/{path}", 10**6, "input")
+
+
+def test_time_is_bounded_over_redirects_and_over_tls(canary, tmp_path, monkeypatch):
+    with pytest.raises(RequestError, match=WRONG):
+        fetcher(whole_seconds=0.6).fetch(f"http://{HOST}/late:/late:/late:/a.png", 100, "input")
+    assert len(canary.asked) < 4
+    certificate = tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", certificate, "-out",
+               tmp_path / "public.pem", "-days", "1", "-subj", "/CN=x"]  # fmt: skip
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "public.pem", certificate)
+    canary.socket = context.wrap_socket(canary.socket, server_side=True)
+    one = fetcher(whole_seconds=1.0)
+    with pytest.raises(RequestError, match=WRONG):  # nobody vouches for it
+        one.fetch(f"https://{HOST}/a.png", 100, "input")
+    one._tls = ssl._create_unverified_context()
+    canary.asked.clear()
+    assert one.fetch(f"https://{HOST}/a.png", 100, "input") == b"content"
+    assert canary.asked == [(HOST, "/a.png")]  # without a port, by which some hosts sign
+    with pytest.raises(RequestError, match=WRONG):
+        one.fetch(f"https://{HOST}/to:http://{HOST}/a.png", 100, "input")
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=WRONG):
+        one.fetch(f"https://{HOST}/drip", 10**6, "input")
+    assert time.monotonic() - began < 20  # it drips for thirty seconds
 
 
 def test_a_server_fetches_for_those_that_it_was_told_of_alone(canary, plume_folder, picture):

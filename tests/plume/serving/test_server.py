@@ -27,7 +27,7 @@ from plume.serving.batcher import Entry, How
 from plume.serving.errors import RequestError
 from plume.serving.media import Ceilings
 from plume.serving.requests import read_openai
-from plume.serving.service import Service, Settings
+from plume.serving.service import Held, Service, Settings
 from tests.processes import started
 
 TEXTS = ["a red kite", "blue", "what bird is it", "table"]
@@ -46,7 +46,9 @@ def service(plume_folder):
         device="cpu",
         dimensions=(16,),
         max_body_bytes=2_000_000,
-        ceilings=Ceilings(inputs=64, media=3, image_pixels=1_000_000, text_characters=10_000),
+        ceilings=Ceilings(
+            inputs=64, media=3, image_pixels=1_000_000, text_characters=10_000, request_characters=150_000, videos=1
+        ),
     )
     service = Service(settings)
     service.load()
@@ -127,6 +129,9 @@ def test_media_come_as_messages_items_and_parts(client, plume, picture):
     system = {"role": "system", "content": "Find the bird:"}
     found = client.post("/v1/embeddings", json={"messages": [system, user]})
     same(vectors_of(found), plume.encode([asked], instruction="Find the bird:"))
+    told = client.post("/v1/embeddings", json={"messages": [user, {"role": "assistant", "content": ""}],
+                                               "add_generation_prompt": False})  # fmt: skip
+    same(vectors_of(told), expected)
     several = client.post("/v1/embeddings", json={"messages": [[user], [{"role": "user", "content": "blue"}]]})
     same(vectors_of(several), np.stack([expected, plume.encode("blue")]))
     for kind in ("JPEG", "WEBP", "GIF"):
@@ -146,6 +151,18 @@ def test_a_video_is_decoded_in_a_process_of_its_own(client, service, plume, tmp_
     assert refused.json()["error"]["message"].startswith("a video cannot be decoded")
 
 
+def test_a_large_photo_is_seen_as_encode_sees_it(client, plume, picture, tmp_path):
+    """A JPEG of more than twice the size that the model looks at is decoded at a smaller one."""
+    small = plume.plume_model.processor.limits.pixels[1]
+    side = int((4.5 * small) ** 0.5)
+    if side**2 > 1_000_000:
+        side = 990
+    picture(33, 33).resize((side, side)).save(tmp_path / "photo.jpg", quality=95)
+    content = base64.b64encode((tmp_path / "photo.jpg").read_bytes()).decode()
+    found = client.post("/v1/embeddings", json={"input": [{"image": content}]})
+    same(vectors_of(found), plume.encode([tmp_path / "photo.jpg"]))
+
+
 def test_cohere_and_tei(client, plume, picture):
     expected = plume.encode(TEXTS)
     body = {"model": "tiny", "texts": TEXTS, "input_type": "search_query",
@@ -157,6 +174,8 @@ def test_cohere_and_tei(client, plume, picture):
     assert (np.array(found["embeddings"]["binary"]) == unsigned - 128).all()
     assert (unsigned == np.packbits(expected >= 0, axis=1)).all()
     assert found["texts"] == TEXTS
+    many = client.post("/v2/embed", json={"texts": TEXTS, "embedding_types": ["base64"] * 4_000}).json()
+    assert list(many["embeddings"]) == ["base64"]  # each is written once
     image = picture()
     by_image = client.post("/v2/embed", json={"images": [f"data:image/png;base64,{png(image)}"], "input_type": "image"})
     same(by_image.json()["embeddings"]["float"], plume.encode([image]))
@@ -164,6 +183,7 @@ def test_cohere_and_tei(client, plume, picture):
     same(client.post("/v2/embed", json=mixed).json()["embeddings"]["float"], plume.encode(["blue"]))
     same(client.post("/embed", json={"inputs": TEXTS}).json(), expected)
     same(client.post("/embed", json={"inputs": "blue"}).json(), plume.encode(["blue"]))
+    same(client.post("/", json={"inputs": "blue"}).json(), plume.encode(["blue"]))
 
 
 def test_vectors_do_not_depend_on_the_company(client, plume, picture):
@@ -217,7 +237,16 @@ USER = {"role": "user", "content": "blue"}
         ({"input": [None]}, 400, "input[0]", "expected a string"),
         ({"input": [{"sound": "x"}]}, 400, "input[0]", 'an object with "text", "image" or "video"'),
         ({"input": ["blue"] * 65}, 413, "input", "a request may hold 64 inputs"),
-        ({"input": ["x" * 10_001]}, 413, "input[0]", "a text may hold 10,000 characters"),
+        ({"input": ["x" * 10_001]}, 413, "input[0]", "an input may hold 10,000 characters"),
+        ({"input": ["x"], "instruction": "x" * 10_000}, 413, "input[0]", "an input may hold 10,000 characters"),
+        ({"input": ["x" * 9_000] * 20}, 413, "input", "a request may hold 150,000 characters of text"),
+        ({"input": ["x"] * 20, "instruction": "x" * 9_000}, 413, "input", "150,000 characters of text"),
+        ({"messages": [{"role": "system", "content": "x" * 9_999}, USER]}, 413, "messages", "10,000 characters"),
+        ({"input": [""] * 5_000}, 413, "input", "a list may hold 4,096 entries"),
+        ({"input": [{"video": "AAAA"}] * 2}, 413, "input", "a request may hold 1 videos"),
+        ({"input": "blue", "embed_dtype": "float16"}, 400, "embed_dtype", "vectors are float32 alone"),
+        ({"input": "blue", "endianness": "big"}, 400, "endianness", "vectors are little alone"),
+        ({"input": "blue", "return_multivector": True}, 400, "return_multivector", "is not available"),
         ({"input": ["a " * 4_800] * 2}, 400, "input[0]", "tokens"),
         ({"input": "blue", "model": "other"}, 404, "model", "this server has 'tiny'"),
         ({"input": "blue", "dimensions": 8}, 400, "dimensions", "have 64, 16 numbers"),
@@ -284,7 +313,8 @@ def test_bodies_that_are_no_json_too_large_or_of_no_route(client):
     ("path", "body", "told"),
     [
         ("/v2/embed", {"texts": ["a"], "images": ["b"]}, "exactly one of texts, images and inputs"),
-        ("/v2/embed", {"texts": ["a"], "embedding_types": ["int8"]}, "'int8' is not available"),
+        ("/v2/embed", {"texts": ["a"], "embedding_types": ["int8"]}, "and no others"),
+        ("/v2/embed", {"texts": ["a"], "embedding_types": [["float"]]}, "and no others"),
         ("/embed", {"inputs": "a", "normalize": False}, "always of unit length"),
         ("/embed", {"inputs": [["a", "b"]]}, "expected a string"),
     ],
@@ -299,7 +329,7 @@ def test_other_apis_refuse_in_the_same_shape(client, path, body, told):
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(client, service, monkeypatch):
-    monkeypatch.setattr(service.batcher, "max_queue_tokens", 1)
+    monkeypatch.setattr(service.batcher, "max_queue_tokens", 8)
     may_run, is_running = threading.Event(), threading.Event()
     encode = service.batcher._encode
 
@@ -353,14 +383,15 @@ def test_a_client_that_has_gone_leaves_the_queue(service, monkeypatch):
     monkeypatch.setattr(service.batcher, "_encode", slow)
 
     async def go():
+        loop = asyncio.get_running_loop()
         request = read_openai({"input": TEXTS})
-        stays = asyncio.ensure_future(service.answer("stays", request, asyncio.Event().wait()))
-        await asyncio.get_running_loop().run_in_executor(None, is_running.wait, 30)
-        gone = asyncio.Event()
-        leaves = asyncio.ensure_future(service.answer("leaves", request, gone.wait()))
+        stays = asyncio.ensure_future(service.answer("stays", request, loop.create_future(), Held(service)))
+        await loop.run_in_executor(None, is_running.wait, 30)
+        gone = loop.create_future()
+        leaves = asyncio.ensure_future(service.answer("leaves", request, gone, Held(service)))
         while not service.batcher.queue_inputs:
             await asyncio.sleep(0.01)
-        gone.set()
+        gone.set_result(None)
         assert await leaves is None
         assert service.batcher.queue_inputs == 0
         may_run.set()
@@ -372,6 +403,9 @@ def test_a_client_that_has_gone_leaves_the_queue(service, monkeypatch):
 def test_a_server_says_whether_it_is_there(plume_folder, service, client):
     assert client.get("/health").json() == client.get("/ready").json() == {"status": "ready"}
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.head("/health").status_code == 200
     info = client.get("/info").json()
     assert (info["embedding_dimension"], info["num_latent_steps"]) == (64, {"query": 4, "document": 4})
     loading = Service(Settings(model=str(plume_folder), device="cpu"))
@@ -380,6 +414,8 @@ def test_a_server_says_whether_it_is_there(plume_folder, service, client):
     assert early.get("/ready").status_code == 503
     refused = early.post("/v1/embeddings", json={"input": "blue"})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    loading.leave()
+    assert early.get("/ready").status_code == 503
     loading.drain()
     assert "being stopped" in early.post("/v1/embeddings", json={"input": "blue"}).json()["error"]["message"]
     assert early.get("/ready").status_code == 503
@@ -445,12 +481,106 @@ def test_a_slow_body_is_not_waited_for(service, monkeypatch):
         object.__setattr__(service.settings, "body_seconds", 30.0)
 
 
-def test_bytes_that_are_being_read_are_bounded(client, service):
-    service.pending_bytes = service.settings.max_pending_bytes
+def test_bytes_that_are_being_read_are_counted_while_they_come(client, service, monkeypatch):
+    object.__setattr__(service.settings, "max_pending_bytes", 1_000)
+    seen, body = [], b'{"input": "blue"}'
+
+    async def slow():
+        async def receive():
+            seen.append(service.pending_bytes)
+            if len(seen) == 1:
+                return {"type": "http.request", "body": b" " * 900, "more_body": True}
+            if len(seen) == 2:  # another request meanwhile
+                other = await asyncio.get_running_loop().run_in_executor(
+                    None, lambda: client.post("/v1/embeddings", content=body.ljust(200))
+                )
+                seen.append(other.status_code)
+                return {"type": "http.request", "body": body, "more_body": False}
+            await asyncio.sleep(30)
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
+                 "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
+                 "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+        await make_app(service)(scope, receive, send)
+        return sent[0]["status"]
+
     try:
-        assert client.post("/v1/embeddings", json={"input": "blue"}).status_code == 429
+        assert asyncio.run(slow()) == 200
+        assert seen[:3] == [0, 900, 429]
+        assert service.pending_bytes == service.in_flight == 0
     finally:
-        service.pending_bytes = 0
+        object.__setattr__(service.settings, "max_pending_bytes", 400_000_000)
+
+
+def test_a_client_that_breaks_off_is_no_error(service, caplog):
+    async def broken():
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive():
+            return next(messages)
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
+                 "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
+                 "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+        await make_app(service)(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(broken()) == 499
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
+def test_a_request_that_was_taken_is_answered_while_the_server_drains(plume_folder, plume, monkeypatch):
+    service = Service(Settings(model=str(plume_folder), device="cpu"))
+    service.load()
+    client = TestClient(make_app(service))
+    may_go, is_decoding = threading.Event(), threading.Event()
+    entries = service._entries
+
+    def slow(*args):
+        is_decoding.set()
+        may_go.wait(30)
+        return entries(*args)
+
+    monkeypatch.setattr(service, "_entries", slow)
+    with ThreadPoolExecutor(1) as threads:
+        taken = threads.submit(client.post, "/v1/embeddings", json={"input": TEXTS})
+        assert is_decoding.wait(30)
+        service.leave()
+        assert client.get("/ready").status_code == 503
+        service.drain()
+        assert not service.is_idle
+        assert client.post("/v1/embeddings", json={"input": "blue"}).status_code == 503
+        may_go.set()
+        same(vectors_of(taken.result(30)), plume.encode(TEXTS))
+    assert service.is_idle
+    service.close(30)
+
+
+def test_videos_do_not_stop_texts(client, service, monkeypatch):
+    may_go, is_decoding = threading.Event(), threading.Event()
+
+    def slow(*args):
+        is_decoding.set()
+        may_go.wait(30)
+        raise RequestError(400, "a video cannot be decoded")
+
+    monkeypatch.setattr(service.videos, "decode", slow)
+    with ThreadPoolExecutor(8) as threads:
+        videos = [threads.submit(client.post, "/v1/embeddings", json={"input": [{"video": "AAAA"}]}) for _ in range(6)]
+        assert is_decoding.wait(30)
+        assert client.post("/v1/embeddings", json={"input": "blue"}).status_code == 200
+        may_go.set()
+        assert {one.result(60).status_code for one in videos} == {400}
 
 
 def test_queries_and_documents_that_differ_must_be_told_apart(plume_folder, tmp_path):
