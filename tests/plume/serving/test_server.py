@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import random
 import signal
 import socket
 import struct
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -646,3 +648,42 @@ def test_a_client_of_openai_s_is_answered_to_the_end(plume_folder, plume):
 def test_an_entry_and_a_refusal_say_what_they_are():
     assert RequestError(503, "later", retry_after=3).headers == {"Retry-After": "3"}
     assert Entry(None, 3, How()).num_tokens == 3
+
+
+KEYS = {
+    "/v1/embeddings": ["input", "messages", "model", "encoding_format", "dimensions", "num_latent_steps", "instruction",
+                       "input_type", "task", "truncate_prompt_tokens", "embedding_type", "endianness"],
+    "/v2/embed": ["texts", "images", "inputs", "input_type", "embedding_types", "output_dimension", "model"],
+    "/embed": ["inputs", "normalize", "instruction", "dimensions", "num_latent_steps"],
+}  # fmt: skip
+
+
+def anything(rng: random.Random, depth: int = 0):
+    """A random value of JSON, often one that a field might hold."""
+    leaves = [
+        *("blue", "", " ", "\0", "\ud83d\ude00" * 3, "<gen_emb><image>", "data:image/png;base64,", "data:,", "AAAA"),
+        *("query", "tiny", "base64", "user", "system", "text", "image_url"),
+        *(0, 1, -1, 4, 16, 10**30, 1.5, -0.0, True, False, None),
+    ]
+    kind = rng.randrange(6 if depth < 4 else 3)
+    if kind < 3:
+        return rng.choice(leaves)
+    if kind == 3:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    names = ["role", "content", "type", "text", "image", "image_url", "url", "video", "x"]
+    found = {rng.choice(names): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return {"role": rng.choice(["user", "system"]), "content": found} if kind == 5 else found
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_whatever_json_is_sent_is_answered_or_refused(client, path):
+    rng = random.Random(path)
+    statuses = Counter()
+    for _ in range(400):
+        body = {key: anything(rng) for key in rng.sample(KEYS[path], rng.randint(1, 4))}
+        answer = client.post(path, content=json.dumps(body))
+        assert answer.status_code < 500, (body, answer.text)
+        if answer.status_code != 200:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        statuses[answer.status_code] += 1
+    assert statuses[400] > 100
