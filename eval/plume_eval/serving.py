@@ -29,7 +29,7 @@ _START_S, _END_S = 300, 120
 
 
 class Client:
-    """One connection, kept open."""
+    """One connection, kept open, and opened again where the server has closed it meanwhile."""
 
     def __init__(self, port: int):
         self._port = port
@@ -38,15 +38,23 @@ class Client:
     def ask(self, texts: Sequence[str]) -> int:
         """Embed some texts; the status."""
         body = json.dumps({"input": list(texts), "encoding_format": "base64"})
-        self._connection.request("POST", "/v1/embeddings", body)
-        answer = self._connection.getresponse()
-        answer.read()
-        return answer.status
+        return self._sent("POST", "/v1/embeddings", body)[0]
 
     def read(self, path: str) -> str:
         """The answer of a route."""
-        self._connection.request("GET", path)
-        return self._connection.getresponse().read().decode()
+        return self._sent("GET", path, None)[1].decode()
+
+    def _sent(self, method: str, path: str, body: str | None) -> tuple[int, bytes]:
+        for is_last in (False, True):
+            try:
+                self._connection.request(method, path, body)
+                answer = self._connection.getresponse()
+                return answer.status, answer.read()
+            except (http.client.RemoteDisconnected, ConnectionError):
+                self._connection.close()
+                if is_last:
+                    raise
+        raise AssertionError
 
 
 @contextmanager
