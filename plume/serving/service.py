@@ -283,7 +283,7 @@ class Service:
             found.append(result)
         steps = request.num_latent_steps
         if steps is None:
-            steps = self.plume_steps(request.side)
+            steps = self.plume_steps(request.side or self.settings.input_type)
         self.metrics.latent_steps.inc((steps or 0) * len(entries))
         vectors = np.stack(found).astype(np.float32, copy=False)
         return Answer(self._cut(vectors, request), sum(entry.num_tokens for entry in entries))
