@@ -123,11 +123,6 @@ class Batcher:
         return self._queue_inputs
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
-        return not self._queue_inputs and self._began is None
-
-    @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()

@@ -288,6 +288,3 @@ def _common(body: Mapping[str, Any], sides: Sequence[str], dimensions: str) -> d
         "instruction": _string(body, "instruction") or "",
         "side": side,
     }
-
-
-__all__ = ["Asked", "Part", "Request", "RequestError", "read_cohere", "read_json", "read_openai", "read_tei"]

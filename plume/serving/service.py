@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,10 +121,8 @@ class Service:
         self.fetchers = ThreadPoolExecutor(_FETCHES, thread_name_prefix="plume-fetch")
         self.video_threads = ThreadPoolExecutor(1, thread_name_prefix="plume-video")  # so that texts go on meanwhile
         self.pending_bytes = self.in_flight = 0
-        self.failure = ""
         self._plume: Plume | None = None
         self._batcher: Batcher | None = None
-        self._lock = threading.Lock()
 
     # What runs once.
 
@@ -140,21 +137,18 @@ class Service:
 
             plume.encode(["a red kite"], show_progress_bar=False, task=settings.input_type or "query")
             plume.encode([Image.new("RGB", (56, 56), "red")], show_progress_bar=False, task="document")
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
+        except Exception:
             self.state = "failed"
             raise
-        with self._lock:
-            self._plume = plume
-            self._batcher = Batcher(
-                self._encode,
-                max_batch_size=settings.max_batch_size,
-                max_batch_tokens=settings.max_batch_tokens,
-                max_queue_tokens=settings.max_queue_tokens,
-                observe=lambda batch, seconds: self.metrics.see_batch(batch, seconds, time.monotonic() - seconds),
-                stop=self._fail,
-            )
-            batcher = self._batcher
+        self._plume = plume
+        self._batcher = batcher = Batcher(
+            self._encode,
+            max_batch_size=settings.max_batch_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queue_tokens=settings.max_queue_tokens,
+            observe=lambda batch, seconds: self.metrics.see_batch(batch, seconds, time.monotonic() - seconds),
+            stop=self._fail,
+        )
         watch = self.metrics.watch
         watch("plume_queue_tokens", "Tokens that wait", lambda: batcher.queue_tokens)
         watch("plume_queue_inputs", "Inputs that wait", lambda: batcher.queue_inputs)
@@ -183,7 +177,7 @@ class Service:
         self.videos.close()
 
     def _fail(self) -> None:
-        self.failure, self.state = "nothing can be encoded any more", "failed"
+        self.state = "failed"
 
     # What may be asked at any time.
 

@@ -24,7 +24,7 @@ def test_a_server_is_measured_and_ended(plume_folder, tmp_path, monkeypatch):
     assert found["drain_status"] == 200
     table = write_serving("runs/demo/latent", tmp_path, found)
     assert len(summary(found)) == 6
-    assert "10 times capacity" in table
+    assert "10 times capacity, by 256 clients" in table
     assert list(tmp_path.glob("serving_*.json"))
     with socket.socket() as again:  # nobody listens any more
         assert again.connect_ex(("127.0.0.1", port)) != 0

@@ -40,16 +40,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", name[5:])
             self.end_headers()
-        elif name == "drip":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(600):
-                time.sleep(0.05)
-                try:
-                    self.wfile.write(b"x")
-                except OSError:
-                    return
-        elif name == "slow-headers":
+        elif name in ("drip", "slow-headers"):
+            if name == "drip":
+                self.send_response(200)
+                self.end_headers()
             for _ in range(600):
                 time.sleep(0.05)
                 try:

@@ -462,23 +462,24 @@ def test_metrics_tell_of_stages_and_sizes_and_of_no_request(client):
     assert "kite" not in text
 
 
-def test_a_slow_body_is_not_waited_for(service, monkeypatch):
-    monkeypatch.setattr(service.__class__, "settings", service.settings, raising=False)
+async def asked_by_hand(service, receive) -> int:
+    """The status of a request whose messages come from `receive`."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
+             "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
+             "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+    await make_app(service)(scope, receive, send)
+    return sent[0]["status"]
+
+
+def test_a_slow_body_is_not_waited_for(service):
     object.__setattr__(service.settings, "body_seconds", 0.05)
     try:
-        sent = []
-
-        async def receive():
-            await asyncio.sleep(30)
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
-                 "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
-                 "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
-        asyncio.run(make_app(service)(scope, receive, send))
-        assert sent[0]["status"] == 408
+        assert asyncio.run(asked_by_hand(service, lambda: asyncio.sleep(30))) == 408
     finally:
         object.__setattr__(service.settings, "body_seconds", 30.0)
 
@@ -500,16 +501,7 @@ def test_bytes_that_are_being_read_are_counted_while_they_come(client, service, 
                 return {"type": "http.request", "body": body, "more_body": False}
             await asyncio.sleep(30)
 
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
-                 "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
-                 "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
-        await make_app(service)(scope, receive, send)
-        return sent[0]["status"]
+        return await asked_by_hand(service, receive)
 
     try:
         assert asyncio.run(slow()) == 200
@@ -526,16 +518,7 @@ def test_a_client_that_breaks_off_is_no_error(service, caplog):
         async def receive():
             return next(messages)
 
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b"",
-                 "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "server": ("a", 1),
-                 "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
-        await make_app(service)(scope, receive, send)
-        return sent[0]["status"]
+        return await asked_by_hand(service, receive)
 
     assert asyncio.run(broken()) == 499
     assert not [one for one in caplog.records if one.levelname == "ERROR"]

@@ -546,7 +546,7 @@ def test_batches_of_other_questions_are_left_to_whoever_handed_them_in(tmp_path,
         pending = tmp_path / "out.batches.json"
         pending.write_text(json.dumps({"batches": [state], "rejected": {}}))
         assert ask(server, file, "--batch") == 0
-        assert "1 other batch of out.batches.json left to the command that handed them in" in capsys.readouterr().out
+        assert "1 question in out.batches.json left to the command that handed them in" in capsys.readouterr().out
         assert json.loads(pending.read_text())["batches"] == [state]
         assert "batch-other" not in server.batches  # nor was it looked at
     assert all("rationale" in row["query"] for row in rows_of(tmp_path))

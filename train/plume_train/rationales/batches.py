@@ -105,8 +105,8 @@ class BatchRun:
         self._mine = [batch for batch in self.pending.batches if not questions.keys().isdisjoint(batch.keys)]
         if self._mine:
             say(f"waiting for {counted(len(keys_of(self._mine)), 'question')} that were handed in before")
-        if left := len(self.pending.batches) - len(self._mine):
-            say(f"{counted(left, 'other batch')} of {self.pending.file.name} left to the command that handed them in")
+        if left := under_way - keys_of(self._mine):
+            say(f"{counted(len(left), 'question')} in {self.pending.file.name} left to the command that handed them in")
         await self._hand_in({key: question for key, question in questions.items() if key not in under_way})
         while self._mine:
             again: list[str] = []
