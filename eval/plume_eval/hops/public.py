@@ -22,7 +22,7 @@ from typing import Any
 from plume_eval.hops.puzzle import START
 from plume_eval.hops.text import graph_puzzle
 
-#: Words that a row to read asks for at most; facts of an easy one at most.
+#: Words that a row to read asks for at most; facts that an easy one tells at most.
 _READ_WORDS, _EASY_FACTS = 4, 6
 _WORD = re.compile(r"[a-z0-9-]+")
 _QUESTION = re.compile(r"is ([a-z]+) an? ([a-z]+) or ([a-z]+)\?")
@@ -180,12 +180,13 @@ def make_prosqa(out: Path, file: Path, *, num_train: int = 20_000, seed: int = 0
 
 
 def _reading_rows(texts: Sequence[str], name: str, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows that ask for the latest facts with some words: in whole stories, and in their last one to six facts."""
+    """Rows that ask for the latest facts with some words: in the end of a story, of any length, and in a short one."""
     rows: dict[str, list[dict[str, Any]]] = {"read": [], "read_easy": []}
     for index, text in enumerate(texts):
         rng = Random(f"{seed}/{name}/read/{index}")
         facts = [f"{fact}." for fact in text.split(". ")[:-1]]  # what is asked is the last part
-        for split, told in (("read", facts), ("read_easy", facts[-rng.randint(1, _EASY_FACTS) :])):
+        for split, most in (("read", len(facts)), ("read_easy", _EASY_FACTS)):
+            told = facts[-rng.randint(1, most) :]
             latest = {word: fact for fact in told for word in _WORD.findall(fact) if len(word) > 2}
             first, *others = rng.sample(sorted(latest), min(_READ_WORDS, len(latest)))
             found = [latest[first], *(f"{word} {latest[word]}" for word in others)]
