@@ -23,6 +23,7 @@ from plume.version import __version__
 
 if TYPE_CHECKING:
     from plume import InputError
+    from plume.search.index import Index
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -240,11 +241,9 @@ def search(
     try:
         with _running(lambda: "nothing was changed"):
             source = Index.open(index)
-            dim, made_with = source.identity.dim, source.identity.model
-            if model is None and Path(made_with).is_absolute() and not Path(made_with).is_dir():
-                _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
+            dim = source.identity.dim
             use_physical_cores()
-            plume = Plume(model or made_with)
+            plume = Plume(model or _maker(source))
             if dim < plume.get_embedding_dimension():
                 plume.truncate_dim = dim
             hits = source.search(query, plume, top_k=top_k, where=where)
@@ -415,7 +414,12 @@ def _from_stdin() -> list[Path]:
 
 @app.command()
 def serve(
-    model: Model = _DEMO,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint: a folder or a Hub name; the one that made --index if not given.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="An index, which the page at / searches; else there is none.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_as: Annotated[str, typer.Option(help="What clients call the model; its last name if not given.")] = "",
@@ -444,8 +448,20 @@ def serve(
     """Serve vectors over HTTP, by the APIs of OpenAI, vLLM, Jina, Cohere and TEI.
 
     One process and one model per GPU. What waits is bounded in tokens, what a request may hold is bounded before it is
-    decoded, and no request opens a path, or an address of a host that is not allowed.
+    decoded, and no request opens a path, or an address of a host that is not allowed. With an index there is a page
+    that searches it by words and pictures, and opens the files that were indexed.
     """
+    searcher = None
+    if index is not None:
+        from plume.search.index import Index
+        from plume.serving.search import Searcher
+
+        try:
+            model = model or _maker(Index.open(index))
+        except (ValueError, OSError, ImportError) as error:
+            _stop(str(error))
+        searcher = Searcher(index, api_key or None)
+    model = model or _DEMO
     _check_model(model)
     from plume.serving.server import serve as run
     from plume.serving.service import Settings
@@ -464,9 +480,24 @@ def serve(
         max_body_bytes=max_body_bytes,
         api_key=api_key or None,
     )
-    status = run(settings, host=host, port=port, notice_seconds=notice_seconds, grace_seconds=grace_seconds)
+    status = run(
+        settings,
+        host=host,
+        port=port,
+        notice_seconds=notice_seconds,
+        grace_seconds=grace_seconds,
+        searcher=searcher,
+    )
     if status:
         raise typer.Exit(status)
+
+
+def _maker(index: Index) -> str:
+    """The checkpoint that made an index."""
+    made_with = index.identity.model
+    if Path(made_with).is_absolute() and not Path(made_with).is_dir():
+        _stop(f"the index was made with {made_with}, which is not there any more; say where it is with --model")
+    return made_with
 
 
 def _check_model(name_or_path: str) -> None:

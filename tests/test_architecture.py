@@ -36,7 +36,8 @@ ORDER = [
     {"model"},
     {"engine", "tracing", "random_models"},
     {"embedder"},
-    {"search", "serving", "space"},
+    {"search", "space"},
+    {"serving"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},
     {"__main__", "autoload"},

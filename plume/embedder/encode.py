@@ -317,6 +317,20 @@ def image_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     return (kwargs.get("processing_kwargs") or {}).get("image")
 
 
+def pixel_settings(processor: PlumeProcessor | None, max_pixels: int | None) -> dict[str, Any]:
+    """What a call of `encode` is told where larger images are to be reduced to a number of pixels; None: nothing.
+
+    Raises:
+        ValueError: the number is below what smaller images are enlarged to.
+    """
+    if max_pixels is None or processor is None:
+        return {}
+    least, _ = processor.limits.pixels  # type: ignore[misc]
+    if max_pixels < least:
+        raise ValueError(f"max_pixels is {max_pixels:,}, and smaller images are enlarged to {least:,}; raise it")
+    return {"processing_kwargs": {"image": {"size": {"shortest_edge": least, "longest_edge": max_pixels}}}}
+
+
 def limits_of(processor: PlumeProcessor, kwargs: Mapping[str, Any]) -> MediaLimits:
     """How large media may be in a call: the checkpoint's limits, but for what the call says.
 

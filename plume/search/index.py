@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from plume.checkpoints.fingerprint import fingerprint
+from plume.embedder.encode import pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.search.store import TABLE, IndexStorageError, RowStore
@@ -91,7 +92,9 @@ class Hit:
     """One row that a search found, best first.
 
     score: cosine to the query, in [-1, 1].
-    path: where the file was when it was indexed; see `is_there`.
+    path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
+    changed: when the file was written last, in seconds since 1970.
+    row: number of the row, until the index is compacted. vector: `[dim]`.
     """
 
     score: float
@@ -101,6 +104,10 @@ class Hit:
     num_pages: int | None
     excerpt: str
     thumbnail: bytes = field(repr=False)
+    root: str = field(repr=False)
+    changed: float = field(repr=False)
+    row: int = field(repr=False, compare=False)
+    vector: np.ndarray = field(repr=False, compare=False)
 
     @property
     def is_there(self) -> bool:
@@ -108,8 +115,8 @@ class Hit:
         return os.path.isfile(self.path)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the thumbnail."""
-        return {name: value for name, value in asdict(self).items() if name != "thumbnail"}
+        """What is said of a result, for JSON."""
+        return {name: getattr(self, name) for name in ("score", "path", "kind", "page", "num_pages", "excerpt")}
 
 
 class Index:
@@ -173,7 +180,7 @@ class Index:
             query_instruction=query_instruction,
             max_pixels=max_pixels,
         )
-        _image_settings(plume, max_pixels)
+        pixel_settings(plume.plume_model.processor, max_pixels)
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
             if steps is not None:
                 plume.plume_config.check_num_latent_steps(steps)
@@ -224,8 +231,7 @@ class Index:
 
     def gone(self) -> dict[str, int]:
         """Folders in the index that are not there any more, and how many rows lead to them."""
-        rows = Counter(row["root"] for row in self.store.rows(["root"]))
-        return {root: count for root, count in sorted(rows.items()) if not os.path.isdir(root)}
+        return {root: count for (root,), count in sorted(self.store.counts("root").items()) if not os.path.isdir(root)}
 
     def check_embedder(self, plume: Plume) -> None:
         """Refuse an embedder whose vectors do not compare with those of this index.
@@ -270,7 +276,7 @@ class Index:
                 plume,
                 instruction=self.identity.instruction,
                 num_latent_steps=self.identity.num_latent_steps,
-                image_settings=_image_settings(plume, self.identity.max_pixels),
+                image_settings=pixel_settings(plume.plume_model.processor, self.identity.max_pixels),
                 batch_size=batch_size,
                 hide_progress=None if show_progress is None else not show_progress,
             )
@@ -326,13 +332,25 @@ class Index:
             query,
             instruction=request.query_instruction,
             num_latent_steps=request.query_latent_steps,
-            **_image_settings(plume, request.max_pixels),
+            **pixel_settings(plume.plume_model.processor, request.max_pixels),
         )
         if vector.ndim != 1:
             raise InputError(
                 "the query", f"it is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
             )
-        vector = vector / np.linalg.norm(vector)
+        return self.nearest(vector / np.linalg.norm(vector), top_k=top_k, where=where)
+
+    def nearest(self, vector: np.ndarray, *, top_k: int = 10, where: str | None = None) -> list[Hit]:
+        """The rows nearest to a vector, best first.
+
+        Args:
+            vector: `[dim]`, of unit length.
+            top_k: rows to return at most.
+            where: see `search`.
+
+        Raises:
+            ValueError: a condition that is not SQL.
+        """
         limit = top_k
         while True:
             rows = self.store.nearest(vector, limit, where)
@@ -345,15 +363,10 @@ class Index:
                 return [_hit(row) for row in best[:top_k]]
             limit *= 2
 
-
-def _image_settings(plume: Plume, max_pixels: int | None) -> dict[str, Any]:
-    """What `Plume.encode` is told of images."""
-    if max_pixels is None:
-        return {}
-    least, _ = plume.plume_model.processor.limits.pixels  # type: ignore[union-attr, misc]
-    if max_pixels < least:
-        raise ValueError(f"max_pixels is {max_pixels:,}, and smaller images are enlarged to {least:,}; raise it")
-    return {"processing_kwargs": {"image": {"size": {"shortest_edge": least, "longest_edge": max_pixels}}}}
+    def row(self, number: int) -> Hit | None:
+        """The row of a number, without a score; None where there is none any more."""
+        found = self.store.numbered(number)
+        return None if found is None else _hit({**found, "_rowid": number, "_distance": np.nan})
 
 
 def _check_free(path: Path) -> None:
@@ -408,4 +421,8 @@ def _hit(row: dict[str, Any]) -> Hit:
         num_pages=row["num_pages"] if is_page else None,
         excerpt=row["excerpt"],
         thumbnail=row["thumbnail"],
+        root=row["root"],
+        changed=row["mtime_ns"] / 1e9,
+        row=row["_rowid"],
+        vector=np.asarray(row["vector"], dtype=np.float32),
     )

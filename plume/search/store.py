@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -76,13 +77,13 @@ class RowStore:
 
         def select(table: Any) -> list[dict[str, Any]]:
             search = table.search().select(list(columns)).limit(None)
-            return (search if root is None else search.where(f"root = {_quoted(str(root))}")).to_arrow().to_pylist()
+            return (search if root is None else search.where(f"root = {quoted(str(root))}")).to_arrow().to_pylist()
 
         return self._read(select)
 
     def rows_with(self, contents: Sequence[str]) -> list[dict[str, Any]]:
         """All columns of the rows with one of these SHA-256."""
-        return self._rows_where(f"sha256 IN ({', '.join(map(_quoted, contents))})")
+        return self._rows_where(f"sha256 IN ({', '.join(map(quoted, contents))})")
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Commit rows, all or none of them."""
@@ -93,13 +94,13 @@ class RowStore:
 
     def delete(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
         """Delete the rows of some files, given by name and SHA-256."""
-        each = (f"(name = {_quoted(name)} AND sha256 = {_quoted(sha)})" for name, sha in files)
-        where = f"root = {_quoted(str(root))} AND ({' OR '.join(each)})"
+        each = (f"(name = {quoted(name)} AND sha256 = {quoted(sha)})" for name, sha in files)
+        where = f"root = {quoted(str(root))} AND ({' OR '.join(each)})"
         self._write(lambda table: table.delete(where))
 
     def delete_root(self, root: Path) -> int:
         """Delete all rows of a folder; the number deleted."""
-        where = f"root = {_quoted(str(root))}"
+        where = f"root = {quoted(str(root))}"
         count = self._read(lambda table: table.count_rows(where))
         self._write(lambda table: table.delete(where))
         return count
@@ -111,7 +112,7 @@ class RowStore:
         names = [name for name, _ in stats]
         for start in range(0, len(names), _IDS_PER_STATEMENT):
             some = names[start : start + _IDS_PER_STATEMENT]
-            where = f"root = {_quoted(str(root))} AND name IN ({', '.join(map(_quoted, some))})"
+            where = f"root = {quoted(str(root))} AND name IN ({', '.join(map(quoted, some))})"
             rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where)]
             touched = [{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None]
             new = pa.Table.from_pylist(touched, schema=_schema(self.dim))
@@ -143,7 +144,7 @@ class RowStore:
             self._write(lambda table: table.optimize(cleanup_older_than=older, delete_unverified=wipe))
 
     def nearest(self, vector: np.ndarray, limit: int, where: str | None = None) -> list[dict[str, Any]]:
-        """The rows nearest to a unit vector `[dim]`, best first; `_distance` is one minus the cosine.
+        """The rows nearest to a unit vector `[dim]`, best first, with `_rowid`; `_distance` is one minus the cosine.
 
         Args:
             vector: of a query.
@@ -156,7 +157,7 @@ class RowStore:
         condition = None if where is None else _condition(where)
 
         def select(table: Any) -> list[dict[str, Any]]:
-            search = table.search(vector).distance_type("cosine").bypass_vector_index().limit(limit)
+            search = table.search(vector).distance_type("cosine").bypass_vector_index().with_row_id(True).limit(limit)
             return (search.where(condition, prefilter=True) if condition else search).to_list()
 
         try:
@@ -166,6 +167,25 @@ class RowStore:
                 raise
             reason = str(error).splitlines()[0]
             raise ValueError(f"where={where!r} is not understood: {reason}; expected a condition in SQL") from None
+
+    def counts(self, *columns: str) -> dict[tuple[Any, ...], int]:
+        """How many rows have the same values of some columns."""
+        import pyarrow as pa
+
+        def count(table: Any) -> dict[tuple[Any, ...], int]:
+            found: Counter[tuple[Any, ...]] = Counter()
+            for batch in table.search().select(list(columns)).limit(None).to_batches():
+                groups = pa.Table.from_batches([batch]).group_by(list(columns)).aggregate([([], "count_all")])
+                for group in groups.to_pylist():
+                    found[tuple(group[name] for name in columns)] += group["count_all"]
+            return dict(found)
+
+        return self._read(count)
+
+    def numbered(self, number: int) -> dict[str, Any] | None:
+        """The row of a number that `nearest` gave; None where compaction or a deletion has ended it."""
+        rows = self._rows_where(f"_rowid = {number:d}")
+        return rows[0] if rows else None
 
     def _read(self, work: Callable[[Any], T]) -> T:
         """Read from the newest version; once more where another process has just deleted files of the one before."""
@@ -258,5 +278,6 @@ def _connect(path: Path) -> Any:
     return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"

@@ -151,7 +151,7 @@ def update_store(
 
 def _check_root(store: RowStore, root: Path) -> None:
     """Refuse a folder inside or around one that is in the index already: each file has one root."""
-    for name in {row["root"] for row in store.rows(["root"])}:
+    for (name,) in store.counts("root"):
         other = Path(name)
         if other != root and (other in root.parents or root in other.parents):
             raise ValueError(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import hmac
 import json
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from starlette.requests import ClientDisconnect
 
 from plume.serving.errors import RequestError
@@ -24,10 +28,19 @@ from plume.serving.requests import Request, read_cohere, read_json, read_openai,
 from plume.serving.service import Answer, Held, Service
 from plume.version import __version__
 
+if TYPE_CHECKING:
+    from plume.serving.search import Searcher
+
 _access = logging.getLogger("plume.serving.access")
 
-#: Routes that anybody may ask, so that a supervisor needs no key.
-OPEN = ("/health", "/ready")
+#: What anybody may get: a supervisor needs no key, nor does the page, which asks for it; it holds nothing of an index.
+OPEN = ("/health", "/ready", "/", "/page.js")
+#: What the id of a result opens.
+_SIGNED = re.compile(r"/search/[0-9]+-[0-9a-f]{32}/(thumbnail|file)")
+_PAGE = Path(__file__).parent / "page"
+#: Of whatever a browser shows.
+_GUARDS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+_FILE_POLICY = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
 #: For threads to end.
 _CLOSE_S = 5.0
 
@@ -35,12 +48,13 @@ Read = Callable[[Mapping[str, Any]], Request]
 Write = Callable[[Request, Answer], Any]
 
 
-def make_app(service: Service, on_start: Callable[[], None] | None = None) -> FastAPI:
+def make_app(service: Service, on_start: Callable[[], None] | None = None, searcher: Searcher | None = None) -> FastAPI:
     """The application.
 
     Args:
         service: answers.
         on_start: called in the event loop once it runs, for example to begin loading.
+        searcher: of the search page; None: there is none.
     """
 
     @asynccontextmanager
@@ -55,8 +69,7 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
     model = service.settings.name
 
     async def embed(request: HTTPRequest, read: Read, write: Write) -> Response:
-        asked, answer = await _answered(service, request, read)
-        return Response(status_code=499) if answer is None else _json(write(asked, answer))
+        return await _answered(service, request, read, service.answer, write)
 
     @app.post("/v1/embeddings", openapi_extra=_body("input"))
     @app.post("/embeddings", include_in_schema=False)
@@ -116,6 +129,9 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    if searcher is not None:
+        _add_search(app, service, searcher)
+
     @app.exception_handler(RequestError)
     async def refused(_: HTTPRequest, error: RequestError) -> Response:
         return _json(error.body, error.status, error.headers)
@@ -135,14 +151,81 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None) -> Fa
     return app
 
 
-async def _answered(service: Service, request: HTTPRequest, read: Read) -> tuple[Request, Answer | None]:
+def _add_search(app: FastAPI, service: Service, searcher: Searcher) -> None:
+    """The search page and its routes."""
+    from plume.serving.search import is_own_name, read_search
+
+    html = (_PAGE / "index.html").read_bytes()
+    style = base64.b64encode(hashlib.sha256(html.partition(b"<style>")[2].partition(b"</style>")[0]).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'self'; style-src 'sha256-{style}'; img-src 'self' blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+    def check_name(request: HTTPRequest) -> None:
+        if service.settings.api_key is None and not is_own_name(request.headers.get("host", "")):
+            raise RequestError(403, "without an API key the index is searched under localhost or an IP address alone")
+
+    async def in_thread(work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(service.decoders, work)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(html, media_type="text/html", headers={**_GUARDS, "Content-Security-Policy": policy})
+
+    @app.get("/page.js", include_in_schema=False)
+    async def script() -> Response:
+        return FileResponse(_PAGE / "page.js", media_type="text/javascript", headers=_GUARDS)
+
+    @app.get("/search")
+    async def about(request: HTTPRequest) -> Response:
+        check_name(request)
+        most = service.plume.plume_config.max_latent_steps
+        return _json(await in_thread(searcher.about) | {"max_latent_steps": most})
+
+    @app.post("/search", openapi_extra=_body("query"))
+    async def search(request: HTTPRequest) -> Response:
+        check_name(request)
+        work = partial(searcher.search, service)
+        return await _answered(service, request, read_search, work, lambda _, answer: answer)
+
+    @app.get("/search/{name}/thumbnail", include_in_schema=False)
+    async def thumbnail(request: HTTPRequest, name: str) -> Response:
+        check_name(request)
+        row = await in_thread(lambda: searcher.row(name))
+        headers = {**_GUARDS, "Cache-Control": "private, max-age=3600"}
+        return Response(row.thumbnail, 200 if row.thumbnail else 404, headers, "image/jpeg")
+
+    @app.get("/search/{name}/file", include_in_schema=False)
+    async def file(request: HTTPRequest, name: str) -> Response:
+        check_name(request)
+        path, kind = await in_thread(lambda: searcher.file(name))
+        headers = _GUARDS if kind == "application/pdf" else {**_GUARDS, "Content-Security-Policy": _FILE_POLICY}
+        return FileResponse(
+            path,
+            media_type=kind or "application/octet-stream",
+            headers=headers,
+            filename=path.name,
+            content_disposition_type="inline" if kind else "attachment",
+        )
+
+
+async def _answered(
+    service: Service,
+    request: HTTPRequest,
+    read: Callable[[Mapping[str, Any]], Any],
+    work: Callable[..., Awaitable[Any]],
+    write: Callable[[Any, Any], Any],
+) -> Response:
+    """The body of a request, read, worked on and written as JSON; 499 where the client has gone meanwhile."""
     with service.taking() as held:  # 503 where there is no model, before the body is read
         body = await _read_body(service, request, held)
         gone = asyncio.ensure_future(_gone(request))
         try:
             loop = asyncio.get_running_loop()
             asked = await loop.run_in_executor(service.decoders, lambda: read(read_json(body)))
-            return asked, await service.answer(_connection(request), asked, gone, held)
+            answer = await work(_connection(request), asked, gone, held)
+            return Response(status_code=499) if answer is None else _json(write(asked, answer))
         finally:
             gone.cancel()
 
@@ -261,7 +344,8 @@ class Gate:
             _access.info(json.dumps({"route": route, "status": status, "milliseconds": milliseconds}))
 
     def _may_pass(self, scope: Any) -> bool:
-        if self._expected is None or scope["path"] in OPEN:
+        path, is_get = scope["path"], scope["method"] in ("GET", "HEAD")
+        if self._expected is None or (is_get and (path in OPEN or _SIGNED.fullmatch(path))):
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, self._expected)

@@ -43,25 +43,31 @@ class FatalError(RuntimeError):
 
 @dataclass(frozen=True)
 class How:
-    """What inputs of a batch share: K, None for the checkpoint's own, and the side, which may decide K."""
+    """What inputs of a batch share.
+
+    num_latent_steps: K; None for the checkpoint's own. side: which may decide K. max_pixels: larger images are reduced;
+    None: the checkpoint's own limit. is_traced: whether what happens inside is asked for, instead of vectors.
+    """
 
     num_latent_steps: int | None = None
     side: Any = None
+    max_pixels: int | None = None
+    is_traced: bool = False
 
 
 @dataclass(eq=False)
 class Entry:
-    """One input that waits; `future` gets its vector `[D]`."""
+    """One input that waits; `future` gets its vector `[D]`, or its `Trace`."""
 
     item: Item
     num_tokens: int
     how: How
-    future: Future[np.ndarray] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
-Encode = Callable[[Sequence[Item], How], np.ndarray]
-"""Unit vectors of some inputs, `[N, D]`."""
+Encode = Callable[[Sequence[Item], How], Sequence[Any] | np.ndarray]
+"""Unit vectors of some inputs, `[N, D]`, or their traces."""
 Observe = Callable[[Sequence[Entry], float], None]
 """Told of every batch that has been encoded, and the seconds that it took."""
 
@@ -255,8 +261,8 @@ class Batcher:
             FatalError: the device is lost.
         """
         try:
-            vectors = self._encode([entry.item for entry in batch], batch[0].how)
-            if len(vectors) != len(batch):
+            results = self._encode([entry.item for entry in batch], batch[0].how)
+            if len(results) != len(batch):
                 raise BrokenVectorError("the model returned another number of vectors")
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
@@ -269,11 +275,11 @@ class Batcher:
             self._halves(batch, error)
             return
         self.max_batch_tokens = min(self.max_batch_tokens + self._largest // 64, self._largest)
-        for entry, vector in zip(batch, vectors, strict=True):
-            if not np.isfinite(vector).all() or abs(float(np.linalg.norm(vector)) - 1) > NORM_TOLERANCE:
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.how.is_traced and not _is_unit(result):
                 entry.future.set_exception(BrokenVectorError("the model returned what is no unit vector"))
             else:
-                entry.future.set_result(vector)
+                entry.future.set_result(result)
 
     def _shrink(self, batch: Sequence[Entry]) -> None:
         """Smaller batches for a while, as far as it was the batch and not an input that was too large."""
@@ -300,6 +306,10 @@ class Batcher:
         for entry in left:
             if entry.future.set_running_or_notify_cancel():
                 entry.future.set_exception(FatalError("nothing is encoded any more"))
+
+
+def _is_unit(vector: np.ndarray) -> bool:
+    return bool(np.isfinite(vector).all()) and abs(float(np.linalg.norm(vector)) - 1) <= NORM_TOLERANCE
 
 
 def is_fatal(error: Exception) -> bool:

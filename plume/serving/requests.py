@@ -58,6 +58,7 @@ class Request:
 
     num_latent_steps, side: None where the request does not say. dimensions: of a vector; None: all.
     encodings: of the vectors, as the API calls them. model: the name that it was asked under.
+    max_pixels: larger images are reduced to it; None: the checkpoint's own limit.
     """
 
     inputs: Sequence[Asked]
@@ -67,6 +68,7 @@ class Request:
     instruction: str = ""
     dimensions: int | None = None
     encodings: Sequence[str] = field(default_factory=lambda: ["float"])
+    max_pixels: int | None = None
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def read_openai(body: Mapping[str, Any]) -> Request:
             raise wrong("there are input and messages; send one of them", "messages")
         inputs = _conversations(body["messages"], "messages")
     else:
-        inputs = _inputs(body.get("input"))
+        inputs = read_inputs(body.get("input"))
     encoding = _string(body, "encoding_format") or body.get("embedding_type") or "float"
     if isinstance(encoding, list) and len(encoding) == 1:
         (encoding,) = encoding
@@ -156,8 +158,12 @@ def read_tei(body: Mapping[str, Any]) -> Request:
     return Request(inputs=asked, **_common(body, ("input_type",), "dimensions"))
 
 
-def _inputs(value: Any) -> list[Asked]:
-    """`input`: a text, texts, Jina's items, or conversations."""
+def read_inputs(value: Any) -> list[Asked]:
+    """`input`: a text, texts, Jina's items, or conversations.
+
+    Raises:
+        RequestError: names the one that is wrong.
+    """
     if isinstance(value, str):
         return [Asked((_part("text", value, "input"),), "input")]
     values = _list(value, "input")

@@ -10,12 +10,15 @@ import threading
 import time
 import traceback
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from plume.serving.app import make_app
 from plume.serving.service import Service, Settings
+
+if TYPE_CHECKING:
+    from plume.serving.search import Searcher
 
 #: Between two looks at whether what waits has been answered.
 _LOOK_S = 0.05
@@ -60,6 +63,7 @@ def serve(
     port: int = 8000,
     notice_seconds: float = 0.0,
     grace_seconds: int = 60,
+    searcher: Searcher | None = None,
 ) -> int:
     """Serve until a signal; returns the exit status.
 
@@ -69,11 +73,12 @@ def serve(
         port: 0 takes a free one, which is logged.
         notice_seconds: after a signal, in which `/ready` says 503 and requests are still taken.
         grace_seconds: for answers that are under way then.
+        searcher: of the search page; None: there is none.
     """
     _log_as_json()
-    service = Service(settings)
+    service = Service(settings, None if searcher is None else searcher.open)
     config = uvicorn.Config(
-        make_app(service, on_start=lambda: threading.Thread(target=load, daemon=True).start()),
+        make_app(service, lambda: threading.Thread(target=load, daemon=True).start(), searcher),
         host=host,
         port=port,
         log_config=None,
@@ -89,7 +94,7 @@ def serve(
         try:
             service.load()
         except Exception as error:  # whatever it is, a server without a model is none
-            log.error("the model cannot be loaded: %s", error)
+            log.error("the server cannot start: %s", error)
             server.should_exit = True
             return
         log.info("ready after %.1f s: %s", time.monotonic() - began, settings.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from plume.embedder.encode import limits_of, pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
-from plume.inputs.item import Item, check_unicode
+from plume.inputs.item import Item, MediaLimits, check_unicode
 from plume.inputs.processor import PlumeProcessor
 from plume.serving.batcher import Batcher, BrokenVectorError, Entry, FatalError, How, QueueFullError
 from plume.serving.errors import RequestError, wrong
@@ -23,6 +24,7 @@ from plume.serving.fetch import Fetcher
 from plume.serving.media import Ceilings, VideoDecoder, content_of, decode_image, is_address
 from plume.serving.metrics import Metrics
 from plume.serving.requests import Asked, Part, Request, Side
+from plume.tracing.trace import Trace, trace
 
 State = Literal["loading", "ready", "leaving", "draining", "failed"]
 """Of a server; "leaving" takes requests still, while whoever asks whether it is ready sends no more."""
@@ -111,8 +113,15 @@ class Service:
         >>> service.close()
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, on_load: Callable[[Plume], None] | None = None):
+        """Make what needs no model.
+
+        Args:
+            settings: of the server.
+            on_load: told of the model once it is there, before requests are taken; its errors end the server.
+        """
         self.settings = settings
+        self._on_load = on_load
         self.state: State = "loading"
         self.metrics = Metrics()
         self.decoders = ThreadPoolExecutor(settings.num_decoders, thread_name_prefix="plume-decode")
@@ -137,6 +146,8 @@ class Service:
 
             plume.encode(["a red kite"], show_progress_bar=False, task=settings.input_type or "query")
             plume.encode([Image.new("RGB", (56, 56), "red")], show_progress_bar=False, task="document")
+            if self._on_load is not None:
+                self._on_load(plume)
         except Exception:
             self.state = "failed"
             raise
@@ -245,12 +256,32 @@ class Service:
         Raises:
             RequestError: it cannot be answered.
         """
-        decoded = asyncio.ensure_future(self._decoded(request, held))
-        await asyncio.wait({decoded, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not decoded.done():
-            decoded.cancel()
+        entries = await self.decoded(request, gone, held)
+        found = None if entries is None else await self.results(connection, entries, request.inputs, gone)
+        if entries is None or found is None:
             return None
-        entries, batcher = decoded.result(), self.batcher
+        steps = request.num_latent_steps
+        if steps is None:
+            steps = self.plume_steps(request.side or self.settings.input_type)
+        self.metrics.latent_steps.inc((steps or 0) * len(entries))
+        vectors = np.stack(found).astype(np.float32, copy=False)
+        return Answer(cut(vectors, request.dimensions), sum(entry.num_tokens for entry in entries))
+
+    async def results(
+        self, connection: Hashable, entries: Sequence[Entry], inputs: Sequence[Asked], gone: asyncio.Future[Any]
+    ) -> list[Any] | None:
+        """What the encode thread makes of some entries; None where the client has gone meanwhile.
+
+        Args:
+            connection: whose turn they take in the queue.
+            entries: which wait, all or none.
+            inputs: what each of them comes from, for errors to name.
+            gone: is done when the client has gone.
+
+        Raises:
+            RequestError: the queue is full, or one of them cannot be embedded.
+        """
+        batcher = self.batcher
         try:
             batcher.submit(connection, entries)
         except QueueFullError as error:
@@ -270,17 +301,23 @@ class Service:
             results = waiting.result()
         finally:
             waiting.cancel()
-        found: list[np.ndarray] = []
-        for asked, result in zip(request.inputs, results, strict=True):
+        for asked, result in zip(inputs, results, strict=True):
             if isinstance(result, BaseException):
                 raise self._refusal(result, asked.param)
-            found.append(result)
-        steps = request.num_latent_steps
-        if steps is None:
-            steps = self.plume_steps(request.side or self.settings.input_type)
-        self.metrics.latent_steps.inc((steps or 0) * len(entries))
-        vectors = np.stack(found).astype(np.float32, copy=False)
-        return Answer(self._cut(vectors, request), sum(entry.num_tokens for entry in entries))
+        return results
+
+    async def decoded(self, request: Request, gone: asyncio.Future[Any], held: Held) -> list[Entry] | None:
+        """The inputs of a request, ready to wait; None where the client has gone meanwhile.
+
+        Raises:
+            RequestError: one of them cannot be embedded, or is too large.
+        """
+        decoded = asyncio.ensure_future(self._decoded(request, held))
+        await asyncio.wait({decoded, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not decoded.done():
+            decoded.cancel()
+            return None
+        return decoded.result()
 
     async def _decoded(self, request: Request, held: Held) -> list[Entry]:
         """The inputs of a request, fetched and decoded in threads; those with video in a thread of their own."""
@@ -357,15 +394,16 @@ class Service:
             raise wrong('queries and documents differ here; say input_type "query" or "document"', "input_type")
         processor = plume.plume_model.processor
         assert processor is not None
-        how = How(request.num_latent_steps, side)
+        how = How(request.num_latent_steps, side, request.max_pixels)
+        limits = limits_of(processor, pixel_settings(processor, request.max_pixels))
         entries = []
         for asked in request.inputs:
-            item = self._item(asked, request.instruction, processor)
+            item = self._item(asked, request.instruction, processor, limits)
             entries.append(Entry(item, processor.exact_length(item), how))
         return entries
 
-    def _item(self, asked: Asked, instruction: str, processor: PlumeProcessor) -> Item:
-        ceilings, limits = self.settings.ceilings, processor.limits
+    def _item(self, asked: Asked, instruction: str, processor: PlumeProcessor, limits: MediaLimits) -> Item:
+        ceilings = self.settings.ceilings
         content: list[Any] = []
         instruction = asked.instruction or instruction
         length = len(instruction) + sum(len(part.value) for part in asked.parts if part.kind == "text")
@@ -401,15 +439,10 @@ class Service:
         if wanted % 8 and {"binary", "ubinary"} & set(request.encodings):
             raise wrong("bits are packed by eight, which the length of these vectors is no multiple of", "dimensions")
 
-    @staticmethod
-    def _cut(vectors: np.ndarray, request: Request) -> np.ndarray:
-        if request.dimensions is None or request.dimensions == vectors.shape[1]:
-            return vectors
-        short = vectors[:, : request.dimensions]
-        return short / np.linalg.norm(short, axis=1, keepdims=True)
-
-    def _encode(self, items: Sequence[Item], how: How) -> np.ndarray:
+    def _encode(self, items: Sequence[Item], how: How) -> np.ndarray | list[Trace]:
         assert self._plume is not None
+        if how.is_traced:
+            return trace(self._plume.plume_model, list(items), num_latent_steps=how.num_latent_steps)
         return self._plume.encode(
             list(items),
             num_latent_steps=how.num_latent_steps,
@@ -417,6 +450,7 @@ class Service:
             batch_size=len(items),
             max_tokens_per_batch=2**62,  # the queue has seen to it
             show_progress_bar=False,
+            **pixel_settings(self._plume.plume_model.processor, how.max_pixels),
         )
 
     def _refusal(self, error: BaseException, param: str) -> RequestError:
@@ -427,6 +461,14 @@ class Service:
         _log.error("an input could not be embedded: %s", type(error).__name__, exc_info=error)
         told = str(error) if isinstance(error, BrokenVectorError) else "an input could not be embedded"
         return RequestError(500, told, param)
+
+
+def cut(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The beginnings of unit vectors `[N, D]`, of unit length again."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    short = vectors[:, :dimensions]
+    return short / np.linalg.norm(short, axis=1, keepdims=True)
 
 
 def resident_bytes() -> float:
