@@ -427,6 +427,9 @@ def serve(
     input_type: Annotated[
         Literal["query", "document"] | None, typer.Option(help="The side of inputs whose request does not say.")
     ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank", help="Also answer /v1/rerank, by cosines; a cross-encoder ranks better.")
+    ] = False,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="A host that media may be fetched from; may be repeated; else none is.")
     ] = None,
@@ -472,6 +475,7 @@ def serve(
         served_as=served_as,
         device=device,
         input_type=input_type,
+        does_rank=rerank,
         allowed_media_domains=tuple(allowed_media_domains or ()),
         dimensions=tuple(dimensions or ()),
         max_batch_size=max_batch_size,

@@ -24,7 +24,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.requests import ClientDisconnect
 
 from plume.serving.errors import RequestError
-from plume.serving.requests import Request, read_cohere, read_json, read_openai, read_tei
+from plume.serving.requests import Ranking, Request, read_cohere, read_json, read_openai, read_ranking, read_tei
 from plume.serving.service import Answer, Held, Service
 from plume.version import __version__
 
@@ -85,6 +85,17 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None, searc
     async def tei_embed(request: HTTPRequest) -> Response:
         return await embed(request, read_tei, lambda _, answer: answer.vectors)
 
+    if service.settings.does_rank:
+
+        @app.post("/v1/rerank", openapi_extra=_body("documents"))
+        @app.post("/v2/rerank", include_in_schema=False)
+        @app.post("/rerank", include_in_schema=False)
+        async def rerank(request: HTTPRequest) -> Response:
+            async def work(connection: str, asked: Ranking, gone: Any, held: Held) -> Answer | None:
+                return await service.answer(connection, asked.request, gone, held)
+
+            return await _answered(service, request, read_ranking, work, _as_ranking)
+
     about = {"id": model, "object": "model", "created": 0, "owned_by": "plume"}
 
     @app.get("/v1/models")
@@ -113,6 +124,7 @@ def make_app(service: Service, on_start: Callable[[], None] | None = None, searc
                 "dimensions": [plume.get_embedding_dimension(), *service.settings.dimensions],
                 "num_latent_steps": {side: plume.default_steps(side) for side in ("query", "document")},
                 "max_latent_steps": plume.plume_config.max_latent_steps,
+                "rerank": "cosines of vectors, from -1 to 1" if service.settings.does_rank else None,
             }
         )
 
@@ -280,6 +292,20 @@ def _as_cohere(asked: Request, answer: Answer) -> dict[str, Any]:
         "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": answer.num_tokens}},
         "response_type": "embeddings_by_type",
     }
+
+
+def _as_ranking(asked: Ranking, answer: Answer) -> Any:
+    """Documents by their cosine to the query, the nearest first; those of equal cosine as they were sent."""
+    scores = answer.vectors[1:] @ answer.vectors[0]
+    told = ("score", "text") if asked.is_tei else ("relevance_score", "document")
+    order = np.argsort(-scores, kind="stable")[: asked.top_n]
+    rows = [{"index": int(index), told[0]: float(scores[index])} for index in order]
+    for row in rows if asked.documents is not None else ():
+        document = asked.documents[row["index"]]  # type: ignore[index]
+        row[told[1]] = {"text": document} if isinstance(document, str) and not asked.is_tei else document
+    if asked.is_tei:
+        return rows
+    return {"id": f"{time.time_ns():x}", "results": rows, "usage": {"total_tokens": answer.num_tokens}}
 
 
 def encoded(vectors: np.ndarray, encoding: str) -> list[Any]:

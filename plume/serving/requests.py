@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from plume.serving.errors import RequestError, wrong
@@ -45,11 +45,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Asked:
-    """One input: its parts in order, and what a conversation says about it."""
+    """One input: its parts in order, what a conversation says about it, and its side where that is its own."""
 
     parts: tuple[Part, ...]
     param: str
     instruction: str = ""
+    side: Side | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def read_openai(body: Mapping[str, Any]) -> Request:
             raise wrong("there are input and messages; send one of them", "messages")
         inputs = _conversations(body["messages"], "messages")
     else:
-        inputs = read_inputs(body.get("input"))
+        inputs = _inputs(body.get("input"))
     encoding = _string(body, "encoding_format") or body.get("embedding_type") or "float"
     if isinstance(encoding, list) and len(encoding) == 1:
         (encoding,) = encoding
@@ -158,7 +159,61 @@ def read_tei(body: Mapping[str, Any]) -> Request:
     return Request(inputs=asked, **_common(body, ("input_type",), "dimensions"))
 
 
-def read_inputs(value: Any) -> list[Asked]:
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """A query and documents, which are to be put in order.
+
+    request: the query, then the documents. top_n: of the order that is returned; None: all. documents: as they were
+    sent, where they are to be returned. is_tei: whether TEI's shape is expected, whose documents are `texts`.
+    """
+
+    request: Request
+    top_n: int | None
+    documents: Sequence[Any] | None
+    is_tei: bool
+
+
+def read_ranking(body: Mapping[str, Any]) -> Ranking:
+    """Cohere's, Jina's and vLLM's `/rerank`, and TEI's.
+
+    Raises:
+        RequestError: names the field.
+    """
+    is_tei = "texts" in body
+    name = "texts" if is_tei else "documents"
+    if body.get("raw_scores"):
+        raise wrong("scores are cosines, and there are no others", "raw_scores")
+    documents = _list(body.get(name), name)
+    wanted = _list([body.get("query"), *documents], name)
+    sides: list[Side] = ["query", *(["document"] * len(documents))]  # type: ignore[list-item]
+    params = ["query", *(f"{name}[{index}]" for index in range(len(documents)))]
+    inputs = [read_one_input(value, param, side) for value, param, side in zip(wanted, params, sides, strict=True)]
+    top_n = body.get("top_n")
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+        raise wrong("expected a whole number from 1", "top_n")
+    are_returned = body.get("return_text" if is_tei else "return_documents") is True
+    return Ranking(
+        request=Request(inputs=inputs, **_common({**body, "dimensions": None}, (), "dimensions")),
+        top_n=top_n,
+        documents=documents if are_returned else None,
+        is_tei=is_tei,
+    )
+
+
+def read_one_input(value: Any, param: str, side: Side | None = None) -> Asked:
+    """A single input, in any of the forms that `input` may hold.
+
+    Raises:
+        RequestError: names `param`.
+    """
+    try:
+        (asked,) = _inputs([value])
+    except RequestError as error:
+        raise RequestError(error.status, error.message, param) from None
+    return replace(asked, param=param, side=side, parts=tuple(replace(part, param=param) for part in asked.parts))
+
+
+def _inputs(value: Any) -> list[Asked]:
     """`input`: a text, texts, Jina's items, or conversations.
 
     Raises:

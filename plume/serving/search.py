@@ -26,7 +26,7 @@ from plume.search.index import Hit, Index
 from plume.search.store import IndexStorageError
 from plume.serving.batcher import Entry
 from plume.serving.errors import RequestError, wrong
-from plume.serving.requests import Asked, Request, read_inputs
+from plume.serving.requests import Asked, Request, read_one_input
 from plume.serving.service import Held, Service, cut
 from plume.tracing.trace import Trace
 
@@ -84,7 +84,7 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
         raise wrong("there is no such kind; expected text, image, video or pdf", "kinds") from error
     steps = body.get("num_latent_steps")
     return SearchRequest(
-        query=None if query is None else _query(query),
+        query=None if query is None else read_one_input(query, "query"),
         like=like,
         filter=rows,
         top_k=_whole(body, "top_k", 24, 1, MOST_HITS),
@@ -92,14 +92,6 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
         num_latent_steps=None if steps is None else _whole(body, "num_latent_steps", 0, 0, 2**31),
         wants_steps=body.get("steps") is True,
     )
-
-
-def _query(value: Any) -> Asked:
-    try:
-        (asked,) = read_inputs([value])
-    except RequestError as error:
-        raise RequestError(error.status, error.message, "query") from None
-    return replace(asked, param="query", parts=tuple(replace(part, param="query") for part in asked.parts))
 
 
 def _whole(body: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

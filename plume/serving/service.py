@@ -41,6 +41,7 @@ class Settings:
 
     model: a folder or a Hub name. served_as: what clients call it. device: None takes the best that there is.
     input_type: the side of inputs whose request does not say; None leaves it open, where that is possible.
+    does_rank: whether documents are put in order by their cosines to a query, as `/rerank` of other servers does.
     allowed_media_domains: hosts that media may be fetched from; none: no address is opened.
     dimensions: lengths below the model's that vectors may be cut to.
     max_batch_size, max_batch_tokens: of a pass; max_queue_tokens: that may wait.
@@ -54,6 +55,7 @@ class Settings:
     served_as: str = ""
     device: str | None = None
     input_type: Side | None = None
+    does_rank: bool = False
     allowed_media_domains: tuple[str, ...] = ()
     dimensions: tuple[int, ...] = ()
     max_batch_size: int = 32
@@ -260,10 +262,7 @@ class Service:
         found = None if entries is None else await self.results(connection, entries, request.inputs, gone)
         if entries is None or found is None:
             return None
-        steps = request.num_latent_steps
-        if steps is None:
-            steps = self.plume_steps(request.side or self.settings.input_type)
-        self.metrics.latent_steps.inc((steps or 0) * len(entries))
+        self.metrics.latent_steps.inc(sum(self._steps(entry.how) for entry in entries))
         vectors = np.stack(found).astype(np.float32, copy=False)
         return Answer(cut(vectors, request.dimensions), sum(entry.num_tokens for entry in entries))
 
@@ -367,10 +366,11 @@ class Service:
         if length > ceilings.request_characters:
             raise RequestError(413, f"a request may hold {ceilings.request_characters:,} characters of text", "input")
 
-    def plume_steps(self, side: Side | None) -> int | None:
-        """K of inputs of a side, where a request does not say."""
+    def _steps(self, how: How) -> int:
+        """K of an input; of one whose gate decides, 0."""
         assert self._plume is not None
-        return self._plume.default_steps(side or "query")
+        steps = how.num_latent_steps
+        return (self._plume.default_steps(how.side or "query") if steps is None else steps) or 0
 
     def _entries(self, request: Request, plume: Plume) -> list[Entry]:
         """Inputs, checked, decoded and counted.
@@ -382,7 +382,7 @@ class Service:
         if request.model not in (None, "", self.settings.name, self.settings.model):
             raise RequestError(404, f"there is no such model; this server has {self.settings.name!r}", "model")
         self._check_dimensions(request, plume)
-        side = request.side or self.settings.input_type
+        sides = [asked.side or request.side or self.settings.input_type for asked in request.inputs]
         if request.num_latent_steps is not None:
             try:
                 config.check_num_latent_steps(request.num_latent_steps)
@@ -390,15 +390,15 @@ class Service:
                 raise wrong(
                     f"this model takes at most {config.max_latent_steps} latent steps", "num_latent_steps"
                 ) from None
-        elif side is None and config.document_steps() != config.num_latent_steps:
+        elif None in sides and config.document_steps() != config.num_latent_steps:
             raise wrong('queries and documents differ here; say input_type "query" or "document"', "input_type")
         processor = plume.plume_model.processor
         assert processor is not None
-        how = How(request.num_latent_steps, side, request.max_pixels)
         limits = limits_of(processor, pixel_settings(processor, request.max_pixels))
         entries = []
-        for asked in request.inputs:
+        for asked, side in zip(request.inputs, sides, strict=True):
             item = self._item(asked, request.instruction, processor, limits)
+            how = How(request.num_latent_steps, side, request.max_pixels)
             entries.append(Entry(item, processor.exact_length(item), how))
         return entries
 

@@ -206,6 +206,38 @@ def test_vectors_do_not_depend_on_the_company(client, plume, picture):
         same(vector, (without if number % 3 == 0 else expected)[number % 8])
 
 
+@pytest.mark.parametrize("route", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_ranking_is_by_cosine_and_off_by_default(plume_folder, plume, client, route):
+    documents = [*TEXTS, {"text": "a blue kite"}, "blue"]
+    body = {"query": "a red kite", "documents": documents, "model": "ranks"}
+    assert client.post(route, json=body).status_code == 404
+    assert client.get("/info").json()["rerank"] is None
+    service = Service(Settings(model=str(plume_folder), served_as="ranks", device="cpu", does_rank=True))
+    service.load()
+    ranks = TestClient(make_app(service))
+    scores = plume.encode_document([*TEXTS, "a blue kite", "blue"]) @ plume.encode_query("a red kite")
+    results = ranks.post(route, json={**body, "return_documents": True}).json()["results"]
+    assert [one["index"] for one in results] == np.argsort(-scores, kind="stable").tolist()
+    same([one["relevance_score"] for one in results], np.sort(scores)[::-1])
+    assert results[0]["document"] == {"text": "a red kite"}
+    tei = {"query": "a red kite", "texts": TEXTS, "return_text": True}
+    told = ranks.post(route, json=tei).json()
+    assert [(one["text"], one["index"]) for one in told] == [(TEXTS[one["index"]], one["index"]) for one in told]
+    assert [one["index"] for one in told] == np.argsort(-scores[:4], kind="stable").tolist()
+    short = ranks.post(route, json={**body, "top_n": 2}).json()["results"]
+    assert [set(one) for one in short] == [{"index", "relevance_score"}] * 2
+    for wrong, param in (
+        ({**body, "documents": []}, "documents"),
+        ({**body, "documents": ["x", 3]}, "documents[1]"),
+        ({**body, "query": None}, "query"),
+        ({**body, "top_n": 0}, "top_n"),
+        ({**tei, "raw_scores": True}, "raw_scores"),
+    ):
+        answer = ranks.post(route, json=wrong)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    service.close(30)
+
+
 # What is refused.
 
 
