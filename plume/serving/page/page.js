@@ -2,7 +2,8 @@
 
 const PER_PAGE = 24;
 const MOST = 1000; // rows that may be passed over
-const TRACED = 8; // results that states are compared with
+const TRACED = 5; // results that states are compared with
+const WORDS = 3; // of each state
 const by = (id) => document.getElementById(id);
 
 let picture = null; // a data URI
@@ -183,7 +184,7 @@ function trace(steps, hits) {
       const row = make("tr");
       row.append(Object.assign(make("th", String(step)), { scope: "row" }));
       const words = make("td");
-      for (const { token, probability } of state.words) {
+      for (const { token, probability } of state.words.slice(0, WORDS)) {
         const word = make("span", token, "word");
         word.title = `probability ${probability.toPrecision(2)}`;
         words.append(word);
