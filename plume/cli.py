@@ -221,6 +221,7 @@ def search(
     model: Annotated[str | None, typer.Option(help="Checkpoint; the one that made the index if not given.")] = None,
     top_k: Annotated[int, typer.Option(help="Results at most.", min=1)] = 10,
     where: Annotated[str | None, typer.Option(help="A condition, for example \"kind = 'pdf'\".")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every row of a large index too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails.")] = None,
 ) -> None:
@@ -246,7 +247,7 @@ def search(
             plume = Plume(model or _maker(source))
             if dim < plume.get_embedding_dimension():
                 plume.truncate_dim = dim
-            hits = source.search(query, plume, top_k=top_k, where=where)
+            hits = source.search(query, plume, top_k=top_k, where=where, exact=exact)
     except (ValueError, OSError) as error:
         _stop(_message(error, ["the query"]))
     if html is not None:

@@ -92,6 +92,16 @@ def walk(folder: Path, leave_out: Path | None = None) -> Iterator[Found | Skippe
             yield Found(path, name) if path.suffix.lower() in SUFFIXES else Other(name)
 
 
+def walk_key(name: str) -> str:
+    r"""By which names stand in the order of a walk, where what a folder holds follows upon the folder.
+
+    Example:
+        >>> sorted(["a.txt", "a/b.txt", "a/b/c.txt"], key=walk_key)
+        ['a/b/c.txt', 'a/b.txt', 'a.txt']
+    """
+    return name.replace("/", "\0")
+
+
 def _entries(folder: Path, prefix: str) -> Iterator[tuple[os.DirEntry, str]]:
     """What a folder holds by name, each with its name from where the walk began."""
     with os.scandir(folder) as entries:

@@ -301,16 +301,21 @@ class Index:
         *,
         top_k: int = 10,
         where: str | None = None,
+        exact: bool = False,
         instruction: str | None = None,
         num_latent_steps: int | None = None,
     ) -> list[Hit]:
-        """The rows whose vectors are nearest to a query, best first; exact, not approximate.
+        """The rows whose vectors are nearest to a query, best first.
+
+        From `plume.search.store.APPROXIMATE_FROM` rows on their vectors are indexed (IVF with RaBitQ), and the nearest
+        are those of a sample that is compared exactly; scores are exact in any case.
 
         Args:
             query: one input, as for `Plume.encode`.
             plume: the embedder that made the index.
             top_k: rows to return at most.
             where: a condition in SQL on path, kind, page, num_pages, excerpt, for example "kind = 'pdf'".
+            exact: compare with every row of a large index too.
             instruction: must be the index's; None takes it.
             num_latent_steps: must be the index's K of queries; None takes it.
 
@@ -338,22 +343,25 @@ class Index:
             raise InputError(
                 "the query", f"it is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
             )
-        return self.nearest(vector / np.linalg.norm(vector), top_k=top_k, where=where)
+        return self.nearest(vector / np.linalg.norm(vector), top_k=top_k, where=where, exact=exact)
 
-    def nearest(self, vector: np.ndarray, *, top_k: int = 10, where: str | None = None) -> list[Hit]:
+    def nearest(
+        self, vector: np.ndarray, *, top_k: int = 10, where: str | None = None, exact: bool = False
+    ) -> list[Hit]:
         """The rows nearest to a vector, best first.
 
         Args:
             vector: `[dim]`, of unit length.
             top_k: rows to return at most.
             where: see `search`.
+            exact: see `search`.
 
         Raises:
             ValueError: a condition that is not SQL.
         """
         limit = top_k
         while True:
-            rows = self.store.nearest(vector, limit, where)
+            rows = self.store.nearest(vector, limit, where, exact=exact)
             # While a folder is brought up to date a changed file has two rows, one of which is about to go.
             doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
             for row in rows:

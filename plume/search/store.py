@@ -20,9 +20,19 @@ from filelock import FileLock, Timeout
 
 #: The table's folder is called so, with ".lance" behind it.
 TABLE = "items"
+#: Rows from which on vectors are indexed, and searches approximate.
+APPROXIMATE_FROM = 200_000
+# The index of vectors is called so, with the number of rows that it was made for behind it.
+_INDEX = "vectors_"
+# Partitions that are searched, and how many times more rows than are asked for are compared exactly.
+_PROBES, _REFINED = 100, 50
+# Small pieces are joined once so many rows have come, and this share of those that were there.
+_COMPACT_FROM, _COMPACT_SHARE = 16_384, 0.25
 # How often a read is tried while another process takes files away.
 _TRIES = 6
 _IDS_PER_STATEMENT = 1024
+# Rows that are turned into objects at a time.
+_ROWS_AT_ONCE = 4096
 # A row is there once for each of these.
 _KEYS = ["root", "name", "page", "sha256"]
 
@@ -49,7 +59,15 @@ class RowStore:
         """
         self.path, self.dim = path, dim
         database, schema = _connect(path), _schema(dim)
-        self._table = _trying(path, lambda: database.create_table(TABLE, schema=schema, exist_ok=not must_be_new))
+
+        def table() -> Any:
+            if not must_be_new and (path / f"{TABLE}.lance").exists():
+                return database.open_table(TABLE)
+            return database.create_table(TABLE, schema=schema, exist_ok=not must_be_new)
+
+        self._table = _trying(path, table)
+        self._schema = self._table.schema  # tables of older versions declare no key
+        self._num_new = 0  # rows since they have been joined
 
     def __len__(self) -> int:
         return self._read(lambda table: table.count_rows())
@@ -81,16 +99,33 @@ class RowStore:
 
         return self._read(select)
 
-    def rows_with(self, contents: Sequence[str]) -> list[dict[str, Any]]:
-        """All columns of the rows with one of these SHA-256."""
-        return self._rows_where(f"sha256 IN ({', '.join(map(quoted, contents))})")
+    def by_name(self, root: Path) -> Iterator[dict[str, Any]]:
+        """Rows of a folder without vectors, in the order of a walk; they are read at once, as columns."""
+        compute = _compute()
+
+        def select(table: Any) -> Any:
+            search = table.search().select(["name", "sha256", "page", "num_pages", "size", "mtime_ns"]).limit(None)
+            return search.where(f"root = {quoted(str(root))}").to_arrow()
+
+        found = self._read(select)
+        keys = compute.replace_substring(found["name"], "/", "\0")  # as `walk_key` has it
+        found = found.take(compute.sort_indices(keys))
+        for batch in found.to_batches(max_chunksize=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+    def rows_with(self, contents: Sequence[str], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Some columns, or all, of the rows with one of these SHA-256."""
+        return self._rows_where(f"sha256 IN ({', '.join(map(quoted, contents))})", columns)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Commit rows, all or none of them."""
         import pyarrow as pa
 
-        committed = pa.Table.from_pylist(list(rows), schema=_schema(self.dim))
+        committed = pa.Table.from_pylist(list(rows), schema=self._schema)
         self._write(lambda table: table.add(committed))
+        self._num_new += len(committed)
+        if self._num_new > max(_COMPACT_FROM, _COMPACT_SHARE * (len(self) - self._num_new)):
+            self.compact(wipe=False)
 
     def delete(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
         """Delete the rows of some files, given by name and SHA-256."""
@@ -115,25 +150,23 @@ class RowStore:
             where = f"root = {quoted(str(root))} AND name IN ({', '.join(map(quoted, some))})"
             rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where)]
             touched = [{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None]
-            new = pa.Table.from_pylist(touched, schema=_schema(self.dim))
+            new = pa.Table.from_pylist(touched, schema=self._schema)
             self._write(lambda table, new=new: table.merge_insert(_KEYS).when_matched_update_all().execute(new))
 
     def drop_doubled(self) -> int:
         """Delete rows that are there more than once; the number deleted."""
-        rows = self._read(
-            lambda table: table.search().with_row_id(True).select(_KEYS).limit(None).to_arrow().to_pylist()
-        )
-        seen: set[tuple] = set()
-        doubled = [
-            row["_rowid"] for row in rows if (key := tuple(row[name] for name in _KEYS)) in seen or seen.add(key)
-        ]
+        rows = self._read(lambda table: table.search().with_row_id(True).select(_KEYS).limit(None).to_arrow())
+        groups = rows.group_by(_KEYS).aggregate([("_rowid", "min"), ("_rowid", "count")])
+        twice = groups.filter(_compute().greater(groups["_rowid_count"], 1))
+        both = rows.join(twice.select([*_KEYS, "_rowid_min"]), _KEYS, join_type="inner") if len(twice) else rows[:0]
+        doubled = [row["_rowid"] for row in both.to_pylist() if row["_rowid"] != row["_rowid_min"]]
         for start in range(0, len(doubled), _IDS_PER_STATEMENT):
             ids = ", ".join(map(str, doubled[start : start + _IDS_PER_STATEMENT]))
             self._write(lambda table, ids=ids: table.delete(f"_rowid IN ({ids})"))
         return len(doubled)
 
     def compact(self, wipe: bool) -> None:
-        """Join the many small pieces that commits leave behind.
+        """Join the many small pieces that commits leave behind, and index the vectors where there are many.
 
         Args:
             wipe: also take off the disk what was deleted. A search that runs at this moment reads again.
@@ -142,14 +175,42 @@ class RowStore:
             warnings.simplefilter("ignore", UserWarning)  # it says what is said above
             older = timedelta(0) if wipe else None
             self._write(lambda table: table.optimize(cleanup_older_than=older, delete_unverified=wipe))
+        self._num_new = 0
+        self._index_vectors()
 
-    def nearest(self, vector: np.ndarray, limit: int, where: str | None = None) -> list[dict[str, Any]]:
+    def _index_vectors(self) -> None:
+        """Make an index of vectors in a large table; anew once the table has twice the rows that it was made for.
+
+        Rows that come later are put into it by `optimize`, and until then are compared one by one.
+        """
+        count, made_for = len(self), self._indexed_rows()
+        if count < APPROXIMATE_FROM or count < 2 * made_for:
+            return
+        from lancedb.index import IvfRq
+
+        name = f"{_INDEX}{count}"
+        self._write(lambda table: table.create_index("vector", config=IvfRq(distance_type="cosine"), name=name))
+        for older in self._vector_indices():
+            if older != name:
+                self._write(lambda table, older=older: table.drop_index(older))
+
+    def _vector_indices(self) -> list[str]:
+        return self._read(lambda table: [one.name for one in table.list_indices() if one.name.startswith(_INDEX)])
+
+    def _indexed_rows(self) -> int:
+        """Rows that the index of vectors was made for; 0: there is none."""
+        return max((int(name.removeprefix(_INDEX)) for name in self._vector_indices()), default=0)
+
+    def nearest(
+        self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False
+    ) -> list[dict[str, Any]]:
         """The rows nearest to a unit vector `[dim]`, best first, with `_rowid`; `_distance` is one minus the cosine.
 
         Args:
             vector: of a query.
             limit: rows at most.
             where: a condition in SQL.
+            exact: compare with every row, also where there is an index of vectors; distances are exact in any case.
 
         Raises:
             ValueError: the condition is not SQL.
@@ -157,7 +218,11 @@ class RowStore:
         condition = None if where is None else _condition(where)
 
         def select(table: Any) -> list[dict[str, Any]]:
-            search = table.search(vector).distance_type("cosine").bypass_vector_index().with_row_id(True).limit(limit)
+            search = table.search(vector).distance_type("cosine").with_row_id(True).limit(limit)
+            if exact:
+                search = search.bypass_vector_index()
+            else:  # where a condition leaves too few rows, in more partitions
+                search = search.minimum_nprobes(_PROBES).maximum_nprobes(0).refine_factor(_REFINED)
             return (search.where(condition, prefilter=True) if condition else search).to_list()
 
         try:
@@ -191,8 +256,12 @@ class RowStore:
         """Read from the newest version; once more where another process has just deleted files of the one before."""
         return _trying(self.path, lambda: work(self._table), self._table.checkout_latest)
 
-    def _rows_where(self, where: str) -> list[dict[str, Any]]:
-        return self._read(lambda table: table.search().where(where).limit(None).to_arrow().to_pylist())
+    def _rows_where(self, where: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        def select(table: Any) -> list[dict[str, Any]]:
+            search = table.search().where(where).limit(None)
+            return (search if columns is None else search.select(list(columns))).to_arrow().to_pylist()
+
+        return self._read(select)
 
     def _write(self, work: Callable[[Any], Any]) -> None:
         """Write; `locked` keeps others out, so that a failure is one of storage."""
@@ -250,6 +319,8 @@ def _condition(where: str) -> str:
 def _schema(dim: int) -> Any:
     import pyarrow as pa
 
+    # A key that is declared makes LanceDB notice two processes that merge the same new rows; `add` does not look at it.
+    key = {"lance-schema:unenforced-primary-key": "true"}
     columns = {
         "root": pa.string(),
         "name": pa.string(),
@@ -264,7 +335,17 @@ def _schema(dim: int) -> Any:
         "thumbnail": pa.binary(),
         "vector": pa.list_(pa.float32(), dim),
     }
-    return pa.schema(list(columns.items()))
+    return pa.schema(
+        pa.field(name, kind, nullable=name not in _KEYS, metadata=key if name in _KEYS else None)
+        for name, kind in columns.items()
+    )
+
+
+def _compute() -> Any:
+    """Arrow's functions, which are not known to type checkers."""
+    import pyarrow.compute
+
+    return pyarrow.compute
 
 
 def _connect(path: Path) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from plume.inputs.file_kinds import Kind, kind_of
 from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits, read_text
 from plume.inputs.pages import pages
 from plume.inputs.processor import PlumeProcessor
-from plume.search.folder import Found, Other, Skipped, digest, walk
+from plume.search.folder import Found, Other, Skipped, digest, walk, walk_key
 from plume.search.store import RowStore
 
 _THUMBNAIL_SIDE = 192
@@ -34,6 +36,8 @@ _EXCERPT_LENGTH = 200
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
 # How many contents are copied, and files deleted, by one statement.
 _CONTENTS_PER_COPY, _FILES_PER_DELETION = 64, 128
+# Files whose contents are known together: equal ones among them are embedded once, others when the first has its rows.
+_FILES_PER_LOOK = 1024
 
 
 @dataclass
@@ -121,30 +125,37 @@ def update_store(
     _check_root(store, root)
     store.drop_doubled()
     report = Report()
-    rows = store.rows(["name", "sha256", "page", "num_pages", "size", "mtime_ns"], root)
-    contents, current, touched = _find_work(store, root, rows, report, hide_progress)
-    store.touch(root, touched)
-    report.reused += _copy_known(store, root, contents)
+    look = _Look(store, root, report)
     processor = plume.plume_model.processor
     assert processor is not None
-    progress = tqdm(contents, desc="Indexing", unit="file", disable=hide_progress)
-    work = _load(progress, processor, limits_of(processor, image_settings), instruction, current, report)
-    for window in in_windows(
-        work, max_items=_ROWS_PER_WINDOW, max_tokens=_TOKENS_PER_WINDOW, num_tokens=lambda loaded: loaded.num_tokens
-    ):
-        vectors = plume.encode_document(
-            [loaded.item for loaded in window],
-            instruction=instruction,
-            num_latent_steps=num_latent_steps,
-            batch_size=batch_size,
-            show_progress_bar=False,
-            **image_settings,
-        )
-        new = [row for loaded, vector in zip(window, vectors, strict=True) for row in _rows_of(root, loaded, vector)]
-        store.add(new)
-        report.embedded += len(window)
-        report.reused += len(new) - len(window)
-    report.removed = _remove_stale(store, root, rows, current)
+    limits = limits_of(processor, image_settings)
+    with tqdm(total=look.count(), desc="Indexing", unit="file", disable=hide_progress) as progress:
+        for files in in_windows(
+            look.changed(progress), max_items=_FILES_PER_LOOK, max_tokens=_FILES_PER_LOOK, num_tokens=lambda _: 1
+        ):
+            contents = _contents(store, files)
+            report.reused += _copy_known(store, root, contents)
+            work = _load(contents, processor, limits, instruction, look, progress)
+            for window in in_windows(
+                work,
+                max_items=_ROWS_PER_WINDOW,
+                max_tokens=_TOKENS_PER_WINDOW,
+                num_tokens=lambda loaded: loaded.num_tokens,
+            ):
+                vectors = plume.encode_document(
+                    [loaded.item for loaded in window],
+                    instruction=instruction,
+                    num_latent_steps=num_latent_steps,
+                    batch_size=batch_size,
+                    show_progress_bar=False,
+                    **image_settings,
+                )
+                pairs = zip(window, vectors, strict=True)
+                new = [row for loaded, vector in pairs for row in _rows_of(root, loaded, vector)]
+                store.add(new)
+                report.embedded += len(window)
+                report.reused += len(new) - len(window)
+    report.removed = look.remove_stale()
     store.compact(wipe=report.removed > 0)
     return report
 
@@ -165,11 +176,13 @@ def _load(
     processor: PlumeProcessor,
     limits: MediaLimits,
     instruction: str,
-    current: dict[str, str | None],
-    report: Report,
+    look: _Look,
+    progress: tqdm,
 ) -> Iterator[_Loaded]:
     """What is to be embedded, loaded; what cannot be read is listed in the report."""
+    report = look.report
     for content in contents:
+        progress.update(len(content.files))
         for document in _documents(content, report):
             if document.page in content.rows:
                 continue
@@ -181,7 +194,7 @@ def _load(
                 continue
             if _has_changed(content):
                 # What was read need not be what was hashed, whose vector the hash would be for all times.
-                _leave_for_later(report, content, current)
+                look.leave_for_later(content)
                 break
             yield _Loaded(document, item, processor.num_tokens(item))
 
@@ -199,68 +212,145 @@ def _has_changed(content: _Content) -> bool:
         return True
 
 
-def _leave_for_later(report: Report, content: _Content, current: dict[str, str | None]) -> None:
-    for file in content.files:
-        report.skipped.append(Skipped(file.name, "was written to while it was read; run this again"))
-        current[file.name] = None  # what the index has of it stays
+class _Changed(NamedTuple):
+    """A file that may need work: what it holds, and its stats from before that was looked at."""
+
+    file: Found
+    kind: Kind
+    sha256: str
+    stats: tuple[int, int, int]
 
 
-def _find_work(
-    store: RowStore, root: Path, rows: Sequence[dict[str, Any]], report: Report, hide_progress: bool | None
-) -> tuple[list[_Content], dict[str, str | None], dict[tuple[str, str], tuple[int, int]]]:
-    """The contents that need work; the content of every file by name; and files that were touched without a change.
+class _Look:
+    """The files of a folder beside the rows that the index has of them, both in the order of a walk.
 
-    A content is None where it cannot be told. What cannot be told of a folder stands under the name of the folder.
+    Rows wait as columns of Arrow, of which a few are turned into objects at a time.
     """
-    pages_of: dict[tuple[str, str], set[int]] = defaultdict(set)
-    num_pages: dict[tuple[str, str], int] = {}
-    by_stat: dict[tuple[str, int, int], str] = {}
-    for row in rows:
-        key = row["name"], row["sha256"]
-        pages_of[key].add(row["page"])
-        num_pages[key] = row["num_pages"]
-        by_stat[row["name"], row["size"], row["mtime_ns"]] = row["sha256"]
 
-    contents: dict[tuple[str, Kind], _Content] = {}
-    current: dict[str, str | None] = {}
-    touched: dict[tuple[str, str], tuple[int, int]] = {}
-    files = walk(root, leave_out=store.path.resolve())
-    for found in tqdm(files, desc="Looking", unit="file", disable=hide_progress):
-        if isinstance(found, Other):
-            report.others[found.kind] += 1
-            continue
-        if isinstance(found, Skipped):
-            report.skipped.append(found)
-            if not found.is_known:
-                current[found.name] = None
-            continue
+    def __init__(self, store: RowStore, root: Path, report: Report):
+        self.store, self.root, self.report = store, root, report
+        # Rows of files that are gone or hold something else, by name and SHA-256; and of what that cannot be told.
+        self._stale: Counter[tuple[str, str]] = Counter()
+        self._untold: set[str] = set()
+        self._touched: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def count(self) -> int:
+        """Files that will be looked at."""
+        return sum(isinstance(found, Found) for found in self._walk())
+
+    def changed(self, progress: tqdm) -> Iterator[_Changed]:
+        """Files whose content has no rows under their name, or not all of them."""
+        known = _Groups(self.store.by_name(self.root))
+        for found in self._walk():
+            if isinstance(found, Other):
+                self.report.others[found.kind] += 1
+            elif isinstance(found, Skipped):
+                self._skip(found)
+            else:
+                rows = known.of(found.name, self._pass)
+                changed = self._look_at(found, rows)
+                if changed is None:
+                    progress.update()
+                else:
+                    yield changed
+        known.of(None, self._pass)
+        self._touch()
+
+    def leave_for_later(self, content: _Content) -> None:
+        """Note that a content was written to while it was read; what the index has of its files stays."""
+        for file in content.files:
+            self._skip(Skipped(file.name, "was written to while it was read; run this again"))
+
+    def remove_stale(self) -> int:
+        """Delete rows of files that are gone or hold something else now; those that cannot be told stay."""
+        gone: Counter[tuple[str, str]] = Counter()
+        for (name, sha), count in self._stale.items():
+            folders = {name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1)}
+            if not self._untold & {name, *folders}:
+                gone[name, sha] = count
+        files = list(gone)
+        for start in range(0, len(files), _FILES_PER_DELETION):
+            self.store.delete(self.root, files[start : start + _FILES_PER_DELETION])
+        return gone.total()
+
+    def _walk(self) -> Iterator[Found | Skipped | Other]:
+        return walk(self.root, leave_out=self.store.path.resolve())
+
+    def _look_at(self, found: Found, rows: Sequence[dict[str, Any]]) -> _Changed | None:
+        """A file that needs work; None where its rows are complete, or it cannot be read."""
         try:
             stats = _stats_of(found.path)
             kind = kind_of(found.path)
+            assert kind is not None  # walk gives no others
             if kind is Kind.TEXT and stats[0] > MAX_TEXT_BYTES:  # refused later, so that it need not be read
                 reason = f"holds {stats[0]:,} bytes, more than {MAX_TEXT_BYTES:,}; split it"
-                report.skipped.append(Skipped(found.name, reason, is_known=True))
-                continue
-            known = by_stat.get((found.name, *stats[:2]))
+                self._skip(Skipped(found.name, reason, is_known=True))
+                self._pass(rows)
+                return None
+            by_stat = {(row["size"], row["mtime_ns"]): row["sha256"] for row in rows}
+            known = by_stat.get(stats[:2])
             sha = known or digest(found.path)
         except OSError as error:
-            report.skipped.append(Skipped(found.name, f"cannot be read ({error.strerror})"))
-            current[found.name] = None
-            continue
-        current[found.name] = sha
-        if len(pages_of[found.name, sha]) == num_pages.get((found.name, sha)):
-            report.unchanged += 1
-            if known is None:
-                touched[found.name, sha] = stats[:2]
-            continue
-        assert kind is not None  # walk gives no others
-        content = contents.setdefault((sha, kind), _Content(sha, kind))
-        content.files.append(found)
-        content.stats.append(stats)
-    for row in store.rows(["sha256", "kind", "page", "path"]) if contents else ():
+            self._skip(Skipped(found.name, f"cannot be read ({error.strerror})"))
+            return None
+        self._pass([row for row in rows if row["sha256"] != sha])
+        same = [row for row in rows if row["sha256"] == sha]
+        if not same or len({row["page"] for row in same}) != same[0]["num_pages"]:
+            return _Changed(found, kind, sha, stats)
+        self.report.unchanged += 1
+        if known is None:
+            self._touched[found.name, sha] = stats[:2]
+            if len(self._touched) == _FILES_PER_LOOK:
+                self._touch()
+        return None
+
+    def _skip(self, skipped: Skipped) -> None:
+        self.report.skipped.append(skipped)
+        if not skipped.is_known:
+            self._untold.add(skipped.name)
+
+    def _pass(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Note rows that belong to nothing any more."""
+        self._stale.update((row["name"], row["sha256"]) for row in rows)
+
+    def _touch(self) -> None:
+        self.store.touch(self.root, self._touched)
+        self._touched = {}
+
+
+class _Groups:
+    """Rows by file, taken one file after the other in the order of a walk."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]]):
+        self._groups = groupby(rows, key=itemgetter("name"))
+        self._next = self._take()
+
+    def of(self, name: str | None, pass_over: Callable[[Iterable[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+        """The rows of a file, after those of all files before it have been passed over; None stands behind all."""
+        while self._next is not None and (name is None or walk_key(self._next[0]) < walk_key(name)):
+            pass_over(self._next[1])
+            self._next = self._take()
+        if self._next is None or self._next[0] != name:
+            return []
+        rows, self._next = self._next[1], self._take()
+        return rows
+
+    def _take(self) -> tuple[str, list[dict[str, Any]]] | None:
+        taken = next(self._groups, None)
+        return None if taken is None else (taken[0], list(taken[1]))
+
+
+def _contents(store: RowStore, files: Sequence[_Changed]) -> list[_Content]:
+    """What some files hold, with the rows that the index has of that, under any name."""
+    contents: dict[tuple[str, Kind], _Content] = {}
+    for changed in files:
+        content = contents.setdefault((changed.sha256, changed.kind), _Content(changed.sha256, changed.kind))
+        content.files.append(changed.file)
+        content.stats.append(changed.stats)
+    for row in store.rows_with(sorted({sha for sha, _ in contents}), ["sha256", "kind", "page", "path"]):
         if (content := contents.get((row["sha256"], Kind(row["kind"])))) is not None:
             content.rows[row["page"]].add(row["path"])
-    return list(contents.values()), current, touched
+    return list(contents.values())
 
 
 def _documents(content: _Content, report: Report) -> Iterator[_Document]:
@@ -316,21 +406,6 @@ def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> in
             store.add(new.values())
         written += len(new)
     return written
-
-
-def _remove_stale(store: RowStore, root: Path, rows: Sequence[dict[str, Any]], current: dict[str, str | None]) -> int:
-    """Delete rows of files that are gone or hold something else now; those that cannot be told stay."""
-    untold = {name for name, sha in current.items() if sha is None}
-    stale: dict[tuple[str, str], int] = defaultdict(int)
-    for row in rows:
-        name = row["name"]
-        folders = {name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1)}
-        if current.get(name, "gone") != row["sha256"] and not untold & {name, *folders}:
-            stale[name, row["sha256"]] += 1
-    files = list(stale)
-    for start in range(0, len(files), _FILES_PER_DELETION):
-        store.delete(root, files[start : start + _FILES_PER_DELETION])
-    return sum(stale.values())
 
 
 def _thumbnail(item: Item) -> bytes:
