@@ -37,7 +37,7 @@ ORDER = [
     {"engine", "tracing", "random_models"},
     {"embedder"},
     {"search", "space"},
-    {"serving"},
+    {"serving", "corpus"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},
     {"__main__", "autoload"},

@@ -58,6 +58,40 @@ class Identity:
     query_instruction: str = ""
     max_pixels: int | None = None
 
+    @classmethod
+    def of(
+        cls,
+        plume: Plume,
+        *,
+        num_latent_steps: int | None = None,
+        query_latent_steps: int | None = None,
+        instruction: str = "",
+        query_instruction: str = "",
+        max_pixels: int | None = None,
+    ) -> Identity:
+        """What vectors of an embedder come from; see `Index.create`.
+
+        Raises:
+            ValueError: the checkpoint does not take so many steps, or the limit is below what images are enlarged to.
+        """
+        documents = plume.default_steps("document")
+        assert documents is not None  # a gate is for queries
+        identity = cls(
+            model=plume.source,
+            fingerprint=fingerprint(plume.plume_model),
+            dim=plume.get_embedding_dimension(),
+            num_latent_steps=documents if num_latent_steps is None else num_latent_steps,
+            query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
+            instruction=instruction,
+            query_instruction=query_instruction,
+            max_pixels=max_pixels,
+        )
+        pixel_settings(plume.plume_model.processor, max_pixels)
+        for steps in (identity.num_latent_steps, identity.query_latent_steps):
+            if steps is not None:
+                plume.plume_config.check_num_latent_steps(steps)
+        return identity
+
     def checked(self) -> Identity:
         """The same, once every field is of its type.
 
@@ -167,23 +201,20 @@ class Index:
             ValueError: there is an index made with other settings, or a limit below what images are enlarged to.
             IndexStorageError: it cannot be written.
         """
-        path = Path(path)
-        documents = plume.default_steps("document")
-        assert documents is not None  # a gate is for queries
-        identity = Identity(
-            model=plume.source,
-            fingerprint=fingerprint(plume.plume_model),
-            dim=plume.get_embedding_dimension(),
-            num_latent_steps=documents if num_latent_steps is None else num_latent_steps,
-            query_latent_steps=plume.default_steps("query") if query_latent_steps is None else query_latent_steps,
+        identity = Identity.of(
+            plume,
+            num_latent_steps=num_latent_steps,
+            query_latent_steps=query_latent_steps,
             instruction=instruction,
             query_instruction=query_instruction,
             max_pixels=max_pixels,
         )
-        pixel_settings(plume.plume_model.processor, max_pixels)
-        for steps in (identity.num_latent_steps, identity.query_latent_steps):
-            if steps is not None:
-                plume.plume_config.check_num_latent_steps(steps)
+        return cls.create_as(path, identity)
+
+    @classmethod
+    def create_as(cls, path: str | os.PathLike, identity: Identity) -> Index:
+        """Make an empty index for vectors of a known origin, or open one of the same; see `create`."""
+        path = Path(path)
         if not (path / IDENTITY).exists():
             _check_free(path)  # before anything is made there
             try:

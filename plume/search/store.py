@@ -58,7 +58,7 @@ class RowStore:
             IndexStorageError: it cannot be read or written.
         """
         self.path, self.dim = path, dim
-        database, schema = _connect(path), _schema(dim)
+        database, schema = _connect(path), schema_of(dim)
 
         def table() -> Any:
             if not must_be_new and (path / f"{TABLE}.lance").exists():
@@ -121,7 +121,23 @@ class RowStore:
         """Commit rows, all or none of them."""
         import pyarrow as pa
 
-        committed = pa.Table.from_pylist(list(rows), schema=self._schema)
+        self._add(pa.Table.from_pylist(list(rows), schema=self._schema))
+
+    def add_missing(self, rows: Any) -> int:
+        """Commit those rows of a table of Arrow that are not there yet, all or none of them; their number."""
+        import pyarrow as pa
+
+        known = set()
+        contents = sorted(set(rows["sha256"].to_pylist()))
+        for start in range(0, len(contents), _IDS_PER_STATEMENT):
+            for row in self.rows_with(contents[start : start + _IDS_PER_STATEMENT], _KEYS):
+                known.add(tuple(row[name] for name in _KEYS))
+        is_new = [tuple(row[name] for name in _KEYS) not in known for row in rows.select(_KEYS).to_pylist()]
+        if new := sum(is_new):
+            self._add(rows.filter(pa.array(is_new)).cast(self._schema))
+        return new
+
+    def _add(self, committed: Any) -> None:
         self._write(lambda table: table.add(committed))
         self._num_new += len(committed)
         if self._num_new > max(_COMPACT_FROM, _COMPACT_SHARE * (len(self) - self._num_new)):
@@ -316,7 +332,8 @@ def _condition(where: str) -> str:
     return f"({where}\n)"
 
 
-def _schema(dim: int) -> Any:
+def schema_of(dim: int) -> Any:
+    """Columns of an index whose vectors have so many numbers."""
     import pyarrow as pa
 
     # A key that is declared makes LanceDB notice two processes that merge the same new rows; `add` does not look at it.

@@ -7,7 +7,6 @@ the walk is done, so that a run that is killed goes on where it stopped and lose
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from plume.embedder.encode import in_windows, limits_of
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind, kind_of
-from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits, read_text
-from plume.inputs.pages import pages
+from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
 from plume.search.folder import Found, Other, Skipped, digest, walk, walk_key
+from plume.search.rows import Document, about, documents
 from plume.search.store import RowStore
 
-_THUMBNAIL_SIDE = 192
-_EXCERPT_LENGTH = 200
 # A window is embedded and committed together: at most this many rows or tokens.
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
 # How many contents are copied, and files deleted, by one statement.
@@ -75,26 +71,17 @@ class _Content:
     stats: list[tuple[int, int, int]] = field(default_factory=list)
     rows: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
-
-@dataclass(frozen=True)
-class _Document:
-    """What becomes one row of each of its files."""
-
-    content: _Content
-    raw: Any
-    page: int = 0  # 0: not a page
-    num_pages: int = 1
-
-    @property
-    def names(self) -> list[str]:
-        suffix = f", page {self.page}" if self.page else ""
-        return [file.name + suffix for file in self.content.files]
+    def names(self, document: Document) -> list[str]:
+        """How reports call a document, once for each file."""
+        suffix = f", page {document.page}" if document.page else ""
+        return [file.name + suffix for file in self.files]
 
 
 class _Loaded(NamedTuple):
-    """A document that can be embedded."""
+    """A document of a content that can be embedded."""
 
-    document: _Document
+    content: _Content
+    document: Document
     item: Item
     num_tokens: int
 
@@ -180,23 +167,26 @@ def _load(
     progress: tqdm,
 ) -> Iterator[_Loaded]:
     """What is to be embedded, loaded; what cannot be read is listed in the report."""
-    report = look.report
     for content in contents:
         progress.update(len(content.files))
-        for document in _documents(content, report):
-            if document.page in content.rows:
-                continue
-            name = document.names[0]
-            try:
-                item = processor.fit(Item.parse(document.raw, name, limits).instructed(instruction), name)
-            except InputError as error:
-                report.skipped += [Skipped(name, error.reason) for name in document.names]
-                continue
-            if _has_changed(content):
-                # What was read need not be what was hashed, whose vector the hash would be for all times.
-                look.leave_for_later(content)
-                break
-            yield _Loaded(document, item, processor.num_tokens(item))
+        file = content.files[0]
+        try:
+            for document in documents(file.path, file.name, content.kind):
+                if document.page in content.rows:
+                    continue
+                names = content.names(document)
+                try:
+                    item = processor.fit(Item.parse(document.raw, names[0], limits).instructed(instruction), names[0])
+                except InputError as error:
+                    look.report.skipped += [Skipped(name, error.reason) for name in names]
+                    continue
+                if _has_changed(content):
+                    # What was read need not be what was hashed, whose vector the hash would be for all times.
+                    look.leave_for_later(content)
+                    break
+                yield _Loaded(content, document, item, processor.num_tokens(item))
+        except InputError as error:
+            look.report.skipped += [Skipped(one.name, error.reason) for one in content.files]
 
 
 def _stats_of(path: Path) -> tuple[int, int, int]:
@@ -353,38 +343,12 @@ def _contents(store: RowStore, files: Sequence[_Changed]) -> list[_Content]:
     return list(contents.values())
 
 
-def _documents(content: _Content, report: Report) -> Iterator[_Document]:
-    """What a file holds: itself, or its pages."""
-    file = content.files[0]
-    try:
-        if content.kind is Kind.PDF:
-            for page in pages(file.path, file.name):
-                yield _Document(content, page, page.page, page.num_pages)
-        elif content.kind is Kind.TEXT:
-            yield _Document(content, read_text(file.path, file.name))
-        else:
-            yield _Document(content, file.path)
-    except InputError as error:
-        report.skipped += [Skipped(file.name, error.reason) for file in content.files]
-
-
 def _rows_of(root: Path, loaded: _Loaded, vector: np.ndarray) -> Iterator[dict[str, Any]]:
-    document, content, thumbnail = loaded.document, loaded.document.content, _thumbnail(loaded.item)
+    content = loaded.content
+    same = about(loaded.item, content.kind, content.sha256, loaded.document, vector)
     for file, (size, mtime_ns, _) in zip(content.files, content.stats, strict=True):
-        yield {
-            "root": str(root),
-            "name": file.name,
-            "path": str(root / file.name),
-            "kind": str(content.kind),
-            "page": document.page,
-            "num_pages": document.num_pages,
-            "sha256": content.sha256,
-            "size": size,
-            "mtime_ns": mtime_ns,
-            "excerpt": loaded.item.text[:_EXCERPT_LENGTH],
-            "thumbnail": thumbnail,
-            "vector": vector,
-        }
+        place = {"root": str(root), "name": file.name, "path": str(root / file.name)}
+        yield {**place, "size": size, "mtime_ns": mtime_ns, **same}
 
 
 def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> int:
@@ -406,15 +370,3 @@ def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> in
             store.add(new.values())
         written += len(new)
     return written
-
-
-def _thumbnail(item: Item) -> bytes:
-    """A small JPEG of the first image, or of the middle of the first video; empty for text."""
-    image = item.images[0] if item.images else item.videos[0].picture() if item.videos else None
-    if image is None:
-        return b""
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()

@@ -23,6 +23,7 @@ from plume.cli import app
 from plume.inputs.item import MAX_TEXT_BYTES, Item
 from plume.search import folder as folder_module
 from plume.search import index as index_module
+from plume.search import rows as rows_module
 from plume.search import update as update_module
 from plume.search.folder import Found, Other, walk
 from plume.search.index import Index, IndexStorageError
@@ -333,8 +334,8 @@ def test_a_file_that_changes_while_it_is_read_is_left_for_later(plume, notes, tm
             text = path.read_text()
         return text
 
-    read, done = update_module.read_text, []
-    monkeypatch.setattr(update_module, "read_text", rewriting)
+    read, done = rows_module.read_text, []
+    monkeypatch.setattr(rows_module, "read_text", rewriting)
     monkeypatch.setattr(Item, "parse", changing)
     index = Index.create(tmp_path / "index", plume)
     report = update(index, notes, plume)
