@@ -441,6 +441,7 @@ def serve(
     max_batch_size: Annotated[int, typer.Option(help="Inputs per pass.", min=1)] = 32,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens per pass, padding included.", min=1)] = 32_768,
     max_queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait; beyond, 429.", min=1)] = 262_144,
+    vector_cache_bytes: Annotated[int, typer.Option(help="Memory for vectors of inputs that come again.", min=0)] = 0,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request.", min=1)] = 50_000_000,
     api_key: Annotated[
         str | None, typer.Option(envvar="PLUME_API_KEY", help="That requests must bear; better in PLUME_API_KEY.")
@@ -483,6 +484,7 @@ def serve(
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_tokens,
         max_queue_tokens=max_queue_tokens,
+        vector_cache_bytes=vector_cache_bytes,
         max_body_bytes=max_body_bytes,
         api_key=api_key or None,
     )

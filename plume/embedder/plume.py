@@ -160,7 +160,8 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         if backend != "torch":
             self._engine_settings = {"backend": backend, **settings}
             self._refresh_engine()  # what cannot be honoured is said now
-        self._vector_cache = VectorCache(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
+        #: Vectors of inputs that come again; None without one.
+        self.vector_cache = VectorCache(self.plume_model, vector_cache_bytes) if vector_cache_bytes else None
         folder = Path(model_name_or_path)
         #: Where the checkpoint came from: a folder, absolute, or a Hub name.
         self.source = str(folder.resolve()) if folder.is_dir() else str(model_name_or_path)
@@ -222,7 +223,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs and joined weights belong to one process; another makes its own.
-        return {**self.__dict__, "_engine": None, "_vector_cache": None}
+        return {**self.__dict__, "_engine": None, "vector_cache": None}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile transformers' layers with `torch.compile`; for `backend="torch"`, arguments as in PyTorch.
@@ -377,7 +378,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
                 "the model was offloaded after it was opened, so that inputs have no device to go to; open it with "
                 'model_kwargs={"device_map": "auto", "offload_folder": ...} instead'
             )
-        cache = None if self._vector_cache is None else self._vector_cache.for_call(kwargs)
+        cache = None if self.vector_cache is None else self.vector_cache.for_call(kwargs)
         to_cpu = convert_to_numpy and not convert_to_tensor
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # a caller's is no part of the model

@@ -30,6 +30,11 @@ class VectorCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def num_hits(self) -> int:
+        """Inputs whose vector was remembered."""
+        return self._entries.num_hits
+
     def clear(self) -> None:
         """Forget all vectors."""
         self._entries.clear()

@@ -37,6 +37,8 @@ class LRUCache(Generic[T]):
         self._max_items, self._max_bytes, self._size_of = max_items, max_bytes, size_of
         #: Memory of all values.
         self.num_bytes = 0
+        #: How often a value was there.
+        self.num_hits = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -49,6 +51,7 @@ class LRUCache(Generic[T]):
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
+        self.num_hits += 1
         return self._entries[key][0]
 
     def put(self, key: Hashable, value: T) -> T:

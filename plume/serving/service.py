@@ -45,6 +45,7 @@ class Settings:
     allowed_media_domains: hosts that media may be fetched from; none: no address is opened.
     dimensions: lengths below the model's that vectors may be cut to.
     max_batch_size, max_batch_tokens: of a pass; max_queue_tokens: that may wait.
+    vector_cache_bytes: memory for vectors of inputs that come again.
     max_body_bytes: of a request; max_pending_bytes: of all that are being read or decoded.
     num_decoders: threads that read requests. body_seconds: that a client may take to send one.
     stuck_seconds: of a batch, after which the server counts as dead.
@@ -61,6 +62,7 @@ class Settings:
     max_batch_size: int = 32
     max_batch_tokens: int = 32_768
     max_queue_tokens: int = 262_144
+    vector_cache_bytes: int = 0
     max_body_bytes: int = 50_000_000
     max_pending_bytes: int = 400_000_000
     num_decoders: int = 4
@@ -141,7 +143,7 @@ class Service:
         """Open the checkpoint, embed one text and one image, so that what is made lazily is there, and be ready."""
         settings = self.settings
         try:
-            plume = Plume(settings.model, device=settings.device)
+            plume = Plume(settings.model, device=settings.device, vector_cache_bytes=settings.vector_cache_bytes)
             if unknown := [dim for dim in settings.dimensions if not 1 <= dim <= plume.plume_config.hidden_size]:
                 raise ValueError(f"vectors of {unknown[0]} numbers cannot be cut from {plume.plume_config.hidden_size}")
             from PIL import Image
@@ -167,6 +169,10 @@ class Service:
         watch("plume_queue_inputs", "Inputs that wait", lambda: batcher.queue_inputs)
         watch("plume_pending_bytes", "Bytes of requests that are being read", lambda: self.pending_bytes)
         watch("plume_resident_bytes", "Memory of the process", resident_bytes)
+        if (cache := plume.vector_cache) is not None:
+            watch("plume_vector_cache_hits", "Inputs whose vector was remembered", lambda: cache.num_hits)
+        if (engine := plume.engine) is not None:
+            watch("plume_graph_captures", "CUDA graphs that were captured", lambda: engine.num_captures)
         if self.state == "loading":
             self.state = "ready"
 

@@ -90,8 +90,8 @@ def test_a_vector_is_known_by_the_length_that_the_embedder_cuts_it_to(plume_fold
         assert np.allclose(cached.encode(["red", "blue"])[0], whole[0, :16] / np.linalg.norm(whole[0, :16]))
     assert np.array_equal(cached.encode(["red", "kite"]), whole)
     assert torch.equal(cached.encode(["red"], convert_to_tensor=True), torch.from_numpy(whole[:1]))
-    cached._vector_cache.clear()
-    assert len(cached._vector_cache) == 0
+    cached.vector_cache.clear()
+    assert len(cached.vector_cache) == 0
 
 
 def test_features_of_images_that_are_kept_are_to_the_bit_those_seen_anew(plume_folder, plain, asked, monkeypatch):
@@ -146,7 +146,7 @@ def test_all_caches_together_and_bounded(plume_folder, plain, shown):
     )
     inputs = [{"image": shown[number % 3], "text": f"kite {number}"} for number in range(30)]
     assert np.abs(cached.encode(inputs, batch_size=4) - plain.encode(inputs, batch_size=4)).max() < 1e-5
-    assert len(cached._vector_cache) == 10
+    assert len(cached.vector_cache) == 10
     assert 0 < cached.engine.prefix_cache.entries.num_bytes <= 30_000
     assert 0 < cached.engine._features.num_bytes <= 30_000
 

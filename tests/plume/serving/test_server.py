@@ -491,7 +491,25 @@ def test_metrics_tell_of_stages_and_sizes_and_of_no_request(client):
                  'plume_stage_seconds_count{stage="encode"}', "plume_latent_steps_total", "plume_resident_bytes",
                  'plume_requests_total{route="/v1/embeddings",status="200"}', "plume_padding_ratio"):  # fmt: skip
         assert name in text
+    assert "plume_graph_captures 0.0" in text
+    assert "plume_vector_cache_hits" not in text
     assert "kite" not in text
+
+
+def test_inputs_that_come_again_are_remembered_where_there_is_memory_for_it(plume_folder, plume):
+    service = Service(Settings(model=str(plume_folder), device="cpu", vector_cache_bytes=100_000))
+    service.load()
+    client = TestClient(make_app(service))
+
+    def hits() -> float:
+        return float(client.get("/metrics").text.partition("\nplume_vector_cache_hits ")[2].splitlines()[0])
+
+    before = hits()
+    for side in ("query", "document", "query", "query"):
+        answer = client.post("/v1/embeddings", json={"input": ["a table"], "num_latent_steps": 3, "input_type": side})
+        same(vectors_of(answer), plume.encode(["a table"], num_latent_steps=3))
+    assert hits() == before + 3
+    service.close(30)
 
 
 async def asked_by_hand(service, receive) -> int:
