@@ -517,8 +517,9 @@ def plan(
     ],
     job: Annotated[Path, typer.Option(help="Folder for the plan and the results, seen by all machines.")],
     model: Model = _DEMO,
-    shard_size: Annotated[int, typer.Option(help="Contents of a shard, which one worker embeds.", min=1)] = 4096,
+    shard_size: Annotated[int, typer.Option(help="Items of a shard, which one worker embeds.", min=1)] = 4096,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    column: Annotated[str | None, typer.Option(help="Of a table, where it has several of these.")] = None,
     instruction: Annotated[str, typer.Option(help="For every document.")] = "",
     query_instruction: Annotated[str, typer.Option(help="For every query.")] = "",
     num_latent_steps: Annotated[int | None, typer.Option(help="K of documents; 0 is a single pass.")] = None,
@@ -551,7 +552,7 @@ def plan(
                 query_instruction=query_instruction,
                 max_pixels=max_pixels,
             )
-            found = entries(source, split)
+            found = entries(source, split=split, column=column)
             made = Job.create(job, origin)
             report = made.plan(found, shard_size)
             for skipped in report.skipped:
@@ -636,8 +637,8 @@ def status(job: Folder) -> None:
 
     try:
         work = Job.open(job)
-        for name, reason in work.status().skipped:
-            say(f"skipped: {name}: {reason}", err=True)
+        for refused in work.status().skipped:
+            say(f"skipped: {refused.name}: {refused.reason}", err=True)
     except (ValueError, OSError, ImportError) as error:
         _stop(str(error))
     _say_status(work)
@@ -649,10 +650,7 @@ def _duration(seconds: float) -> str:
 
 def _say_status(job: Job) -> None:
     now = job.status()
-    say(
-        f"{now.done} of {counted(now.planned, 'shard')} done, {now.committed} committed; {counted(now.rows, 'row')}, "
-        f"{len(now.skipped)} skipped"
-    )
+    say(f"{now.done} of {counted(now.planned, 'shard')} done: {counted(now.rows, 'row')}, {len(now.skipped)} skipped")
 
 
 def _maker(index: Index) -> str:

@@ -1,17 +1,20 @@
 """Rows of finished shards into an index, each once, whatever dies meanwhile.
 
 The index is its own ledger: rows of a shard go in by one commit, and those that are there already are left out. So a
-commit that was interrupted, at whatever point, is finished by the next, and two at once wait for one another.
+commit that was interrupted, at whatever point, is finished by the next. Only one process commits at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from plume.corpus.plan import Job
-from plume.search.index import Index
+from plume.search.index import IDENTITY, Index
+from plume.search.store import TABLES
+from plume.search.update import check_root
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,27 @@ def commit(job: Job, index: str | os.PathLike) -> Committed:
         index: a folder.
 
     Raises:
-        ValueError: the index is of another origin, or somebody else writes to it.
+        ValueError: the index is of another origin or holds a folder around one of these, or somebody else writes to it.
         IndexStorageError: it cannot be written; what is committed stays.
     """
     target = Index.create_as(Path(index), job.identity)
+    name = _name(target.path)
     added = present = 0
-    shards = job.to_commit()
+    shards = job.to_commit(name)
     with target.store.locked():
         for shard in shards:
             rows = job.read_done(shard)
+            for root in set(rows["root"].to_pylist()):
+                if not root.startswith(TABLES):
+                    check_root(target.store, Path(root))
             new = target.store.add_missing(rows)
             added, present = added + new, present + len(rows) - new
-            job.mark_committed(shard)
+            job.mark_committed(name, shard)
         target.store.compact(wipe=False)
     return Committed(added, present, len(shards))
+
+
+def _name(index: Path) -> str:
+    """Tells an index from others, and from one that was at its place before."""
+    file = (index / IDENTITY).resolve()
+    return hashlib.sha256(f"{file}\0{file.stat().st_mtime_ns}".encode()).hexdigest()[:16]

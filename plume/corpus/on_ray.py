@@ -8,6 +8,9 @@ from typing import Any
 from plume.corpus.plan import Job
 from plume.corpus.work import ShardWorker
 
+# Of a shard whose actor dies; one that dies of a shard would else do so for ever.
+_RETRIES = 3
+
 
 class _Actor:
     """What Ray Data calls: a batch is one shard."""
@@ -57,7 +60,7 @@ def run_on_ray(
         num_gpus=num_gpus or None,
         fn_constructor_args=(str(job.path.resolve()), model),
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=_RETRIES,
     )
     for row in finished.iter_rows():
         done(int(row["rows"]))

@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind, kind_of
-from plume.search.folder import Found, Other, Skipped, digest, walk
+from plume.search.folder import Found, Skipped, digest, walk
+from plume.search.store import TABLES
 
-#: Columns that are understood, and what they hold; the first that a table has is taken.
-COLUMNS = {"text": Kind.TEXT, "image": Kind.IMAGE, "bytes": Kind.IMAGE, "path": None}
+#: Columns that are embedded.
+COLUMNS = ("text", "image", "bytes", "path")
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Entry:
     """Something to embed.
 
-    name: below `root`. sha256: of the content. size, mtime_ns: as a file has them.
-    content: of a row of a table; None: it lies at `root / name`, or at `path`.
+    root: the folder, or `table:` with what names a table. name: below it, of one thing only.
+    sha256: of the content. size, mtime_ns: as a file has them.
+    path: of its file; of a row that has none, `root#name`. content: of such a row; None: the file's.
     """
 
     root: str
@@ -34,81 +36,112 @@ class Entry:
     path: str
     content: bytes | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes it the same as another."""
+        return self.root, self.name, self.sha256
 
-def entries(source: str, split: str = "train") -> Iterator[Entry | Skipped]:
+
+def entries(source: str, *, split: str = "train", column: str | None = None) -> Iterator[Entry | Skipped]:
     """What a source holds, in a fixed order, and what of it is left out.
 
     Args:
         source: a folder of files; a Parquet file, or a folder of them; a Lance table (`NAME.lance`); a data set that
-            the library datasets has saved; or the name of one on the Hub. Tables have a column `text`, `image` (bytes,
-            or as datasets holds images), `bytes` (of an image) or `path`.
-        split: of a data set of the Hub.
+            the library datasets has saved; or the name of one on the Hub. Rows of tables are called by their column
+            `id`, and by their number where there is none.
+        split: of a data set.
+        column: of a table: `text`, `image` (bytes, or as datasets holds images), `bytes` (of an image) or `path`; None
+            takes the only one of these.
 
     Raises:
-        ValueError: there is no such source, or a table has none of these columns.
+        ValueError: there is no such source, or no such column.
     """
     path = Path(source)
+    if column is not None and column not in COLUMNS:
+        raise ValueError(f"there is no kind of column {column!r}; expected one of {', '.join(COLUMNS)}")
     if path.suffix == ".parquet" and path.is_file():
-        return _of_tables(str(path.resolve()), _parquet([path]))
+        return _of_tables(path, "", column, _parquet([path]))
     if path.suffix == ".lance" and path.is_dir():
-        return _of_tables(str(path.resolve()), _lance(path))
+        return _of_tables(path, "", column, _lance(path))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
-        return _of_tables(source if not path.exists() else str(path.resolve()), _dataset(source, split))
-    if path.is_dir():
-        tables = sorted(path.glob("*.parquet"))
-        return _of_tables(str(path.resolve()), _parquet(tables)) if tables else _of_files(path.resolve())
-    raise ValueError(f"{source} is no source; expected a folder, a .parquet file, a .lance table or a data set")
+        return _of_tables(path, split, column, _dataset(source, split))
+    if not path.is_dir():
+        raise ValueError(f"{source} is no source; expected a folder, a .parquet file, a .lance table or a data set")
+    tables = sorted(path.glob("*.parquet"))
+    if not tables:
+        return _of_files(path.resolve())
+    if (
+        file := next((found for found in walk(path) if isinstance(found, Found)), None)
+    ) is not None and column != "path":
+        raise ValueError(f"{source} holds {tables[0].name} and {file.name}; name the tables, or files, by themselves")
+    return _of_tables(path, "", column, _parquet(tables))
 
 
 def _of_files(root: Path) -> Iterator[Entry | Skipped]:
     for found in walk(root):
         if isinstance(found, Skipped):
             yield found
-        if isinstance(found, Other | Skipped):
-            continue
-        yield _of_file(str(root), found)
+        elif isinstance(found, Found):
+            yield _of_file(str(root), found.name, found.path)
 
 
-def _of_file(root: str, found: Found) -> Entry | Skipped:
-    kind = kind_of(found.path)
-    assert kind is not None  # walk gives no others
+def _of_file(root: str, name: str, path: Path) -> Entry | Skipped:
+    kind = kind_of(path)
+    if kind is None:
+        return Skipped(name, f"{path.name} is of no kind that is read")
     try:
-        stat, sha256 = found.path.stat(), digest(found.path)
+        stat, sha256 = path.stat(), digest(path)
     except OSError as error:
-        return Skipped(found.name, f"cannot be read ({error.strerror})")
-    return Entry(root, found.name, kind, sha256, stat.st_size, stat.st_mtime_ns, str(found.path))
+        return Skipped(name, f"cannot be read ({error.strerror})")
+    return Entry(root, name, kind, sha256, stat.st_size, stat.st_mtime_ns, str(path))
 
 
-def _of_tables(root: str, batches: Iterator[tuple[str, Any]]) -> Iterator[Entry | Skipped]:
-    """Rows of Arrow batches, each with the name of its table; called so with their number behind."""
+def _of_tables(
+    source: Path, split: str, column: str | None, batches: Iterator[tuple[str, Any]]
+) -> Iterator[Entry | Skipped]:
+    """Rows of Arrow batches, each with the name of its table."""
+    place = source.resolve() if source.exists() else source
+    root = f"{TABLES}{place}" + (f"[{split}]" if split else "")
+    folder = place if place.is_dir() and place.suffix != ".lance" else place.parent
     numbers: dict[str, int] = {}
     for table, batch in batches:
-        column = next((name for name in COLUMNS if name in batch.schema.names), None)
-        if column is None:
-            raise ValueError(
-                f"{root} has the columns {', '.join(batch.schema.names)}; expected one of {', '.join(COLUMNS)}"
-            )
-        for value in batch.column(column).to_pylist():
+        chosen = _column(root, batch.schema.names, column)
+        ids = batch.column("id").to_pylist() if "id" in batch.schema.names else None
+        for index, value in enumerate(batch.column(chosen).to_pylist()):
             number = numbers[table] = numbers.get(table, -1) + 1
-            yield _of_row(root, f"{table}#{number}" if table else f"#{number}", column, value)
+            name = f"{table}#{number if ids is None else ids[index]}"
+            yield _of_row(root, name, chosen, value, folder)
 
 
-def _of_row(root: str, name: str, column: str, value: Any) -> Entry | Skipped:
+def _column(root: str, names: list[str], wanted: str | None) -> str:
+    """The column that is embedded.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    known = [name for name in COLUMNS if name in names]
+    chosen = [name for name in known if wanted in (None, name)]
+    if len(chosen) != 1:
+        have = f"{root} has the columns {', '.join(names)}"
+        raise ValueError(
+            f"{have}; say which of {', '.join(known)} with --column"
+            if len(known) > 1 and wanted is None
+            else f"{have}; expected {wanted or 'one of ' + ', '.join(COLUMNS)}"
+        )
+    return chosen[0]
+
+
+def _of_row(root: str, name: str, column: str, value: Any, folder: Path) -> Entry | Skipped:
     if isinstance(value, dict):  # as datasets holds images
         column, value = ("image", value["bytes"]) if value.get("bytes") else ("path", value.get("path"))
     if column == "path" and isinstance(value, str):
-        path = Path(value) if Path(value).is_absolute() else Path(root).parent / value
-        kind = kind_of(path)
-        if kind is None or not path.is_file():
-            return Skipped(name, f"{value} is no file that can be read")
-        return _of_file(str(path.parent), Found(path, path.name))
-    expected = str if column == "text" else bytes
+        return _of_file(root, name, folder / value)
+    expected = bytes if column in ("image", "bytes") else str
     if not isinstance(value, expected):
         return Skipped(name, f"its {column} is a {type(value).__name__}; expected {expected.__name__}")
     content = value.encode("utf-8", "replace") if isinstance(value, str) else value
     kind = Kind.TEXT if column == "text" else Kind.IMAGE
-    sha256 = hashlib.sha256(content).hexdigest()
-    return Entry(root, name, kind, sha256, len(content), 0, f"{root}/{name}", content)
+    return Entry(root, name, kind, hashlib.sha256(content).hexdigest(), len(content), 0, f"{root}/{name}", content)
 
 
 def _parquet(files: list[Path]) -> Iterator[tuple[str, Any]]:
@@ -116,7 +149,7 @@ def _parquet(files: list[Path]) -> Iterator[tuple[str, Any]]:
 
     for file in files:
         with pyarrow.parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches():
+            for batch in opened.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield file.name, batch
 
 
@@ -124,7 +157,7 @@ def _lance(path: Path) -> Iterator[tuple[str, Any]]:
     import lancedb
 
     table = lancedb.connect(str(path.parent)).open_table(path.stem)
-    for batch in table.search().limit(None).to_batches():
+    for batch in table.search().limit(None).to_batches(_ROWS_AT_ONCE):
         yield "", batch
 
 
@@ -141,8 +174,21 @@ def _dataset(source: str, split: str) -> Iterator[tuple[str, Any]]:
         if split not in found:
             raise ValueError(f"{source} has the splits {', '.join(found)}; received {split!r}")
         found = found[split]
-    table = found.with_format("arrow")
-    return chain.from_iterable((("", batch) for batch in part.to_batches()) for part in table.iter(batch_size=1024))
+    for part in found.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for batch in part.to_batches():
+            yield "", batch
+
+
+def has_changed(entry: Entry) -> bool:
+    """Whether the file of an entry holds something else than when it was planned."""
+    if entry.content is not None:
+        return False
+    path = Path(entry.path)
+    try:
+        stat = path.stat()
+        return (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns) and digest(path) != entry.sha256
+    except OSError:
+        return True
 
 
 def load(entry: Entry) -> Any:
@@ -153,11 +199,9 @@ def load(entry: Entry) -> Any:
     """
     if entry.content is None:
         path = Path(entry.path)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise InputError(entry.name, f"cannot be read ({error.strerror})") from None
-        if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
+        if not path.is_file():
+            raise InputError(entry.name, "is not there any more")
+        if has_changed(entry):
             raise InputError(entry.name, "has changed since it was planned; plan again")
         return path
     if entry.kind is not Kind.TEXT:

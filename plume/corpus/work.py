@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import Timeout
 
-from plume.corpus.plan import Job
-from plume.corpus.sources import Entry, load
+from plume.corpus.plan import Job, Refused
+from plume.corpus.sources import Entry, has_changed, load
 from plume.embedder.encode import in_windows, limits_of, pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
@@ -23,6 +24,7 @@ from plume.search.rows import Document, about, documents
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 512, 262_144
 # Shards that a sample is taken from.
 _SAMPLED_SHARDS = 8
+_PAGES_PER_SAMPLE = 4
 
 
 class _Loaded(NamedTuple):
@@ -88,7 +90,7 @@ class ShardWorker:
             query_instruction=identity.query_instruction,
             max_pixels=identity.max_pixels,
         )
-        identity.check_same(found, self.job.path)
+        identity.check_same(found, self.job.path, "job")
         self._settings = pixel_settings(self.plume.plume_model.processor, identity.max_pixels)
 
     def __call__(self, shard: str) -> int:
@@ -98,22 +100,25 @@ class ShardWorker:
         """
         if self.job.is_done(shard):
             return 0
-        skipped: list[tuple[str, str]] = []
-        rows: list[dict[str, Any]] = []
+        skipped: list[Refused] = []
+        return self.job.write_done(shard, self._rows(shard, skipped), skipped)
+
+    def _rows(self, shard: str, skipped: list[Refused]) -> Iterator[list[dict[str, Any]]]:
+        """Rows of a shard, a window at a time."""
         for window in in_windows(
             self._load(self.job.entries(shard), skipped),
             max_items=_ROWS_PER_WINDOW,
             max_tokens=_TOKENS_PER_WINDOW,
             num_tokens=lambda loaded: loaded.num_tokens,
         ):
+            rows = []
             for loaded, vector in zip(window, self._encode([one.item for one in window]), strict=True):
                 first = loaded.entries[0]
                 same = about(loaded.item, first.kind, first.sha256, loaded.document, vector)
                 for entry in loaded.entries:
                     place = {"root": entry.root, "name": entry.name, "path": entry.path}
                     rows.append({**place, "size": entry.size, "mtime_ns": entry.mtime_ns, **same})
-        self.job.write_done(shard, rows, skipped)
-        return len(rows)
+            yield rows
 
     def estimate(self, sample: int) -> Estimate:
         """How much is left to do, by embedding some contents of the shards that are left.
@@ -129,7 +134,8 @@ class ShardWorker:
             seen += len(contents)
             share = max(1, sample // len(some))
             chosen += contents[:: max(1, len(contents) // share)][:share]
-        loaded = list(self._load(iter(chosen), []))
+        # Documents of many pages are not loaded to their end.
+        loaded = list(islice(self._load(iter(chosen), []), _PAGES_PER_SAMPLE * sample))
         left = round(seen * len(shards) / max(1, len(some)))
         if not loaded:
             return Estimate(left, 0, 0.0, 0)
@@ -147,27 +153,46 @@ class ShardWorker:
             items, num_latent_steps=identity.num_latent_steps, show_progress_bar=False, **self._settings
         )
 
-    def _load(self, contents: Iterator[list[Entry]], skipped: list[tuple[str, str]]) -> Iterator[_Loaded]:
+    def _load(self, contents: Iterator[list[Entry]], skipped: list[Refused]) -> Iterator[_Loaded]:
         processor = self.plume.plume_model.processor
         assert processor is not None
         limits, instruction = limits_of(processor, self._settings), self.job.identity.instruction
         for entries in contents:
+            entries, raw = _readable(entries, skipped)
+            if raw is None:
+                continue
             first = entries[0]
             try:
-                raw = load(first)
                 found = documents(raw, first.name, first.kind) if isinstance(raw, Path) else iter([Document(raw)])
                 for document in found:
-                    name = first.name + (f", page {document.page}" if document.page else "")
                     try:
-                        item = processor.fit(Item.parse(document.raw, name, limits).instructed(instruction), name)
+                        item = processor.fit(
+                            Item.parse(document.raw, first.name, limits).instructed(instruction), first.name
+                        )
                     except InputError as error:
-                        skipped.append((name, error.reason))
+                        skipped += [Refused(entry.key, document.page, error.reason) for entry in entries]
                         continue
+                    if has_changed(first):  # while it was read, so that its vector is not that of its SHA-256
+                        raise InputError(first.name, "was written to while it was read; plan again")
                     yield _Loaded(entries, document, item, processor.num_tokens(item))
             except InputError as error:
-                skipped += [(entry.name, error.reason) for entry in entries]
+                skipped += [Refused(entry.key, 0, error.reason) for entry in entries]
             except OSError as error:
-                skipped += [(entry.name, f"cannot be read ({error.strerror})") for entry in entries]
+                skipped += [Refused(entry.key, 0, f"cannot be read ({error.strerror})") for entry in entries]
+
+
+def _readable(entries: list[Entry], skipped: list[Refused]) -> tuple[list[Entry], Any]:
+    """Of entries of equal content those that are as they were planned, and the content; None where none is."""
+    raw, good = None, []
+    for entry in entries:
+        try:
+            found = load(entry)
+        except InputError as error:
+            skipped.append(Refused(entry.key, 0, error.reason))
+        else:
+            good.append(entry)
+            raw = found if raw is None else raw
+    return good, raw
 
 
 def run_here(worker: ShardWorker, done: Callable[[int], object]) -> None:

@@ -22,7 +22,7 @@ from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.encode import pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
-from plume.search.store import TABLE, IndexStorageError, RowStore
+from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore
 from plume.search.update import Report, update_store
 
 _FORMAT = 1
@@ -104,8 +104,13 @@ class Identity:
                 raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
         return self
 
-    def check_same(self, other: Identity, where: Path) -> None:
+    def check_same(self, other: Identity, where: Path, what: str = "index") -> None:
         """Refuse another origin of vectors.
+
+        Args:
+            other: that is to be the same.
+            where: this one is written.
+            what: lies there.
 
         Raises:
             ValueError: names the first field that differs.
@@ -116,8 +121,8 @@ class Identity:
                 made = f"checkpoint {self.model}" if name == "fingerprint" else f"{name}={ours!r}"
                 asked = f"checkpoint {other.model}" if name == "fingerprint" else f"{name}={theirs!r}"
                 raise ValueError(
-                    f"the index {where} was made with {made}; this call uses {asked}, whose vectors do not compare. "
-                    "Use the same, or make a new index"
+                    f"the {what} {where} was made with {made}; this call uses {asked}, whose vectors do not compare. "
+                    f"Use the same, or make a new {what}"
                 )
 
 
@@ -145,8 +150,8 @@ class Hit:
 
     @property
     def is_there(self) -> bool:
-        """Whether a file still is at this path."""
-        return os.path.isfile(self.path)
+        """Whether a file still is at this path; rows of tables that have none are always there."""
+        return self.path.startswith(TABLES) or os.path.isfile(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """What is said of a result, for JSON."""
@@ -262,7 +267,8 @@ class Index:
 
     def gone(self) -> dict[str, int]:
         """Folders in the index that are not there any more, and how many rows lead to them."""
-        return {root: count for (root,), count in sorted(self.store.counts("root").items()) if not os.path.isdir(root)}
+        counts = sorted((root, count) for (root,), count in self.store.counts("root").items())
+        return {root: count for root, count in counts if not root.startswith(TABLES) and not os.path.isdir(root)}
 
     def check_embedder(self, plume: Plume) -> None:
         """Refuse an embedder whose vectors do not compare with those of this index.
@@ -318,10 +324,11 @@ class Index:
         """Forget all rows of a folder that was indexed; the number of rows removed.
 
         Args:
-            folder: as given to `update`; it need not exist any more.
+            folder: as given to `update`, or the root of a table; it need not exist any more.
         """
+        root = Path(folder)
         with self.store.locked():
-            count = self.store.delete_root(Path(folder).resolve())
+            count = self.store.delete_root(root if str(folder).startswith(TABLES) else root.resolve())
             self.store.compact(wipe=True)
         return count
 

@@ -39,6 +39,7 @@ class PlumeEmbeddings(lancedb.embeddings.EmbeddingFunction):
     num_latent_steps: int | None = None
     truncate_dim: int | None = None
     device: str | None = None
+    max_retries: int = 0  # of LanceDB, which would embed a bad row again for minutes
     _plume: Plume | None = PrivateAttr(default=None)
 
     def ndims(self) -> int:

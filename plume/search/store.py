@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 TABLE = "items"
 #: Rows from which on vectors are indexed, and searches approximate.
 APPROXIMATE_FROM = 200_000
+#: Roots of rows that came from tables begin so, which no folder does.
+TABLES = "table:"
 # The index of vectors is called so, with the number of rows that it was made for behind it.
 _INDEX = "vectors_"
 # Partitions that are searched, and how many times more rows than are asked for are compared exactly.
@@ -108,6 +110,7 @@ class RowStore:
             return search.where(f"root = {quoted(str(root))}").to_arrow()
 
         found = self._read(select)
+        found = found.cast(_large(found.schema))  # columns of more than 2 GiB cannot be put in order else
         keys = compute.replace_substring(found["name"], "/", "\0")  # as `walk_key` has it
         found = found.take(compute.sort_indices(keys))
         for batch in found.to_batches(max_chunksize=_ROWS_AT_ONCE):
@@ -200,22 +203,19 @@ class RowStore:
         Rows that come later are put into it by `optimize`, and until then are compared one by one.
         """
         count, made_for = len(self), self._indexed_rows()
-        if count < APPROXIMATE_FROM or count < 2 * made_for:
-            return
-        from lancedb.index import IvfRq
+        if count >= APPROXIMATE_FROM and count >= 2 * max(made_for, default=0):
+            from lancedb.index import IvfRq
 
-        name = f"{_INDEX}{count}"
-        self._write(lambda table: table.create_index("vector", config=IvfRq(distance_type="cosine"), name=name))
-        for older in self._vector_indices():
-            if older != name:
-                self._write(lambda table, older=older: table.drop_index(older))
+            name = f"{_INDEX}{count}"
+            self._write(lambda table: table.create_index("vector", config=IvfRq(distance_type="cosine"), name=name))
+            made_for.append(count)
+        for older in sorted(made_for)[:-1]:  # also those of a run that was killed in between
+            self._write(lambda table, older=older: table.drop_index(f"{_INDEX}{older}"))
 
-    def _vector_indices(self) -> list[str]:
-        return self._read(lambda table: [one.name for one in table.list_indices() if one.name.startswith(_INDEX)])
-
-    def _indexed_rows(self) -> int:
-        """Rows that the index of vectors was made for; 0: there is none."""
-        return max((int(name.removeprefix(_INDEX)) for name in self._vector_indices()), default=0)
+    def _indexed_rows(self) -> list[int]:
+        """Rows that each index of vectors was made for."""
+        names = self._read(lambda table: [one.name for one in table.list_indices()])
+        return [int(name.removeprefix(_INDEX)) for name in names if name.startswith(_INDEX)]
 
     def nearest(
         self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False
@@ -356,6 +356,13 @@ def schema_of(dim: int) -> Any:
         pa.field(name, kind, nullable=name not in _KEYS, metadata=key if name in _KEYS else None)
         for name, kind in columns.items()
     )
+
+
+def _large(schema: Any) -> Any:
+    import pyarrow as pa
+
+    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return pa.schema([pa.field(one.name, large.get(one.type, one.type)) for one in schema])
 
 
 def _compute() -> Any:

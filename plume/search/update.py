@@ -109,7 +109,7 @@ def update_store(
         batch_size: inputs per pass.
         hide_progress: None hides bars outside of terminals.
     """
-    _check_root(store, root)
+    check_root(store, root)
     store.drop_doubled()
     report = Report()
     look = _Look(store, root, report)
@@ -147,8 +147,12 @@ def update_store(
     return report
 
 
-def _check_root(store: RowStore, root: Path) -> None:
-    """Refuse a folder inside or around one that is in the index already: each file has one root."""
+def check_root(store: RowStore, root: Path) -> None:
+    """Refuse a folder inside or around one that is in the index already: each file has one root.
+
+    Raises:
+        ValueError: names the other.
+    """
     for (name,) in store.counts("root"):
         other = Path(name)
         if other != root and (other in root.parents or root in other.parents):

@@ -23,7 +23,7 @@ from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.plume import Plume
 from plume.search.filter import Filter
 from plume.search.index import Hit, Index
-from plume.search.store import IndexStorageError
+from plume.search.store import TABLES, IndexStorageError
 from plume.serving.batcher import Entry
 from plume.serving.errors import RequestError, wrong
 from plume.serving.requests import Asked, Request, read_one_input
@@ -250,6 +250,7 @@ class Searcher:
             "changed": date.fromtimestamp(hit.changed).isoformat(),
             "has_thumbnail": bool(hit.thumbnail),
             "is_there": hit.is_there,
+            "has_file": hit.is_there and not hit.root.startswith(TABLES),
         }
 
 

@@ -149,7 +149,7 @@ function show(hits, list) {
     const file = `search/${hit.id}/file${hit.page ? `#page=${hit.page}` : ""}`;
     name.textContent = hit.name;
     name.title = hit.path;
-    if (hit.is_there) name.href = preview.href = file;
+    if (hit.has_file) name.href = preview.href = file;
     preview.setAttribute("aria-hidden", "true");
     preview.tabIndex = -1; // the name beside it leads to the same place
     if (hit.has_thumbnail) {

@@ -59,11 +59,11 @@ def test_a_large_index_finds_nearly_what_an_exact_search_finds(tmp_path, monkeyp
     vectors, queries = clusters(6_000, seed=1), clusters(50, seed=2)
     store.add(rows_of(vectors[:2_900]))
     store.compact(wipe=False)
-    assert store._vector_indices() == []  # small enough to be exact
+    assert store._indexed_rows() == []  # small enough to be exact
 
     store.add(rows_of(vectors[2_900:5_000], 2_900))
     store.compact(wipe=False)
-    assert store._vector_indices() == ["vectors_5000"]
+    assert store._indexed_rows() == [5_000]
     store.add(rows_of(vectors[5_000:], 5_000))  # not in the index of vectors yet, and found all the same
 
     for where in (None, "kind = 'pdf'"):
@@ -84,7 +84,7 @@ def test_a_large_index_finds_nearly_what_an_exact_search_finds(tmp_path, monkeyp
     assert own["mtime_ns"] == 5_999
     store.add(rows_of(clusters(4_500, seed=3), 6_000))
     store.compact(wipe=True)
-    assert store._vector_indices() == ["vectors_10500"]  # made anew for twice as many
+    assert store._indexed_rows() == [10_500]  # made anew for twice as many
     (own,) = store.nearest(vectors[17], 1)
     assert own["mtime_ns"] == 17
 
