@@ -466,7 +466,7 @@ def serve(
             model = model or _maker(Index.open(index))
         except (ValueError, OSError, ImportError) as error:
             _stop(str(error))
-        searcher = Searcher(index, api_key or None)
+        searcher = Searcher(index)
     model = model or _DEMO
     _check_model(model)
     from plume.serving.server import serve as run

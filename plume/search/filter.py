@@ -55,4 +55,4 @@ class Filter:
 
 def _nanoseconds(day: date, days: int = 0) -> int:
     """From the beginning of 1970 to that of a day, or so many days later, as far as 64 bits count."""
-    return min((day.toordinal() + days - _EPOCH) * 86_400 * 10**9, 2**63 - 1)
+    return max(1 - 2**63, min((day.toordinal() + days - _EPOCH) * 86_400 * 10**9, 2**63 - 1))

@@ -178,14 +178,14 @@ def _add_search(app: FastAPI, service: Service, searcher: Searcher) -> None:
         if service.settings.api_key is None and not is_own_name(request.headers.get("host", "")):
             raise RequestError(403, "without an API key the index is searched under localhost or an IP address alone")
 
-    async def in_thread(work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(service.decoders, work)
+    read = partial(searcher.read, service)
+    shown: dict[str, Any] = {"methods": ["GET", "HEAD"], "include_in_schema": False}
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", **shown)
     async def page() -> Response:
         return Response(html, media_type="text/html", headers={**_GUARDS, "Content-Security-Policy": policy})
 
-    @app.get("/page.js", include_in_schema=False)
+    @app.api_route("/page.js", **shown)
     async def script() -> Response:
         return FileResponse(_PAGE / "page.js", media_type="text/javascript", headers=_GUARDS)
 
@@ -193,7 +193,8 @@ def _add_search(app: FastAPI, service: Service, searcher: Searcher) -> None:
     async def about(request: HTTPRequest) -> Response:
         check_name(request)
         most = service.plume.plume_config.max_latent_steps
-        return _json(await in_thread(searcher.about) | {"max_latent_steps": most})
+        with service.taking():
+            return _json(await read(searcher.about) | {"max_latent_steps": most})
 
     @app.post("/search", openapi_extra=_body("query"))
     async def search(request: HTTPRequest) -> Response:
@@ -201,25 +202,40 @@ def _add_search(app: FastAPI, service: Service, searcher: Searcher) -> None:
         work = partial(searcher.search, service)
         return await _answered(service, request, read_search, work, lambda _, answer: answer)
 
-    @app.get("/search/{name}/thumbnail", include_in_schema=False)
+    @app.api_route("/search/{name}/thumbnail", **shown)
     async def thumbnail(request: HTTPRequest, name: str) -> Response:
         check_name(request)
-        row = await in_thread(lambda: searcher.row(name))
+        with service.taking():
+            row = await read(lambda: searcher.row(name))
         headers = {**_GUARDS, "Cache-Control": "private, max-age=3600"}
         return Response(row.thumbnail, 200 if row.thumbnail else 404, headers, "image/jpeg")
 
-    @app.get("/search/{name}/file", include_in_schema=False)
+    @app.api_route("/search/{name}/file", **shown)
     async def file(request: HTTPRequest, name: str) -> Response:
         check_name(request)
-        path, kind = await in_thread(lambda: searcher.file(name))
+        with service.taking():
+            path, called, kind = await read(lambda: searcher.file(name))
         headers = _GUARDS if kind == "application/pdf" else {**_GUARDS, "Content-Security-Policy": _FILE_POLICY}
-        return FileResponse(
+        return _Taken(
+            service,
             path,
             media_type=kind or "application/octet-stream",
             headers=headers,
-            filename=path.name,
+            filename=called,
             content_disposition_type="inline" if kind else "attachment",
         )
+
+
+class _Taken(FileResponse):
+    """A file, which is under way until all of it has been sent."""
+
+    def __init__(self, service: Service, path: Path, **settings: Any):
+        super().__init__(path, **settings)
+        self._service = service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._service.taking():
+            await super().__call__(scope, receive, send)
 
 
 async def _answered(

@@ -1,7 +1,8 @@
 """An index behind the server: what the search page asks for.
 
-The index is read and never written. What a client gets of a row is an id that nobody can make up: with it, and without
-anything else, it may see the row's thumbnail and open its file, if that still lies below the folder that was indexed.
+The index is read and never written. What a client gets of a row is an id that nobody can make up, and that ends with
+the process: with it, and without anything else, it may see the row's thumbnail and open its file, if that still lies
+below the folder that was indexed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import secrets
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.plume import Plume
+from plume.inputs.file_kinds import Kind
 from plume.search.filter import Filter
 from plume.search.index import Hit, Index
 from plume.search.store import TABLES, IndexStorageError
@@ -32,6 +35,7 @@ from plume.tracing.trace import Trace
 
 #: Of a search.
 MOST_HITS, MOST_PASSED = 100, 1_000
+_LONGEST_PATH = 4_096
 #: What a browser may show; whatever else is indexed is given to be saved.
 _SHOWN = {
     **dict.fromkeys((".txt", ".md", ".rst"), "text/plain; charset=utf-8"),
@@ -73,11 +77,11 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
     if like is not None and not isinstance(like, str):
         raise wrong("expected the id of a result", "like")
     kinds = body.get("kinds") or []
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise wrong("expected a list of strings", "kinds")
+    if not isinstance(kinds, list) or len(kinds) > len(Kind) or not all(isinstance(kind, str) for kind in kinds):
+        raise wrong("expected a list of kinds, each of them once", "kinds")
     folder = body.get("folder") or ""
-    if not isinstance(folder, str):
-        raise wrong("expected a string", "folder")
+    if not isinstance(folder, str) or len(folder) > _LONGEST_PATH or not _is_unicode(folder):
+        raise wrong("expected the path of a folder", "folder")
     try:
         rows = Filter(kinds=tuple(kinds), folder=folder, since=_day(body, "since"), until=_day(body, "until"))
     except ValueError as error:
@@ -92,6 +96,14 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
         num_latent_steps=None if steps is None else _whole(body, "num_latent_steps", 0, 0, 2**31),
         wants_steps=body.get("steps") is True,
     )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _whole(body: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
@@ -113,15 +125,14 @@ def _day(body: Mapping[str, Any], name: str) -> date | None:
 class Searcher:
     """What the routes of the page call; `open` comes first."""
 
-    def __init__(self, path: Path, api_key: str | None = None):
+    def __init__(self, path: Path):
         """Take note of an index; nothing is opened.
 
         Args:
             path: the folder of the index.
-            api_key: that ids are signed with; without one everybody may see everything.
         """
         self.path = path
-        self._secret = (api_key or "").encode()
+        self._secret = secrets.token_bytes(32)
         self._index: Index | None = None
 
     def open(self, plume: Plume) -> None:
@@ -162,7 +173,7 @@ class Searcher:
         steps = identity.query_latent_steps if request.num_latent_steps is None else request.num_latent_steps
         if request.like is not None:
             like = request.like
-            vector = (await _read(service, lambda: self.row(like))).vector
+            vector = (await self.read(service, lambda: self.row(like))).vector
         else:
             assert request.query is not None
             asked = Request(
@@ -185,14 +196,29 @@ class Searcher:
             vector = cut(vector[None], identity.dim)[0]
         vector = vector / np.linalg.norm(vector)
         count = request.offset + request.top_k
+
+        def look() -> dict[str, Any]:
+            found = self.index.nearest(vector, top_k=count, where=request.filter.condition)
+            hits = found[request.offset :]
+            return {
+                "hits": [self._told(hit) for hit in hits],
+                "num_latent_steps": None if request.query is None else steps,
+                "steps": _steps(traced[0], vector, hits) if traced else None,
+            }
+
         with service.metrics.seconds.labels("search").time():
-            hits = await _read(service, lambda: self.index.nearest(vector, top_k=count, where=request.filter.condition))
-        hits = hits[request.offset :]
-        return {
-            "hits": [self._told(hit) for hit in hits],
-            "num_latent_steps": None if request.query is None else steps,
-            "steps": _steps(traced[0], hits, identity.dim) if traced else None,
-        }
+            return await self.read(service, look)
+
+    async def read(self, service: Service, work: Callable[[], T]) -> T:
+        """Read from the index in a thread.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(service.readers, work)
+        except IndexStorageError as error:
+            raise RequestError(503, "the index cannot be read at the moment", retry_after=5) from error
 
     def about(self) -> dict[str, Any]:
         """What is in the index, and how it was made."""
@@ -222,8 +248,8 @@ class Searcher:
             raise RequestError(404, "there is no such result any more; search again")
         return hit
 
-    def file(self, name: str) -> tuple[Path, str | None]:
-        """The file of an id, and its type where a browser may show it.
+    def file(self, name: str) -> tuple[Path, str, str | None]:
+        """The file of an id, what it is called, and its type where a browser may show it.
 
         Raises:
             RequestError: it is gone, or does not lie below the folder that was indexed.
@@ -235,7 +261,8 @@ class Searcher:
             path = root = Path(hit.path)
         if root not in path.parents or not path.is_file():
             raise RequestError(404, "the file is not there any more")
-        return path, _SHOWN.get(path.suffix.lower())
+        called = Path(hit.path)
+        return path, called.name, _SHOWN.get(called.suffix.lower())
 
     def _name(self, hit: Hit) -> str:
         """The id of a row, which holds until the index is compacted."""
@@ -247,35 +274,23 @@ class Searcher:
             **hit.to_dict(),
             "id": self._name(hit),
             "name": hit.path.rpartition("/")[2],
-            "changed": date.fromtimestamp(hit.changed).isoformat(),
+            "changed": datetime.fromtimestamp(hit.changed, UTC).date().isoformat() if hit.changed else None,
             "has_thumbnail": bool(hit.thumbnail),
             "is_there": hit.is_there,
             "has_file": hit.is_there and not hit.root.startswith(TABLES),
         }
 
 
-async def _read(service: Service, work: Callable[[], T]) -> T:
-    """Read from the index in a thread.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
-    try:
-        return await asyncio.get_running_loop().run_in_executor(service.decoders, work)
-    except IndexStorageError as error:
-        raise RequestError(503, "the index cannot be read at the moment", retry_after=5) from error
-
-
-def _steps(traced: Trace, hits: list[Hit], dim: int) -> list[dict[str, Any]]:
-    """What each state is near to: words, the embedding, and the rows that were found."""
-    states = cut(traced.states.numpy(), dim)
+def _steps(traced: Trace, vector: np.ndarray, hits: list[Hit]) -> list[dict[str, Any]]:
+    """What each state is near to: words, the vector `[dim]` that searched, and the rows that were found."""
+    states = cut(traced.states.numpy(), len(vector))
     states = states / np.linalg.norm(states, axis=1, keepdims=True)
-    rows = np.stack([hit.vector / np.linalg.norm(hit.vector) for hit in hits]) if hits else np.empty((0, dim))
+    rows = np.stack([hit.vector / np.linalg.norm(hit.vector) for hit in hits]) if hits else np.empty((0, len(vector)))
     return [
         {
             "words": [{"token": token, "probability": chance} for token, chance in traced.words[step]],
             "experts": traced.experts[step - 1].tolist() if step and traced.experts is not None else [],
-            "cosine_to_embedding": float(traced.to_embedding[step]),
+            "cosine_to_embedding": float(states[step] @ vector),
             "cosine_to_hits": (states[step] @ rows.T).tolist(),
         }
         for step in range(len(traced.states))

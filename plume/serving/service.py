@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plume.embedder.encode import limits_of, pixel_settings
+from plume.embedder.encode import image_settings, limits_of, pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item, MediaLimits, check_unicode
@@ -132,6 +132,7 @@ class Service:
         self.videos = VideoDecoder(settings.ceilings)
         self.fetcher = Fetcher(settings.allowed_media_domains)
         self.fetchers = ThreadPoolExecutor(_FETCHES, thread_name_prefix="plume-fetch")
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="plume-index")  # which wait for disks
         self.video_threads = ThreadPoolExecutor(1, thread_name_prefix="plume-video")  # so that texts go on meanwhile
         self.pending_bytes = self.in_flight = 0
         self._plume: Plume | None = None
@@ -191,7 +192,7 @@ class Service:
         self.drain()
         if self._batcher is not None:
             self._batcher.close(timeout)
-        for threads in (self.decoders, self.fetchers, self.video_threads):
+        for threads in (self.decoders, self.fetchers, self.readers, self.video_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self.videos.close()
 
@@ -268,7 +269,6 @@ class Service:
         found = None if entries is None else await self.results(connection, entries, request.inputs, gone)
         if entries is None or found is None:
             return None
-        self.metrics.latent_steps.inc(sum(self._steps(entry.how) for entry in entries))
         vectors = np.stack(found).astype(np.float32, copy=False)
         return Answer(cut(vectors, request.dimensions), sum(entry.num_tokens for entry in entries))
 
@@ -309,6 +309,7 @@ class Service:
         for asked, result in zip(inputs, results, strict=True):
             if isinstance(result, BaseException):
                 raise self._refusal(result, asked.param)
+        self.metrics.latent_steps.inc(sum(self._steps(entry.how) for entry in entries))
         return results
 
     async def decoded(self, request: Request, gone: asyncio.Future[Any], held: Held) -> list[Entry] | None:
@@ -447,8 +448,14 @@ class Service:
 
     def _encode(self, items: Sequence[Item], how: How) -> np.ndarray | list[Trace]:
         assert self._plume is not None
+        settings = pixel_settings(self._plume.plume_model.processor, how.max_pixels)
         if how.is_traced:
-            return trace(self._plume.plume_model, list(items), num_latent_steps=how.num_latent_steps)
+            return trace(
+                self._plume.plume_model,
+                list(items),
+                num_latent_steps=how.num_latent_steps,
+                images_kwargs=image_settings(settings),
+            )
         return self._plume.encode(
             list(items),
             num_latent_steps=how.num_latent_steps,
@@ -456,7 +463,7 @@ class Service:
             batch_size=len(items),
             max_tokens_per_batch=2**62,  # the queue has seen to it
             show_progress_bar=False,
-            **pixel_settings(self._plume.plume_model.processor, how.max_pixels),
+            **settings,
         )
 
     def _refusal(self, error: BaseException, param: str) -> RequestError:

@@ -92,6 +92,7 @@ def trace(
     num_words: int = 5,
     names: Sequence[str] | None = None,
     instruction: str | None = None,
+    images_kwargs: dict[str, Any] | None = None,
 ) -> list[Trace]:
     """Embed some inputs and keep what happened on the way.
 
@@ -103,6 +104,7 @@ def trace(
         num_words: nearest vocabulary tokens per state.
         names: of the inputs; their texts, or their places in the list, if not given.
         instruction: for every input that brings none of its own; candidates get none.
+        images_kwargs: `size` of images, as the processor takes it.
 
     Raises:
         InputError: an input or candidate that cannot be embedded.
@@ -121,7 +123,8 @@ def trace(
     traces: list[Trace] = []
     for start in range(0, len(items), _BATCH_SIZE):
         batch = items[start : start + _BATCH_SIZE]
-        output = model(**model.processor.encode(batch).to(model.device), num_latent_steps=num_latent_steps)
+        encoded = model.processor.encode(batch, images_kwargs).to(model.device)
+        output = model(**encoded, num_latent_steps=num_latent_steps)
         chances = model.logits(output.states).float().softmax(dim=-1)
         for row, item in enumerate(batch):
             states = output.states[row].float().cpu()

@@ -8,8 +8,9 @@ const by = (id) => document.getElementById(id);
 
 let picture = null; // a data URI
 let like = null; // the id of a result whose neighbours are wanted
+let current = null; // the body of the search that is shown
 let shown = 0;
-let last = 0; // of the searches that were begun; answers of older ones are not shown
+let running = new AbortController(); // what the search that is shown, or begun, still waits for
 
 function make(name, text, className) {
   const element = document.createElement(name);
@@ -18,12 +19,12 @@ function make(name, text, className) {
   return element;
 }
 
-async function ask(path, body) {
+async function ask(path, body, signal) {
   const key = sessionStorage.getItem("plume-key");
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   let answer;
   try {
-    answer = await fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers });
+    answer = await fetch(path, { headers, signal, ...(body && { method: "POST", body: JSON.stringify(body) }) });
   } catch {
     throw new Error("The server does not answer; is it still running?");
   }
@@ -35,7 +36,9 @@ async function ask(path, body) {
     // what stands between may answer something else
   }
   if (!answer.ok || content === null) {
-    throw new Error(content?.error?.message ?? `The server answered with status ${answer.status}.`);
+    const problem = new Error(content?.error?.message ?? `The server answered with status ${answer.status}.`);
+    problem.status = answer.status;
+    throw problem;
   }
   return content;
 }
@@ -78,14 +81,16 @@ function keep() {
 function recall() {
   const kept = new URLSearchParams(location.search);
   for (const id of ["words", "folder", "since", "until", "steps"]) by(id).value = kept.get(id) ?? "";
-  for (const box of document.querySelectorAll("#kinds input")) box.checked = kept.getAll("kind").includes(box.value);
   for (const id of ["compare", "inside"]) by(id).checked = kept.has(id);
 }
 
 async function search() {
   keep();
   const body = asked();
-  const number = ++last;
+  running.abort();
+  running = new AbortController();
+  const { signal } = running;
+  current = body;
   shown = 0;
   by("more").hidden = by("trace").hidden = true;
   by("hits").replaceChildren();
@@ -101,40 +106,43 @@ async function search() {
   try {
     const began = performance.now();
     const [found, other] = await Promise.all([
-      ask("search", { ...body, steps: by("inside").checked }),
-      isCompared ? ask("search", { ...body, num_latent_steps: 0 }) : null,
+      ask("search", { ...body, steps: by("inside").checked }, signal),
+      isCompared ? ask("search", { ...body, num_latent_steps: 0 }, signal) : null,
     ]);
-    if (number !== last) return;
+    if (signal.aborted) return;
     tell(null);
     const seconds = ((performance.now() - began) / 1000).toFixed(2);
     by("title").textContent =
       found.num_latent_steps === null ? "K as the gate decides" : `K = ${found.num_latent_steps}`;
     by("status").textContent =
-      `${found.hits.length || "No"} results in ${seconds} s` + (like ? ", like the one that was chosen" : "");
+      `${found.hits.length || "No"} results in ${seconds} s` + (body.like ? ", like the one that was chosen" : "");
     show(found.hits, by("hits"));
     if (other) show(other.hits, by("others"));
     if (found.steps) trace(found.steps, found.hits);
     shown = found.hits.length;
     by("more").hidden = isCompared || shown < PER_PAGE;
   } catch (error) {
-    if (number !== last) return;
+    if (signal.aborted) return;
     by("status").textContent = "";
     tell(error.message);
   }
 }
 
+// More of the search that is shown, whatever stands in the fields by now.
 async function more() {
-  const body = asked();
-  const number = last;
-  if (body === null) return;
+  const { signal } = running;
+  by("more").disabled = true;
   try {
-    const found = await ask("search", { ...body, offset: shown });
-    if (number !== last) return;
+    const found = await ask("search", { ...current, offset: shown }, signal);
+    if (signal.aborted) return;
+    tell(null);
     show(found.hits, by("hits"));
     shown += found.hits.length;
     by("more").hidden = found.hits.length < PER_PAGE || shown > MOST;
   } catch (error) {
-    tell(error.message);
+    if (!signal.aborted) tell(error.message);
+  } finally {
+    by("more").disabled = false;
   }
 }
 
@@ -165,7 +173,8 @@ function show(hits, list) {
     card.querySelector(".score").title = "cosine to the query";
     card.querySelector("meter").value = hit.score;
     card.querySelector("meter").setAttribute("aria-hidden", "true");
-    card.querySelector(".about").textContent = `${hit.kind}${page}, ${hit.changed}${hit.is_there ? "" : " (gone)"}`;
+    const when = hit.changed ? `, ${hit.changed}` : "";
+    card.querySelector(".about").textContent = `${hit.kind}${page}${when}${hit.is_there ? "" : " (gone)"}`;
     card.querySelector(".like").addEventListener("click", () => {
       like = hit.id;
       search();
@@ -235,19 +244,22 @@ by("drop").addEventListener("click", () => {
   by("words").focus();
 });
 document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  document.body.classList.toggle("dropping", event.dataTransfer.types.includes("Files"));
+  document.body.classList.add("dropping");
 });
 document.addEventListener("dragleave", (event) => {
   if (!event.relatedTarget) document.body.classList.remove("dropping");
 });
 document.addEventListener("drop", (event) => {
-  event.preventDefault();
   document.body.classList.remove("dropping");
-  if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+  if (!event.dataTransfer.files.length) return; // text goes where it is dropped
+  event.preventDefault();
+  take(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) {
+  const isText = event.clipboardData.types.includes("text/plain"); // tables come as both
+  if (event.clipboardData.files.length && !isText) {
     event.preventDefault();
     take(event.clipboardData.files[0]);
   }
@@ -266,11 +278,13 @@ document.addEventListener("keydown", (event) => {
 
 by("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  like = null;
+  if (JSON.stringify(asked()) === JSON.stringify(current) && shown) return; // a field has searched already
+  if (by("words").value.trim() || picture) like = null;
   search();
 });
 by("form").addEventListener("change", (event) => {
-  if (!["words", "file"].includes(event.target.id)) search();
+  const isUnfinished = !event.target.checkValidity(); // such as a year of which two figures are typed
+  if (!["words", "file"].includes(event.target.id) && !isUnfinished) search();
 });
 by("words").addEventListener("input", () => {
   like = null;
@@ -278,18 +292,27 @@ by("words").addEventListener("input", () => {
 by("more").addEventListener("click", more);
 by("key").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("plume-key", by("secret").value);
+  const key = by("secret").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    tell("A key is letters, figures and signs, without spaces.");
+    return;
+  }
+  sessionStorage.setItem("plume-key", key);
   begin();
 });
 
+const RETRY_MS = 2000;
+
+// What the index holds, which may take as long as the model is being loaded.
 async function begin() {
   try {
     const about = await ask("search");
     tell(null);
+    const kept = new URLSearchParams(location.search).getAll("kind");
     const legend = by("kinds").firstElementChild;
     const boxes = Object.entries(about.kinds).map(([kind, count]) => {
       const label = make("label");
-      const box = Object.assign(make("input"), { type: "checkbox", value: kind });
+      const box = Object.assign(make("input"), { type: "checkbox", value: kind, checked: kept.includes(kind) });
       label.append(box, ` ${kind} (${count.toLocaleString("en")})`);
       return label;
     });
@@ -299,13 +322,14 @@ async function begin() {
     );
     by("steps").max = about.max_latent_steps;
     by("steps").placeholder = about.query_latent_steps ?? "gate";
-    by("status").textContent = `${about.rows.toLocaleString("en")} rows`;
-    recall();
-    if (asked()) search();
+    if (current === null) by("status").textContent = `${about.rows.toLocaleString("en")} rows`;
+    if (current === null && asked()) search();
   } catch (error) {
     tell(error.message);
+    if (error.status === 503) setTimeout(begin, RETRY_MS);
   }
 }
 
 by("filters").open = matchMedia("(min-width: 40rem)").matches;
+recall();
 begin();

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 import shutil
 import socket
 import threading
@@ -22,6 +24,7 @@ from plume.search.index import Index
 from plume.serving.app import make_app
 from plume.serving.search import Searcher, is_own_name
 from plume.serving.service import Service, Settings
+from plume.tracing.trace import trace
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 needs_browser = pytest.mark.skipif(
@@ -60,19 +63,31 @@ def index(library, plume, tmp_path_factory) -> Index:
 
 @contextmanager
 def serving(plume_folder, index: Index, **settings):
-    searcher = Searcher(index.path, settings.get("api_key"))
+    searcher = Searcher(index.path)
     service = Service(Settings(model=str(plume_folder), device="cpu", **settings), searcher.open)
     service.load()
     try:
-        yield make_app(service, searcher=searcher)
+        app = make_app(service, searcher=searcher)
+        app.state.service = service
+        yield app
     finally:
         service.close(30)
 
 
 @pytest.fixture(scope="module")
-def app(plume_folder, index):
+def served(plume_folder, index):
     with serving(plume_folder, index) as app:
         yield app
+
+
+@pytest.fixture(scope="module")
+def app(served):
+    return served
+
+
+@pytest.fixture(scope="module")
+def service(served) -> Service:
+    return served.state.service
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +135,11 @@ def test_a_shortened_index_is_searched_by_the_beginnings_of_vectors(plume_folder
     with serving(plume_folder, index) as app, TestClient(app, base_url="http://localhost") as client:
         same(found(client, query="a red kite"), index.search("a red kite", short))
         steps = client.post("/search", json={"query": "red", "steps": True}).json()["steps"]
-        assert len(steps) == 5
+        vector = short.encode_query("red")
+        (traced,) = short.trace("red")
+        states = traced.states.numpy()[:, :16]
+        states /= np.linalg.norm(states, axis=1, keepdims=True)
+        assert np.allclose([state["cosine_to_embedding"] for state in steps], states @ vector, atol=1e-5)
 
 
 def test_filters(client, index, plume, library):
@@ -132,26 +151,41 @@ def test_filters(client, index, plume, library):
         ({"folder": "/it's"}, "kind = 'video'"),
         ({"since": "1990-01-01", "until": "9999-12-31"}, "page >= 0"),
         ({"since": "9999-12-31"}, "kind = 'video'"),
+        ({"since": "0001-01-01", "until": "9999-12-31"}, "page >= 0"),
+        ({"until": "0002-01-01"}, "kind = 'video'"),
         ({"until": "1990-01-01"}, "kind = 'video'"),
     ):
         same(found(client, query="red", **body), index.search("red", plume, where=where))
 
 
-def test_days_are_those_of_utc(client, index, library):
-    day = time.strftime("%Y-%m-%d", time.gmtime((library / "red.png").stat().st_mtime))
-    rows = found(client, query="red", since=day, until=day)
-    assert str(library / "red.png") in [row["path"] for row in rows]
-    assert all(row["changed"] == day for row in rows)
+def test_days_are_those_of_utc(plume, plume_folder, tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    for name, when in (("a.txt", 1_700_006_400), ("b.txt", 1_700_006_399)):  # the first second of a day, and the last
+        (tmp_path / "notes" / name).write_text(name)
+        os.utime(tmp_path / "notes" / name, (when, when))
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path / "notes", plume, show_progress=False)
+    monkeypatch.setenv("TZ", "America/Los_Angeles")
+    time.tzset()
+    try:
+        with serving(plume_folder, index) as app:
+            client = TestClient(app, base_url="http://localhost")
+            for day, name in (("2023-11-15", "a.txt"), ("2023-11-14", "b.txt")):
+                (hit,) = found(client, query="a", since=day, until=day)
+                assert (hit["name"], hit["changed"]) == (name, day)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
-def test_more_like_this_needs_no_model(client, index, plume, library):
+def test_more_like_this_needs_no_model(client, index, service, monkeypatch):
     first = next(hit for hit in found(client, query="red") if hit["name"] == "red.png")
+    vectors = {row["path"]: np.array(row["vector"]) for row in index.store.rows(["path", "vector"])}
+    monkeypatch.setattr(service, "_encode", None)  # nothing is embedded
     near = found(client, like=first["id"])
-    assert (near[0]["name"], round(near[0]["score"], 5)) == ("red.png", 1)
-    picture = plume.encode_document(Image.open(library / "red.png"), num_latent_steps=4)
-    assert len(near) == 7
-    assert near[0]["score"] >= near[1]["score"] >= near[-1]["score"]
-    assert picture.shape == (64,)
+    expected = sorted(vectors, key=lambda path: -float(vectors[path] @ vectors[first["path"]]))
+    assert [hit["path"] for hit in near] == expected
+    assert np.allclose([hit["score"] for hit in near], [vectors[path] @ vectors[first["path"]] for path in expected])
 
 
 def test_steps_are_those_of_the_trace(client, plume, index):
@@ -167,6 +201,24 @@ def test_steps_are_those_of_the_trace(client, plume, index):
     told = [state["cosine_to_embedding"] for state in answer["steps"]]
     assert np.allclose(told, expected.to_embedding.numpy(), atol=1e-5)
     assert answer["hits"][0]["score"] == pytest.approx(float(hits[0] @ expected.embedding.numpy()), abs=1e-5)
+
+
+def test_steps_of_a_picture_are_those_of_what_searched(client, index, plume, service):
+    """Also where the index looks at pictures at another size than the checkpoint does."""
+    picture = Image.new("RGB", (57, 85), "white")
+    ImageDraw.Draw(picture).ellipse((5, 5, 40, 70), fill="red")
+
+    def steps_told() -> float:
+        return float(client.get("/metrics").text.partition("\nplume_latent_steps_total ")[2].splitlines()[0])
+
+    before = steps_told()
+    answer = client.post("/search", json={"query": {"image": data_uri(picture)}, "steps": True}).json()
+    assert steps_told() == before + 6  # of the search, and of the trace
+    same(answer["hits"], index.search(picture, plume))
+    size = {"size": {"shortest_edge": 3_136, "longest_edge": 3_136}}
+    traced = trace(plume.plume_model, picture, num_latent_steps=3, instruction="find the kite", images_kwargs=size)[0]
+    told = [state["cosine_to_embedding"] for state in answer["steps"]]
+    assert np.allclose(told, traced.to_embedding.numpy(), atol=1e-5)
 
 
 def test_what_the_index_holds_is_told(client, library):
@@ -192,6 +244,9 @@ def test_what_the_index_holds_is_told(client, library):
         ({"query": "red", "kinds": "pdf"}, "kinds"),
         ({"query": "red", "kinds": ["pdf') OR 1=1 --"]}, "kinds"),
         ({"query": "red", "folder": 3}, "folder"),
+        ({"query": "red", "folder": "/" * 5_000}, "folder"),
+        ({"query": "red", "folder": "\ud800"}, "folder"),
+        ({"query": "red", "kinds": ["pdf"] * 100_000}, "kinds"),
         ({"query": "red", "since": "yesterday"}, "since"),
         ({"query": "red", "until": 3}, "until"),
         ({"query": "red", "top_k": 101}, "top_k"),
@@ -202,7 +257,7 @@ def test_what_the_index_holds_is_told(client, library):
     ids=str,
 )
 def test_what_is_wrong_is_named(client, body, param):
-    answer = client.post("/search", json=body)
+    answer = client.post("/search", content=json.dumps(body))
     assert answer.status_code in (400, 403), answer.text
     assert answer.json()["error"]["param"] == param
 
@@ -226,6 +281,8 @@ def test_thumbnails_and_files_open_by_id(client, library):
         assert file.headers["x-content-type-options"] == "nosniff"
         assert file.headers["content-disposition"].startswith("inline")
         assert file.content == next(library.rglob(name)).read_bytes()
+    head = client.head(f"/search/{hits['red.png']['id']}/file")
+    assert (head.status_code, head.content) == (200, b"")
     part = client.get(f"/search/{hits['red.png']['id']}/file", headers={"Range": "bytes=1-3"})
     assert (part.status_code, part.content) == (206, b"PNG")
 
@@ -255,6 +312,9 @@ def test_files_that_have_left_their_folder_are_not_opened(plume, plume_folder, t
     for name in ("gone.txt", "swapped.txt", "stays.txt"):
         (folder / name).write_text(f"a {name}")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "inside.txt").symlink_to(os.fsencode(folder) + b"/\xff.bin")
+    with open(os.fsencode(folder) + b"/\xff.bin", "w") as file:
+        file.write("of this folder")
     index = Index.create(tmp_path / "index", plume)
     index.update(folder, plume, show_progress=False)
     (folder / "gone.txt").unlink()
@@ -263,8 +323,30 @@ def test_files_that_have_left_their_folder_are_not_opened(plume, plume_folder, t
     with serving(plume_folder, index) as app, TestClient(app, base_url="http://localhost") as client:
         hits = {hit["name"]: hit for hit in found(client, query="red")}
         opened = {name: client.get(f"/search/{hit['id']}/file").status_code for name, hit in hits.items()}
-        assert opened == {"gone.txt": 404, "swapped.txt": 404, "link.txt": 404, "stays.txt": 200}
+        assert opened == {"gone.txt": 404, "swapped.txt": 404, "link.txt": 404, "stays.txt": 200, "inside.txt": 200}
+        inside = client.get(f"/search/{hits['inside.txt']['id']}/file")
+        assert inside.headers["content-disposition"] == 'inline; filename="inside.txt"'
+        assert inside.headers["content-type"] == "text/plain; charset=utf-8"
         assert not hits["gone.txt"]["is_there"]
+
+
+def test_an_index_that_cannot_be_read_is_told(plume, plume_folder, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("a kite")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path / "notes", plume, show_progress=False)
+    with serving(plume_folder, index) as app:
+        client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+        (hit,) = found(client, query="a")
+        shutil.move(tmp_path / "index" / "items.lance", tmp_path / "away")
+        asked = [client.get("/search"), client.post("/search", json={"query": "a"})]
+        asked += [client.get(f"/search/{hit['id']}/{what}") for what in ("thumbnail", "file")]
+        assert [answer.status_code for answer in asked] == [503] * 4
+        assert str(tmp_path) not in "".join(answer.text for answer in asked)
+        shutil.move(tmp_path / "away", tmp_path / "index" / "items.lance")
+        assert found(client, query="a")[0]["name"] == "a.txt"
+        app.state.service.drain()
+        assert client.get(f"/search/{hit['id']}/file").status_code == 503
 
 
 def test_an_id_ends_with_its_row(plume, plume_folder, tmp_path):
@@ -299,7 +381,7 @@ def test_a_page_elsewhere_cannot_read_the_index(app, plume_folder, index):
         assert client.post("/search", json={"query": "red"}).status_code == 401
         assert client.post("/", json={"inputs": "red"}).status_code == 401  # TEI's
         (hit, *_) = client.post("/search", json={"query": "red"}, headers=headers).json()["hits"]
-        assert client.get(f"/search/{hit['id']}/file").status_code == 200  # the id is signed with the key
+        assert client.get(f"/search/{hit['id']}/file").status_code == 200  # the id is enough
         other = found(TestClient(app, base_url="http://localhost"), query="red")[0]["id"]
         assert client.get(f"/search/{other}/file").status_code == 404
 
@@ -489,6 +571,38 @@ def test_words_a_dropped_picture_and_filters_in_a_browser(browser, live, index, 
     assert not wide
     refused = [line for line in browser.get_log("browser") if "Content Security Policy" in line["message"]]
     assert not refused
+
+
+@pytest.mark.launching
+@needs_browser
+def test_more_results_and_words_typed_early_in_a_browser(browser, plume, plume_folder, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    (tmp_path / "notes").mkdir()
+    for number in range(60):
+        (tmp_path / "notes" / f"{number}.txt").write_text(f"kite {number}")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(tmp_path / "notes", plume, show_progress=False)
+    with serving(plume_folder, index) as app:
+        service = app.state.service
+        service.state = "loading"  # the page waits for the model, and keeps what is typed meanwhile
+        live = Live(app)
+        try:
+            browser.get(live.address)
+            problem = browser.find_element(By.ID, "problem")
+            until(browser, problem.is_displayed, "nobody says that the model is being loaded")
+            browser.find_element(By.ID, "words").send_keys("kite")
+            service.state = "ready"
+            expected = [Path(hit.path).name for hit in index.search("kite", plume, top_k=60)]
+            until(browser, lambda: names(browser) == expected[:24], "words that were typed early are lost")
+            browser.find_element(By.ID, "words").send_keys(" and something else")
+            browser.execute_script("const more = document.getElementById('more'); more.click(); more.click();")
+            until(browser, lambda: names(browser) == expected[:48], "more of something else")
+            browser.execute_script("document.getElementById('more').click()")
+            until(browser, lambda: names(browser) == expected, "the rest does not come")
+            assert not browser.find_element(By.ID, "more").is_displayed()
+        finally:
+            live.stop()
 
 
 @pytest.mark.launching
