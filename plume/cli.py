@@ -530,7 +530,7 @@ def plan(
 ) -> None:
     """List what a source holds, in shards, and estimate the work.
 
-    Run it again after the source has grown: what is planned stays, and only what is new is put into new shards.
+    Run it again after the source has grown: what is planned stays; what is new, or could not be read, gets new shards.
     """
     _check_model(model)
 
