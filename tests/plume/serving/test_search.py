@@ -565,6 +565,16 @@ def test_words_a_dropped_picture_and_filters_in_a_browser(browser, live, index, 
     link = browser.find_element(By.CSS_SELECTOR, "#hits .name").get_attribute("href")
     assert link.startswith(f"{live.address}/search/")
 
+    # Whoever does not see the page is told what each field is, and what has happened.
+    nameless = browser.execute_script(
+        """return [...document.querySelectorAll("input, button, img:not([alt])")]
+            .filter((one) => !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
+            .map((one) => one.outerHTML)"""
+    )
+    assert nameless == []
+    assert browser.find_element(By.ID, "status").get_attribute("role") == "status"
+    assert browser.find_element(By.ID, "problem").get_attribute("role") == "alert"
+
     # Everything fits a telephone.
     browser.set_window_size(500, 800)
     wide = browser.execute_script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")
