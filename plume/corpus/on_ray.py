@@ -41,8 +41,8 @@ def run_on_ray(
         ImportError: ray is not installed.
     """
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("a cluster needs Ray; pip install 'plume-embed[ray]'") from None
     left = job.left()
