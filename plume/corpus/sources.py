@@ -10,7 +10,7 @@ from typing import Any
 
 from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind, kind_of
-from plume.search.folder import Found, Skipped, digest, walk
+from plume.search.folder import Found, Skipped, digest, stats_of, walk
 from plume.search.store import TABLES
 
 #: Columns that are embedded.
@@ -24,7 +24,7 @@ class Entry:
 
     root: the folder, or `table:` with what names a table. name: below it, of one thing only.
     sha256: of the content. size, mtime_ns: as a file has them.
-    path: of its file; of a row that has none, `root#name`. content: of such a row; None: the file's.
+    path: of its file; of a row that has none, `root/name`. content: of such a row; None: the file's.
     """
 
     root: str
@@ -48,7 +48,7 @@ def entries(source: str, *, split: str = "train", column: str | None = None) -> 
     Args:
         source: a folder of files; a Parquet file, or a folder of them; a Lance table (`NAME.lance`); a data set that
             the library datasets has saved; or the name of one on the Hub. Rows of tables are called by their column
-            `id`, and by their number where there is none.
+            `id`, whose values must differ, and by their number where there is none.
         split: of a data set.
         column: of a table: `text`, `image` (bytes, or as datasets holds images), `bytes` (of an image) or `path`; None
             takes the only one of these.
@@ -185,8 +185,7 @@ def has_changed(entry: Entry) -> bool:
         return False
     path = Path(entry.path)
     try:
-        stat = path.stat()
-        return (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns) and digest(path) != entry.sha256
+        return stats_of(path)[:2] != (entry.size, entry.mtime_ns) and digest(path) != entry.sha256
     except OSError:
         return True
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from filelock import Timeout
 
 from plume.corpus.plan import Job, Refused
-from plume.corpus.sources import Entry, has_changed, load
+from plume.corpus.sources import Entry, load
 from plume.embedder.encode import in_windows, limits_of, pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item
+from plume.search.folder import stats_of
 from plume.search.rows import Document, about, documents
 
 # What is encoded in one call: at most so many rows or tokens.
@@ -158,6 +159,7 @@ class ShardWorker:
         assert processor is not None
         limits, instruction = limits_of(processor, self._settings), self.job.identity.instruction
         for entries in contents:
+            before = {entry.path: _stats(entry) for entry in entries}  # before contents are looked at
             entries, raw = _readable(entries, skipped)
             if raw is None:
                 continue
@@ -172,13 +174,23 @@ class ShardWorker:
                     except InputError as error:
                         skipped += [Refused(entry.key, document.page, error.reason) for entry in entries]
                         continue
-                    if has_changed(first):  # while it was read, so that its vector is not that of its SHA-256
+                    if (
+                        _stats(first) != before[first.path]
+                    ):  # while it was read, so that its vector is not that of its SHA-256
                         raise InputError(first.name, "was written to while it was read; plan again")
                     yield _Loaded(entries, document, item, processor.num_tokens(item))
             except InputError as error:
                 skipped += [Refused(entry.key, 0, error.reason) for entry in entries]
             except OSError as error:
                 skipped += [Refused(entry.key, 0, f"cannot be read ({error.strerror})") for entry in entries]
+
+
+def _stats(entry: Entry) -> tuple[int, int, int] | None:
+    """Of the file of an entry; None where there is none."""
+    try:
+        return None if entry.content is not None else stats_of(Path(entry.path))
+    except OSError:
+        return None
 
 
 def _readable(entries: list[Entry], skipped: list[Refused]) -> tuple[list[Entry], Any]:

@@ -109,6 +109,12 @@ def _entries(folder: Path, prefix: str) -> Iterator[tuple[os.DirEntry, str]]:
     return iter([(entry, prefix + entry.name) for entry in listed])
 
 
+def stats_of(path: Path) -> tuple[int, int, int]:
+    """Size, time of change of the content, and of the entry of a file, which tell whether it has been written to."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

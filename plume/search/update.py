@@ -24,7 +24,7 @@ from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind, kind_of
 from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
-from plume.search.folder import Found, Other, Skipped, digest, walk, walk_key
+from plume.search.folder import Found, Other, Skipped, digest, stats_of, walk, walk_key
 from plume.search.rows import Document, about, documents
 from plume.search.store import RowStore
 
@@ -193,15 +193,10 @@ def _load(
             look.report.skipped += [Skipped(one.name, error.reason) for one in content.files]
 
 
-def _stats_of(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 def _has_changed(content: _Content) -> bool:
     """Whether the file that is read for a content has been written to since its content was hashed."""
     try:
-        return _stats_of(content.files[0].path) != content.stats[0]
+        return stats_of(content.files[0].path) != content.stats[0]
     except OSError:
         return True
 
@@ -273,7 +268,7 @@ class _Look:
     def _look_at(self, found: Found, rows: Sequence[dict[str, Any]]) -> _Changed | None:
         """A file that needs work; None where its rows are complete, or it cannot be read."""
         try:
-            stats = _stats_of(found.path)
+            stats = stats_of(found.path)
             kind = kind_of(found.path)
             assert kind is not None  # walk gives no others
             if kind is Kind.TEXT and stats[0] > MAX_TEXT_BYTES:  # refused later, so that it need not be read
