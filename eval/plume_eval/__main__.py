@@ -1,6 +1,7 @@
 """`plume-eval hops make`, `plume-eval hops run`, `plume-eval latency`, `plume-eval overhead` and others."""
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -498,20 +499,29 @@ def run_mteb(
 
 @app.command()
 def serving(
-    model: Model,
+    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a Hub name.", callback=_checked)] = None,
+    shapes: Annotated[
+        Literal["tiny", "mid", "2b", "7b"] | None, typer.Option(help="Random weights of these shapes, instead.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
     port: Annotated[int, typer.Option(help="A free one.")] = 8765,
+    num_texts: Annotated[int, typer.Option(help="Of a run of throughput.", min=1)] = 2_048,
     num_requests: Annotated[int, typer.Option(help="Over which memory is watched.", min=4)] = 4_000,
 ) -> None:
     """Measure `plume serve`: throughput beside `encode`, overhead, latency under load, memory, draining; minutes."""
-    from plume_eval.serving import measure_serving, write_serving
+    from plume_eval.serving import measure_serving, random_checkpoint, write_serving
 
     quiet_libraries()
+    if (model is None) == (shapes is None):
+        raise typer.Exit(_fail(ValueError("give one of --model and --shapes")))
     try:
-        found = measure_serving(model, port, num_requests=num_requests)
+        with nullcontext(str(model)) if shapes is None else random_checkpoint(shapes) as checkpoint:
+            found = measure_serving(checkpoint, port, num_texts=num_texts, num_requests=num_requests)
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
-    typer.echo(write_serving(model, out, found))
+    settings = f" --num-texts {num_texts} --num-requests {num_requests}"
+    what, name = (f"--model {model}", "serving") if shapes is None else (f"--shapes {shapes}", f"serving_{shapes}")
+    typer.echo(write_serving(name, f"plume-eval serving {what}{settings}", out, found))
 
 
 @app.command()

@@ -181,7 +181,7 @@ class PlumeProcessor(ProcessorMixin):
         # No token is shorter than a byte, so most inputs need not be tokenised.
         if len(text.encode()) + self._num_visual_tokens(self.complete(item)) <= limit:
             return item
-        if (length := self.exact_length(item)) <= limit:
+        if (length := self._length(item)) <= limit:
             return item
         if not self.truncate:
             raise InputError(name, f"it has {_too_long(length, limit)}")
@@ -192,7 +192,7 @@ class PlumeProcessor(ProcessorMixin):
             content[texts[-1]] = self._without_last_tokens(content[texts[-1]], length - limit)
             if not content[texts[-1]]:
                 texts.pop()
-            length = self.exact_length(Item(tuple(content), item.instruction))
+            length = self._length(Item(tuple(content), item.instruction))
         if length > limit:
             raise InputError(
                 name,
@@ -348,11 +348,16 @@ class PlumeProcessor(ProcessorMixin):
         """Tokens of the prefixes of some inputs as they are written, with one placeholder per image and video."""
         return [len(ids) for ids in self._prefix_ids([self.complete(item) for item in items])]
 
-    def exact_length(self, item: Item) -> int:
-        """Tokens of an input, its prompt and visual ones included."""
-        item = self.complete(item)
-        num_placeholders = len(item.images) + len(item.videos)  # which are among the tokens
-        return len(self._prefix_ids([item])[0]) + self._num_visual_tokens(item) - num_placeholders
+    def exact_lengths(self, items: Sequence[Item]) -> list[int]:
+        """Tokens of some inputs, their prompt and visual ones included."""
+        items = [self.complete(item) for item in items]
+        return [
+            len(ids) + self._num_visual_tokens(item) - len(item.images) - len(item.videos)  # placeholders are among ids
+            for ids, item in zip(self._prefix_ids(items), items, strict=True)
+        ]
+
+    def _length(self, item: Item) -> int:
+        return self.exact_lengths([item])[0]
 
     def _without_last_tokens(self, text: str, num_tokens: int) -> str:
         offsets = _speller(self.tokenizer, len(self.tokenizer)).encode(text, add_special_tokens=False).offsets

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from plume.serving.errors import RequestError
 from plume.serving.requests import Ranking, Request, read_cohere, read_json, read_openai, read_ranking, read_tei
-from plume.serving.service import Answer, Held, Service
+from plume.serving.service import SHORT_BODY, Answer, Held, Service
 from plume.version import __version__
 
 if TYPE_CHECKING:
@@ -250,12 +250,18 @@ async def _answered(
         body = await _read_body(service, request, held)
         gone = asyncio.ensure_future(_gone(request))
         try:
-            loop = asyncio.get_running_loop()
-            asked = await loop.run_in_executor(service.decoders, lambda: read(read_json(body)))
+            asked = await _read(service, body, read)
             answer = await work(_connection(request), asked, gone, held)
             return Response(status_code=499) if answer is None else _json(write(asked, answer))
         finally:
             gone.cancel()
+
+
+async def _read(service: Service, body: bytes, read: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What a body asks for; a long one is read in a thread, so that others need not wait for it."""
+    if len(body) <= SHORT_BODY:
+        return read(read_json(body))
+    return await asyncio.get_running_loop().run_in_executor(service.decoders, lambda: read(read_json(body)))
 
 
 async def _read_body(service: Service, request: HTTPRequest, held: Held) -> bytes:

@@ -1,8 +1,8 @@
 """Inputs of many connections in batches of one model: a queue bounded in tokens, and one thread that encodes.
 
 Nothing waits for a batch to fill: while the model runs, the queue fills by itself. Connections take turns, so that one
-with ten thousand inputs does not keep another waiting for more than a batch. What fails is halved until the input that
-it is due to fails alone.
+with ten thousand inputs does not keep another waiting for more than a batch, and of those whose turn comes next inputs
+of like length share a batch. What fails is halved until the input that it is due to fails alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from plume.inputs.item import Item
 
 #: How far a vector's length may be from one.
 NORM_TOLERANCE = 1e-3
+#: A batch may hold as much padding as tokens, and this much in any case: a pass of its own costs more.
+FREE_PADDING = 1_024
 
 
 class QueueFullError(Exception):
@@ -55,15 +58,57 @@ class How:
     is_traced: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One input that waits; `future` gets its vector `[D]`, or its `Trace`."""
+    """One input that is to be encoded."""
 
     item: Item
     num_tokens: int
     how: How
-    future: Future[Any] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class Job:
+    """Inputs that were submitted together; `future` gets what came of each: a vector `[D]`, a `Trace`, or an error."""
+
+    connection: Hashable
+    entries: Sequence[Entry]
+    future: Future[list[Any]] = field(default_factory=Future)
+    results: list[Any] = field(init=False)
+    num_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results, self.num_left = [None] * len(self.entries), len(self.entries)
+
+    def end(self) -> None:
+        """Hand out the results, unless nobody waits for them any more."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(self.results)
+
+
+class _Place(NamedTuple):
+    """An input of a job."""
+
+    job: Job
+    at: int
+
+    @property
+    def entry(self) -> Entry:
+        return self.job.entries[self.at]
+
+    def settle(self, result: Any) -> None:
+        self.job.results[self.at] = result
+        self.job.num_left -= 1
+
+
+@dataclass(eq=False)
+class _Connection:
+    """What waits of a connection. tokens: of all of it. num_taken: inputs of it since its turn began."""
+
+    waiting: deque[_Place] = field(default_factory=deque)
+    tokens: int = 0
+    num_taken: int = 0
 
 
 Encode = Callable[[Sequence[Item], How], Sequence[Any] | np.ndarray]
@@ -77,9 +122,8 @@ class Batcher:
 
     Example:
         >>> batcher = Batcher(lambda items, how: np.eye(4)[: len(items)])
-        >>> entry = Entry(Item(("a red kite",)), num_tokens=4, how=How())
-        >>> batcher.submit("a connection", [entry])
-        >>> entry.future.result().tolist()
+        >>> job = batcher.submit("a connection", [Entry(Item(("a red kite",)), num_tokens=4, how=How())])
+        >>> job.future.result()[0].tolist()
         [1.0, 0.0, 0.0, 0.0]
         >>> batcher.close()
     """
@@ -108,7 +152,8 @@ class Batcher:
         self._encode, self._observe, self._stop = encode, observe, stop
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
-        self._waiting: OrderedDict[Hashable, deque[Entry]] = OrderedDict()
+        self._turn = max(max_batch_size // 4, 1)  # inputs of a connection before others have theirs
+        self._waiting: OrderedDict[Hashable, _Connection] = OrderedDict()  # whose turn comes first
         self._changed = threading.Condition()
         self._queue_tokens = self._queue_inputs = 0
         self._began: float | None = None
@@ -138,17 +183,18 @@ class Batcher:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
-    def submit(self, connection: Hashable, entries: Sequence[Entry]) -> None:
+    def submit(self, connection: Hashable, entries: Sequence[Entry]) -> Job:
         """Let the inputs of a request wait, all of them or none.
 
         Args:
             connection: whose turn they take.
-            entries: the inputs.
+            entries: the inputs, at least one.
 
         Raises:
             QueueFullError: there is no room for them now, or never.
             FatalError: nothing is encoded any more.
         """
+        job = Job(connection, entries)
         tokens = sum(entry.num_tokens for entry in entries)
         share = self.max_queue_tokens // 2
         with self._changed:
@@ -156,27 +202,27 @@ class Batcher:
                 raise FatalError("nothing is encoded any more")
             if tokens > share and len(entries) > 1:
                 raise QueueFullError(None)
-            own = sum(entry.num_tokens for entry in self._waiting.get(connection, ()))
+            own = self._waiting[connection].tokens if connection in self._waiting else 0
             over = max(self._queue_tokens + tokens - self.max_queue_tokens, own + tokens - share)
             if self._queue_tokens and over > 0:
                 raise QueueFullError(self._seconds_until(over))
-            self._waiting.setdefault(connection, deque()).extend(entries)
-            self._queue_tokens += tokens
-            self._queue_inputs += len(entries)
+            waits = self._waiting.setdefault(connection, _Connection())
+            waits.waiting.extend(_Place(job, index) for index in range(len(entries)))
+            self._count(waits, tokens, len(entries))
             self._changed.notify()
+        return job
 
-    def drop(self, connection: Hashable, entries: Sequence[Entry]) -> int:
-        """Let inputs leave the queue, for example of a client that has gone; returns how many had not been begun."""
+    def drop(self, job: Job) -> int:
+        """Let a job leave the queue, for example of a client that has gone; returns how many had not been begun."""
         with self._changed:
-            gone = {id(entry) for entry in entries if entry.future.cancel()}
-            if (queue := self._waiting.get(connection)) is not None:
-                kept = deque(entry for entry in queue if id(entry) not in gone)
-                left = [entry for entry in queue if id(entry) in gone]
-                self._queue_tokens -= sum(entry.num_tokens for entry in left)
-                self._queue_inputs -= len(left)
-                self._waiting[connection] = kept
-                if not kept:
-                    del self._waiting[connection]
+            job.future.cancel()
+            if (waits := self._waiting.get(job.connection)) is None:
+                return 0
+            gone = [place for place in waits.waiting if place.job is job]
+            waits.waiting = deque(place for place in waits.waiting if place.job is not job)
+            self._count(waits, -sum(place.entry.num_tokens for place in gone), -len(gone))
+            if not waits.waiting:
+                del self._waiting[job.connection]
             return len(gone)
 
     def close(self, timeout: float | None = None) -> None:
@@ -185,6 +231,11 @@ class Batcher:
             self._is_closing = True
             self._changed.notify()
         self._thread.join(timeout)
+
+    def _count(self, waits: _Connection, tokens: int, inputs: int) -> None:
+        waits.tokens += tokens
+        self._queue_tokens += tokens
+        self._queue_inputs += inputs
 
     def _seconds_until(self, tokens: int) -> int:
         """When so many tokens will have left the queue, as far as is known: 1 to 60 s."""
@@ -202,66 +253,87 @@ class Batcher:
                 return
             finally:
                 self._began = None
+            _end_jobs(batch)
             seconds = time.monotonic() - began
-            speed = sum(entry.num_tokens for entry in batch) / max(seconds, 1e-6)
+            speed = sum(place.entry.num_tokens for place in batch) / max(seconds, 1e-6)
             self._tokens_per_second = (
                 speed if not self._tokens_per_second else 0.8 * self._tokens_per_second + 0.2 * speed
             )
             if self._observe is not None:
                 with suppress(Exception):  # numbers are not worth an answer
-                    self._observe(batch, seconds)
+                    self._observe([place.entry for place in batch], seconds)
 
-    def _next(self) -> list[Entry]:
+    def _next(self) -> list[_Place]:
         """The next batch, once there is one; empty at the end."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._is_closing)
-                batch = self._take()
-                if batch:
-                    self._began = time.monotonic()
-                    return batch
-                if self._is_closing and not self._waiting:
-                    return []
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            if not self._waiting:
+                return []
+            self._began = time.monotonic()
+            return self._take()
 
-    def _take(self) -> list[Entry]:
-        """Inputs of like K, of one connection after the other, as many as fit."""
-        batch: list[Entry] = []
-        longest, progress = 0, True
-        served: dict[Hashable, None] = {}
-        while progress and len(batch) < self.max_batch_size:
-            progress = False
-            for connection in list(self._waiting):
-                queue = self._waiting[connection]
-                head = queue[0]
-                if batch and (
-                    len(batch) == self.max_batch_size
-                    or head.how != batch[0].how
-                    or (len(batch) + 1) * max(longest, head.num_tokens) > self.max_batch_tokens
-                ):
-                    continue
-                queue.popleft()
-                self._queue_tokens -= head.num_tokens
-                self._queue_inputs -= 1
-                if not queue:
-                    del self._waiting[connection]
-                progress = True
-                served[connection] = None
-                if head.future.set_running_or_notify_cancel():
-                    batch.append(head)
-                    longest = max(longest, head.num_tokens)
-        for connection in served:
-            if connection in self._waiting:
-                self._waiting.move_to_end(connection)  # so that others come before it in the next batch
+    def _take(self) -> list[_Place]:
+        """The input whose turn it is, and of those that come next the ones nearest to it in length, as many as fit."""
+        first, *others = self._coming(2 * self.max_batch_size)
+        others.sort(key=lambda place: abs(place.entry.num_tokens - first.entry.num_tokens))  # stable: else in turn
+        batch = [first]
+        tokens = longest = first.entry.num_tokens
+        for place in others:
+            if len(batch) == self.max_batch_size:
+                break
+            new_tokens, new_longest = tokens + place.entry.num_tokens, max(longest, place.entry.num_tokens)
+            padded = (len(batch) + 1) * new_longest
+            if padded <= self.max_batch_tokens and padded - new_tokens <= max(new_tokens, FREE_PADDING):
+                batch.append(place)
+                tokens, longest = new_tokens, new_longest
+        self._remove(batch)
         return batch
 
-    def _work(self, batch: Sequence[Entry]) -> None:
+    def _coming(self, most: int) -> list[_Place]:
+        """Inputs in the order of their turns, of the first one's K."""
+        coming: list[_Place] = []
+        how = next(iter(self._waiting.values())).waiting[0].entry.how
+        for turn in count():
+            had = len(coming)
+            for waits in self._waiting.values():
+                start = max(turn * self._turn - waits.num_taken, 0)
+                ones = islice(waits.waiting, start, (turn + 1) * self._turn - waits.num_taken)
+                coming += [place for place in ones if place.entry.how == how]
+                if len(coming) >= most:
+                    return coming[:most]
+            if len(coming) == had:
+                break
+        return coming
+
+    def _remove(self, batch: Sequence[_Place]) -> None:
+        """Take inputs out of the queue; a connection that has had its turn goes to its end."""
+        taken: dict[Hashable, set[_Place]] = {}
+        for place in batch:
+            taken.setdefault(place.job.connection, set()).add(place)
+        for connection, places in taken.items():
+            waits, passed, left = self._waiting[connection], [], len(places)
+            while left:
+                place = waits.waiting.popleft()
+                left -= place in places
+                if place not in places:
+                    passed.append(place)
+            waits.waiting.extendleft(reversed(passed))
+            self._count(waits, -sum(place.entry.num_tokens for place in places), -len(places))
+            waits.num_taken += len(places)
+            if not waits.waiting:
+                del self._waiting[connection]
+            elif waits.num_taken >= self._turn:
+                waits.num_taken = 0
+                self._waiting.move_to_end(connection)
+
+    def _work(self, batch: Sequence[_Place]) -> None:
         """Encode a batch, or its halves where that fails.
 
         Raises:
             FatalError: the device is lost.
         """
         try:
-            results = self._encode([entry.item for entry in batch], batch[0].how)
+            results = self._encode([place.entry.item for place in batch], batch[0].entry.how)
             if len(results) != len(batch):
                 raise BrokenVectorError("the model returned another number of vectors")
         except torch.OutOfMemoryError as error:
@@ -275,37 +347,40 @@ class Batcher:
             self._halves(batch, error)
             return
         self.max_batch_tokens = min(self.max_batch_tokens + self._largest // 64, self._largest)
-        for entry, result in zip(batch, results, strict=True):
-            if not entry.how.is_traced and not _is_unit(result):
-                entry.future.set_exception(BrokenVectorError("the model returned what is no unit vector"))
-            else:
-                entry.future.set_result(result)
+        for place, result in zip(batch, results, strict=True):
+            is_right = place.entry.how.is_traced or _is_unit(result)
+            place.settle(result if is_right else BrokenVectorError("the model returned what is no unit vector"))
 
-    def _shrink(self, batch: Sequence[Entry]) -> None:
+    def _shrink(self, batch: Sequence[_Place]) -> None:
         """Smaller batches for a while, as far as it was the batch and not an input that was too large."""
         if len(batch) > 1:
-            padded = len(batch) * max(entry.num_tokens for entry in batch)
+            padded = len(batch) * max(place.entry.num_tokens for place in batch)
             self.max_batch_tokens = max(min(self.max_batch_tokens, padded // 2), self._largest // 16, 1)
 
-    def _halves(self, batch: Sequence[Entry], error: Exception) -> None:
+    def _halves(self, batch: Sequence[_Place], error: Exception) -> None:
         if len(batch) == 1:
-            batch[0].future.set_exception(error)
+            batch[0].settle(error)
             return
         self._work(batch[: len(batch) // 2])
         self._work(batch[len(batch) // 2 :])
 
-    def _fail_all(self, batch: Sequence[Entry]) -> None:
-        for entry in batch:
-            if not entry.future.done():
-                entry.future.set_exception(FatalError("nothing is encoded any more"))
+    def _fail_all(self, batch: Sequence[_Place]) -> None:
         with self._changed:
             self._is_over = True
-            left = [entry for queue in self._waiting.values() for entry in queue]
+            left = [place for waits in self._waiting.values() for place in waits.waiting]
             self._waiting.clear()
             self._queue_tokens = self._queue_inputs = 0
-        for entry in left:
-            if entry.future.set_running_or_notify_cancel():
-                entry.future.set_exception(FatalError("nothing is encoded any more"))
+        for place in (*batch, *left):
+            if place.job.results[place.at] is None:
+                place.settle(FatalError("nothing is encoded any more"))
+        _end_jobs((*batch, *left))
+
+
+def _end_jobs(places: Sequence[_Place]) -> None:
+    """Hand out the results of jobs all of whose inputs have one."""
+    for job in {place.job: None for place in places}:
+        if not job.num_left:
+            job.end()
 
 
 def _is_unit(vector: np.ndarray) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from plume.tracing.trace import Trace, trace
 State = Literal["loading", "ready", "leaving", "draining", "failed"]
 """Of a server; "leaving" takes requests still, while whoever asks whether it is ready sends no more."""
 
+#: Bytes of a request of texts that are read faster than a thread is told to.
+SHORT_BODY = 16_384
 #: Addresses that are fetched at once.
 _FETCHES = 8
 
@@ -288,7 +291,7 @@ class Service:
         """
         batcher = self.batcher
         try:
-            batcher.submit(connection, entries)
+            job = batcher.submit(connection, entries)
         except QueueFullError as error:
             self.metrics.rejected.labels("queue full").inc()
             if error.seconds is None:
@@ -297,11 +300,11 @@ class Service:
             raise RequestError(429, "the queue is full; try again later", retry_after=error.seconds) from None
         except FatalError as error:
             raise self._refusal(error, "") from None
-        waiting = asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries), return_exceptions=True)
+        waiting = asyncio.wrap_future(job.future)
         try:
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                self.metrics.cancelled.inc(batcher.drop(connection, entries))
+                self.metrics.cancelled.inc(batcher.drop(job))
                 return None
             results = waiting.result()
         finally:
@@ -309,7 +312,7 @@ class Service:
         for asked, result in zip(inputs, results, strict=True):
             if isinstance(result, BaseException):
                 raise self._refusal(result, asked.param)
-        self.metrics.latent_steps.inc(sum(self._steps(entry.how) for entry in entries))
+        self.metrics.latent_steps.inc(sum(self._steps(how) * n for how, n in Counter(e.how for e in entries).items()))
         return results
 
     async def decoded(self, request: Request, gone: asyncio.Future[Any], held: Held) -> list[Entry] | None:
@@ -318,6 +321,10 @@ class Service:
         Raises:
             RequestError: one of them cannot be embedded, or is too large.
         """
+        if held.size <= SHORT_BODY and not any(part.kind != "text" for asked in request.inputs for part in asked.parts):
+            with self._timed("decode"):
+                self._check_number(request)
+                return self._entries(request)
         decoded = asyncio.ensure_future(self._decoded(request, held))
         await asyncio.wait({decoded, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not decoded.done():
@@ -327,22 +334,19 @@ class Service:
 
     async def _decoded(self, request: Request, held: Held) -> list[Entry]:
         """The inputs of a request, fetched and decoded in threads; those with video in a thread of their own."""
-        began, plume = time.monotonic(), self._plume
-        assert plume is not None
-        self._check_number(request)
-        request = await self._fetched(request, held)
-        has_video = any(part.kind == "video" for asked in request.inputs for part in asked.parts)
-        threads = self.video_threads if has_video else self.decoders
-        entries = await asyncio.get_running_loop().run_in_executor(threads, self._entries, request, plume)
-        self.metrics.seconds.labels("decode").observe(time.monotonic() - began)
-        return entries
+        with self._timed("decode"):
+            self._check_number(request)
+            request = await self._fetched(request, held)
+            has_video = any(part.kind == "video" for asked in request.inputs for part in asked.parts)
+            threads = self.video_threads if has_video else self.decoders
+            return await asyncio.get_running_loop().run_in_executor(threads, self._entries, request)
 
     async def _fetched(self, request: Request, held: Held) -> Request:
         """The request with the content of media that it says the address of."""
         parts = [part for asked in request.inputs for part in asked.parts if part.kind != "text"]
         if not any(is_address(part.value) for part in parts):
             return request
-        began, loop, ceilings = time.monotonic(), asyncio.get_running_loop(), self.settings.ceilings
+        loop, ceilings = asyncio.get_running_loop(), self.settings.ceilings
         most = {"image": ceilings.image_bytes, "video": ceilings.video_bytes}
 
         async def fetched(part: Part) -> Part:
@@ -353,11 +357,18 @@ class Service:
             held.add(len(content))
             return replace(part, value=content)
 
-        inputs = [
-            replace(asked, parts=tuple(await asyncio.gather(*map(fetched, asked.parts)))) for asked in request.inputs
-        ]
-        self.metrics.seconds.labels("fetch").observe(time.monotonic() - began)
+        with self._timed("fetch"):
+            inputs = [
+                replace(asked, parts=tuple(await asyncio.gather(*map(fetched, asked.parts))))
+                for asked in request.inputs
+            ]
         return replace(request, inputs=inputs)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.metrics.seconds.labels(stage).observe(time.monotonic() - began)
 
     def _check_number(self, request: Request) -> None:
         ceilings = self.settings.ceilings
@@ -379,12 +390,14 @@ class Service:
         steps = how.num_latent_steps
         return (self._plume.default_steps(how.side or "query") if steps is None else steps) or 0
 
-    def _entries(self, request: Request, plume: Plume) -> list[Entry]:
+    def _entries(self, request: Request) -> list[Entry]:
         """Inputs, checked, decoded and counted.
 
         Raises:
             RequestError: what is wrong with the request, or with which of its inputs.
         """
+        plume = self._plume
+        assert plume is not None
         config = plume.plume_config
         if request.model not in (None, "", self.settings.name, self.settings.model):
             raise RequestError(404, f"there is no such model; this server has {self.settings.name!r}", "model")
@@ -402,12 +415,11 @@ class Service:
         processor = plume.plume_model.processor
         assert processor is not None
         limits = limits_of(processor, pixel_settings(processor, request.max_pixels))
-        entries = []
-        for asked, side in zip(request.inputs, sides, strict=True):
-            item = self._item(asked, request.instruction, processor, limits)
-            how = How(request.num_latent_steps, side, request.max_pixels)
-            entries.append(Entry(item, processor.exact_length(item), how))
-        return entries
+        items = [self._item(asked, request.instruction, processor, limits) for asked in request.inputs]
+        return [
+            Entry(item, length, How(request.num_latent_steps, side, request.max_pixels))
+            for item, length, side in zip(items, processor.exact_lengths(items), sides, strict=True)
+        ]
 
     def _item(self, asked: Asked, instruction: str, processor: PlumeProcessor, limits: MediaLimits) -> Item:
         ceilings = self.settings.ceilings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import socket
 import sys
 import time
 import urllib.error
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from plume import Plume
-from tests.processes import started
+from tests.processes import free_port, started
 
 pytestmark = pytest.mark.clients
 
@@ -29,9 +28,7 @@ def expected(plume_folder):
 
 @pytest.fixture(scope="module")
 def address(plume_folder):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "plume", "serve", "--model", plume_folder, "--served-as", "kite", "--port", port]
     with started(command) as process:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from plume_train.data.sampler import Draw
 from plume_train.objective.gradcache import Step, leveled
 from plume_train.objective.losses import Contrast, balance_loss, info_nce
 from plume_train.objective.objective import Objective
+from tests.processes import free_port
 
 NUM_ROWS = 4  # of each process
 
@@ -150,12 +150,6 @@ def step_gradients(rank, world, folder, case):
     torch.save((found, parts), f"{folder}/{case_name(case)}-{world}-{rank}.pt")
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 pytestmark = pytest.mark.launching
 
 # Two rows of the first process have one target, so that passes of one row differ in number between the processes.
@@ -185,7 +179,7 @@ def two_processes(tmp_path_factory, plume_folder) -> Path:
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (56, 84), colour).save(folder / f"{name}.png")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    mp.spawn(spawned, args=(2, free_port(), str(folder)), nprocs=2)
+    mp.spawn(spawned, args=(2, str(free_port()), str(folder)), nprocs=2)
     return folder
 
 

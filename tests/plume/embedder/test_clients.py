@@ -199,7 +199,7 @@ def test_truncation_is_opted_in_by_constructor_or_folder(tmp_path, plume_folder,
     fitted = processor.fit(Item.parse(LONG))
     assert LONG.startswith(fitted.text)
     assert np.allclose(vectors[1], Plume(plume_folder, device="cpu").encode(fitted.text), atol=1e-5)
-    assert processor.exact_length(fitted) == 300
+    assert processor.exact_lengths([fitted]) == [300]
 
 
 def test_nothing_is_truncated_unless_that_is_asked_for(opened):
@@ -216,7 +216,7 @@ def test_a_text_is_cut_to_the_limit_whatever_its_tokens_are(plume_folder, pictur
     processor.tokenizer.model_max_length = 320
     item = Item.parse({"text": ["first", text], "image": picture(56, 56), "instruction": "Find:"})
     fitted = processor.fit(item)
-    assert 300 < processor.exact_length(fitted) <= 320
+    assert 300 < processor.exact_lengths([fitted])[0] <= 320
     assert fitted.images == item.images
     assert item.text.startswith(fitted.text)
     processor.tokenizer.model_max_length = 8

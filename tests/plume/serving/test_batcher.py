@@ -57,23 +57,21 @@ def entries(numbers, tokens=1, **how):
 
 
 def held(batcher, model):
-    """One input that keeps the thread busy, so that what comes next waits."""
+    """A job of one input that keeps the thread busy, so that what comes next waits."""
     model.may_run.clear()
-    (first,) = entries([999])
-    batcher.submit("first", [first])
+    model.is_running.clear()
+    first = batcher.submit("first", entries([999]))
     assert model.is_running.wait(30)
     return first
 
 
-def places(some):
-    return [int(entry.future.result(30).argmax()) for entry in some]
+def places(*jobs):
+    return [int(vector.argmax()) for job in jobs for vector in job.future.result(30)]
 
 
 def test_every_input_gets_its_vector(queue, model):
     batcher = queue(max_batch_size=3)
-    some = entries(range(20))
-    batcher.submit("a", some)
-    assert places(some) == list(range(20))
+    assert places(batcher.submit("a", entries(range(20)))) == list(range(20))
     assert max(len(texts) for texts, _ in model.batches) <= 3
     assert batcher.queue_tokens == batcher.queue_inputs == 0
 
@@ -82,9 +80,9 @@ def test_a_batch_keeps_to_its_tokens_with_padding_and_shares_its_k(queue, model)
     batcher = queue(max_batch_tokens=10)
     first = held(batcher, model)
     some = [*entries([1, 2], 2), *entries([3], 8), *entries([4], 50), *entries([5, 6], 1, num_latent_steps=0)]
-    batcher.submit("a", some)
+    job = batcher.submit("a", some)
     model.may_run.set()
-    assert places([first, *some]) == [999, 1, 2, 3, 4, 5, 6]
+    assert places(first, job) == [999, 1, 2, 3, 4, 5, 6]
     assert [texts for texts, _ in model.batches] == [["999"], ["1", "2"], ["3"], ["4"], ["5", "6"]]
     assert model.batches[-1][1].num_latent_steps == 0
 
@@ -92,12 +90,11 @@ def test_a_batch_keeps_to_its_tokens_with_padding_and_shares_its_k(queue, model)
 def test_connections_take_turns(queue, model):
     batcher = queue(max_batch_size=4)
     held(batcher, model)
-    many, few, other = entries(range(100)), entries([200]), entries([300, 301], num_latent_steps=1)
-    batcher.submit("many", many)
-    batcher.submit("few", few)
-    batcher.submit("other K", other)
+    many = batcher.submit("many", entries(range(100)))
+    few = batcher.submit("few", entries([200]))
+    other = batcher.submit("other K", entries([300, 301], num_latent_steps=1))
     model.may_run.set()
-    assert places([*many, *few, *other]) == [*range(100), 200, 300, 301]
+    assert places(many, few, other) == [*range(100), 200, 300, 301]
     order = [texts for texts, _ in model.batches[1:]]
     assert "200" in order[0]
     assert any("300" in texts for texts in order[:3])
@@ -106,24 +103,67 @@ def test_connections_take_turns(queue, model):
 def test_newcomers_do_not_wait_behind_everybody(queue, model):
     batcher = queue(max_batch_size=8)
     held(batcher, model)
-    crowd = [entries([number] * 20) for number in range(40)]
-    for number, some in enumerate(crowd):
-        batcher.submit(number, some)
-    newcomer = entries([900])
-    batcher.submit("newcomer", newcomer)
+    crowd = [batcher.submit(number, entries([number] * 20)) for number in range(40)]
+    newcomer = batcher.submit("newcomer", entries([900]))
     model.may_run.set()
     assert places(newcomer) == [900]
     at = next(index for index, (texts, _) in enumerate(model.batches) if "900" in texts)
-    assert at <= 1 + 41 // 8 + 1  # once every connection has had its turn
-    for some in crowd:
-        places(some)
+    assert at <= 1 + 41 * 2 // 8 + 1  # once every connection has had its turn, of a quarter of a batch
+    places(*crowd)
+
+
+def test_a_short_request_ends_with_its_turn_and_not_with_the_round(queue, model):
+    """Were each connection to have one input in a batch, all of them would end together, and the queue be empty."""
+    batcher = queue(max_batch_size=8)
+    held(batcher, model)
+    jobs = [batcher.submit(number, entries([10 * number, 10 * number + 1])) for number in range(8)]
+    model.may_run.set()
+    places(*jobs)
+    assert [set(texts) for texts, _ in model.batches[1:]] == [
+        {str(10 * number + place) for number in (first, first + 1, first + 2, first + 3) for place in (0, 1)}
+        for first in (0, 4)
+    ]
+
+
+def test_inputs_of_like_length_share_a_batch(queue, model):
+    batcher = queue(max_batch_size=4)
+    held(batcher, model)
+    jobs = [batcher.submit(number, entries([number], 900 if number % 2 else 10)) for number in range(8)]
+    model.may_run.set()
+    places(*jobs)
+    assert [texts for texts, _ in model.batches[1:]] == [["0", "2", "4", "6"], ["1", "3", "5", "7"]]
+
+
+def test_a_batch_is_not_filled_with_padding(queue, model):
+    """A long input is not padded to by short ones that could have a pass of their own, nor does it wait for ever."""
+    batcher = queue(max_batch_size=8)
+    held(batcher, model)
+    short = batcher.submit("short", entries(range(6), 10))
+    long = batcher.submit("long", entries([100], 5_000))
+    few = batcher.submit("few", entries([200, 201], 40))
+    model.may_run.set()
+    places(short, long, few)
+    assert [set(texts) for texts, _ in model.batches[1:]] == [{"0", "1", "2", "3", "4", "5", "200", "201"}, {"100"}]
+
+
+def test_whoever_is_passed_over_comes_first_at_last(queue, model):
+    """An input unlike all others has its turn while others never end."""
+    batcher = queue(max_batch_size=4)
+    held(batcher, model)
+    crowd = [batcher.submit(number, entries(range(10 * number, 10 * number + 10), 10)) for number in range(4)]
+    alone = batcher.submit("alone", entries([900], 5_000))
+    model.may_run.set()
+    assert places(alone) == [900]
+    places(*crowd)
+    at = next(index for index, (texts, _) in enumerate(model.batches) if "900" in texts)
+    assert at <= 1 + 4  # every other connection has had its turn of one
+    assert batcher.queue_tokens == batcher.queue_inputs == 0
 
 
 def test_a_full_queue_takes_all_of_a_request_or_nothing(queue, model):
     batcher = queue(max_queue_tokens=10)
     held(batcher, model)
-    some = entries(range(4), 1)
-    batcher.submit("a", some)
+    job = batcher.submit("a", entries(range(4), 1))
     for connection, tokens in (("b", 7), ("a", 2)):  # more than the queue holds; more than half of it for one
         with pytest.raises(QueueFullError) as error:
             batcher.submit(connection, entries([5], tokens))
@@ -133,26 +173,22 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing(queue, model):
     assert error.value.seconds is None
     assert batcher.queue_inputs == 4
     model.may_run.set()
-    assert places(some) == [0, 1, 2, 3]
-    long = entries([5], 99)  # one input alone, where nothing waits
-    batcher.submit("b", long)
-    assert places(long) == [5]
+    assert places(job) == [0, 1, 2, 3]
+    assert places(batcher.submit("b", entries([5], 99))) == [5]  # one input alone, where nothing waits
 
 
 def test_clients_that_have_gone_leave_the_queue(queue, model):
     batcher = queue()
     first = held(batcher, model)
-    gone, stays = entries(range(5), 2), entries([7], 3)
-    batcher.submit("gone", gone)
-    batcher.submit("stays", stays)
-    assert batcher.drop("gone", gone) == 5
+    gone, stays = batcher.submit("gone", entries(range(5), 2)), batcher.submit("stays", entries([7], 3))
+    assert batcher.drop(gone) == 5
     assert batcher.queue_tokens == 3
-    assert batcher.drop("first", [first]) == 0  # has been begun
+    assert batcher.drop(first) == 0  # has been begun
     model.may_run.set()
-    assert places([first, *stays]) == [999, 7]
-    assert all(entry.future.cancelled() for entry in gone)
-    with pytest.raises(CancelledError):
-        gone[0].future.result()
+    assert places(stays) == [7]
+    for job in (first, gone):
+        with pytest.raises(CancelledError):
+            job.future.result(30)
     assert [texts for texts, _ in model.batches] == [["999"], ["7"]]
 
 
@@ -164,16 +200,16 @@ def test_a_poisoned_input_fails_alone(queue, model):
     model.fail = fail
     batcher = queue()
     first = held(batcher, model)
-    some = entries(range(8))
-    batcher.submit("a", some)
+    job, other = batcher.submit("a", entries(range(8))), batcher.submit("b", entries([3, 9]))
     model.may_run.set()
-    assert places([first]) == [999]
-    for number, entry in enumerate(some):
-        if number == 3:
-            with pytest.raises(ValueError, match="poison"):
-                entry.future.result(30)
-        else:
-            assert places([entry]) == [number]
+    assert places(first) == [999]
+    for one, numbers in ((job, range(8)), (other, (3, 9))):
+        for number, result in zip(numbers, one.future.result(30), strict=True):
+            if number == 3:
+                assert isinstance(result, ValueError)
+                assert str(result) == "poison"
+            else:
+                assert result.argmax() == number
 
 
 def test_memory_that_is_short_halves_the_batches(queue, model):
@@ -184,10 +220,9 @@ def test_memory_that_is_short_halves_the_batches(queue, model):
     model.fail = fail
     batcher = queue(max_batch_tokens=64)
     held(batcher, model)
-    some = entries(range(8))
-    batcher.submit("a", some)
+    job = batcher.submit("a", entries(range(8)))
     model.may_run.set()
-    assert places(some) == list(range(8))
+    assert places(job) == list(range(8))
     assert batcher.max_batch_tokens < 64
 
 
@@ -200,29 +235,23 @@ def test_an_input_that_takes_all_memory_does_not_make_batches_small_for_good(que
     batcher = queue(max_batch_tokens=64)
     for _ in range(4):
         held(batcher, model)
-        some = entries([0, 1, 7])
-        batcher.submit("a", some)
+        job = batcher.submit("a", entries([0, 1, 7]))
         model.may_run.set()
-        assert places(some[:2]) == [0, 1]
-        with pytest.raises(torch.OutOfMemoryError):
-            some[2].future.result(30)
+        *vectors, error = job.future.result(30)
+        assert [vector.argmax() for vector in vectors] == [0, 1]
+        assert isinstance(error, torch.OutOfMemoryError)
     assert batcher.max_batch_tokens >= 4
     for _ in range(80):
-        some = entries([3])
-        batcher.submit("a", some)
-        places(some)
+        places(batcher.submit("a", entries([3])))
     assert batcher.max_batch_tokens == 64
 
 
 def test_what_is_no_unit_vector_is_not_handed_out(queue, model):
     batcher = queue()
     batcher._encode = lambda items, how: np.array([[0.0, 0.0], [np.nan, 1.0], [1.0, 0.0]])[: len(items)]
-    some = entries(range(3))
-    batcher.submit("a", some)
-    for entry in some[:2]:
-        with pytest.raises(BrokenVectorError):
-            entry.future.result(30)
-    assert some[2].future.result(30).tolist() == [1.0, 0.0]
+    *broken, whole = batcher.submit("a", entries(range(3))).future.result(30)
+    assert all(isinstance(error, BrokenVectorError) for error in broken)
+    assert whole.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("what", ["half a batch", "another number of vectors", "something else"])
@@ -240,20 +269,16 @@ def test_nobody_waits_for_ever_whatever_fails(model, what):
     batcher = Batcher(model, stop=stopped.set)
     if what == "another number of vectors":
         batcher._encode = lambda items, how: np.eye(4)[: len(items) - 1]
-        (alone,) = entries([1])
-        batcher.submit("a", [alone])
-        with pytest.raises(BrokenVectorError):
-            alone.future.result(30)
+        (error,) = batcher.submit("a", entries([1])).future.result(30)
+        assert isinstance(error, BrokenVectorError)
         batcher.close(30)
         return
     first = held(batcher, model)
-    some, later = entries([1, 2, 3, 4]), entries([5], num_latent_steps=1)
-    batcher.submit("a", some)
-    batcher.submit("b", later)
+    some, later = batcher.submit("a", entries([1, 2, 3, 4])), batcher.submit("b", entries([5], num_latent_steps=1))
     model.may_run.set()
-    assert places([first]) == [999]
-    for entry in [*some, *later]:
-        assert isinstance(entry.future.exception(30), FatalError)
+    assert places(first) == [999]
+    for job in (some, later):
+        assert isinstance(job.future.result(30)[-1], FatalError)
     assert stopped.wait(30)
     with pytest.raises(FatalError):
         batcher.submit("c", entries([6]))
@@ -275,12 +300,10 @@ def test_a_lost_device_fails_what_waits_and_stops_the_server(model):
     model.fail = fail
     batcher = Batcher(model, stop=stopped.set)
     first = held(batcher, model)
-    some = entries(range(3))
-    batcher.submit("a", some)
+    job = batcher.submit("a", entries(range(3)))
     model.may_run.set()
-    for entry in [first, *some]:
-        with pytest.raises(FatalError):
-            entry.future.result(30)
+    for error in (*first.future.result(30), *job.future.result(30)):
+        assert isinstance(error, FatalError)
     assert stopped.wait(30)
     batcher.close(30)
     assert not batcher.is_alive
@@ -289,14 +312,13 @@ def test_a_lost_device_fails_what_waits_and_stops_the_server(model):
 def test_what_waits_is_encoded_before_the_end(queue, model):
     batcher = queue(max_batch_size=1)
     held(batcher, model)
-    some = entries(range(4))
-    batcher.submit("a", some)
+    job = batcher.submit("a", entries(range(4)))
     closing = threading.Thread(target=batcher.close)
     closing.start()
     assert batcher.busy_seconds() > 0
     model.may_run.set()
     closing.join(30)
-    assert places(some) == [0, 1, 2, 3]
+    assert places(job) == [0, 1, 2, 3]
     assert not batcher.is_alive
 
 
@@ -306,10 +328,11 @@ def test_many_threads_get_their_own_vectors(queue, model):
 
     def client(number):
         some = entries(range(number * 30, number * 30 + 30), num_latent_steps=number % 2)
+        jobs = []
         for start in range(0, 30, 10):
-            batcher.submit(number, some[start : start + 10])
+            jobs.append(batcher.submit(number, some[start : start + 10]))
             time.sleep(0)
-        found[number] = places(some)
+        found[number] = places(*jobs)
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
     for one in clients:

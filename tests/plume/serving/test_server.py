@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import struct
 import sys
 import threading
@@ -30,7 +29,7 @@ from plume.serving.errors import RequestError
 from plume.serving.media import Ceilings
 from plume.serving.requests import read_openai
 from plume.serving.service import Held, Service, Settings
-from tests.processes import started
+from tests.processes import free_port, started
 
 TEXTS = ["a red kite", "blue", "what bird is it", "table"]
 
@@ -89,7 +88,7 @@ def test_openai_gives_the_vectors_of_encode_in_every_encoding(client, plume):
     assert (body["object"], body["model"]) == ("list", "tiny")
     assert [one["index"] for one in body["data"]] == [0, 1, 2, 3]
     processor = plume.plume_model.processor
-    count = sum(processor.exact_length(processor.parse(text)) for text in TEXTS)
+    count = sum(processor.exact_lengths([processor.parse(text) for text in TEXTS]))
     assert body["usage"] == {"prompt_tokens": count, "total_tokens": count}
     one = client.post("/v1/embeddings", json={"input": TEXTS[0]})
     same(vectors_of(one), expected[:1])
@@ -636,12 +635,6 @@ def test_queries_and_documents_that_differ_must_be_told_apart(plume_folder, tmp_
         for side, encode in (("query", plume.encode_query), ("document", plume.encode_document)):
             same(vectors_of(client.post("/v1/embeddings", json={"input": TEXTS, "input_type": side})), encode(TEXTS))
         service.close(30)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.launching
