@@ -507,6 +507,7 @@ def serving(
     port: Annotated[int, typer.Option(help="A free one.")] = 8765,
     num_texts: Annotated[int, typer.Option(help="Of a run of throughput.", min=1)] = 2_048,
     num_requests: Annotated[int, typer.Option(help="Over which memory is watched.", min=4)] = 4_000,
+    minutes: Annotated[float, typer.Option(help="Of requests at 70 % of capacity.", min=0.1)] = 1,
 ) -> None:
     """Measure `plume serve`: throughput beside `encode`, overhead, latency under load, memory, draining; minutes."""
     from plume_eval.serving import measure_serving, random_checkpoint, write_serving
@@ -516,10 +517,12 @@ def serving(
         raise typer.Exit(_fail(ValueError("give one of --model and --shapes")))
     try:
         with nullcontext(str(model)) if shapes is None else random_checkpoint(shapes) as checkpoint:
-            found = measure_serving(checkpoint, port, num_texts=num_texts, num_requests=num_requests)
+            found = measure_serving(
+                checkpoint, port, num_texts=num_texts, num_requests=num_requests, seconds=60 * minutes
+            )
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
-    settings = f" --num-texts {num_texts} --num-requests {num_requests}"
+    settings = f" --num-texts {num_texts} --num-requests {num_requests} --minutes {minutes:g}"
     what, name = (f"--model {model}", "serving") if shapes is None else (f"--shapes {shapes}", f"serving_{shapes}")
     typer.echo(write_serving(name, f"plume-eval serving {what}{settings}", out, found))
 

@@ -105,7 +105,7 @@ def measure_serving(
     num_single: int = 100,
     num_requests: int = 4_000,
     num_burst: int = 400,
-    seconds: float = 20.0,
+    seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Throughput beside `encode`, overhead, latency under load, memory and the time to drain.
 
@@ -146,7 +146,10 @@ def measure_serving(
         found["overhead_ms"] = 1000 * statistics.median(asked - alone for alone, asked in pairs)
         found["encode_ms"] = 1000 * statistics.median(alone for alone, _ in pairs)
         ones = [[text] for text in texts]
-        found["at_70_percent"] = asyncio.run(_open(port, ones, 0.7 * capacity, seconds))
+        answers = asyncio.run(_open(port, ones, 0.7 * capacity, seconds))
+        found["at_70_percent"] = {**_told(answers), "seconds": seconds}
+        sixth = len(answers) // 6
+        found["first_sixth"], found["last_sixth"] = _told(answers[:sixth]), _told(answers[-sixth:])
         tokens = plume.plume_model.processor.exact_lengths([Item((text,)) for text in texts])  # type: ignore[union-attr]
         fours = [texts[start : start + 4] for start in range(0, num_texts, 4)]
         found["burst"] = asyncio.run(_burst(port, [fours[index % len(fours)] for index in range(num_burst)]))
@@ -193,15 +196,15 @@ def _closed(port: int, requests: Sequence[Sequence[str]], num_clients: int) -> N
             done.result()
 
 
-async def _open(port: int, requests: Sequence[Sequence[str]], rate: float, seconds: float) -> dict[str, Any]:
-    """Requests at random times, so many a second on average, whether or not the answers keep up."""
+async def _open(port: int, requests: Sequence[Sequence[str]], rate: float, seconds: float) -> list[tuple[int, float]]:
+    """Requests at random times, so many a second on average, whether or not the answers keep up; in their order."""
     rng, crowd, asked = random.Random(0), Crowd(port), []
     due = time.perf_counter()
     end = due + seconds
     while (due := due + rng.expovariate(rate)) < end:
         await asyncio.sleep(max(due - time.perf_counter(), 0))
         asked.append(asyncio.create_task(crowd.ask(requests[len(asked) % len(requests)], due)))
-    return _told(await asyncio.gather(*asked))
+    return await asyncio.gather(*asked)
 
 
 async def _burst(port: int, requests: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -284,6 +287,14 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
             f"requests of one text at 70 % of capacity, at random times: p99 / p50 ({counts})",
             f"{_ratio(one['answered_p99_ms'], one['answered_p50_ms']):.1f} (p50 {one['answered_p50_ms'] or 0:.0f} ms)",
             "4",
+        ]
+    )
+    first, last = found["first_sixth"]["answered_p99_ms"], found["last_sixth"]["answered_p99_ms"]
+    rows.append(
+        [
+            f"p99 of the last sixth of these {one['seconds'] / 60:.0f} minutes, of that of the first",
+            f"{_ratio(last, first):.0%}",
+            "100 %",
         ]
     )
     one = found["burst"]

@@ -23,7 +23,7 @@ def test_a_server_is_measured_and_ended(plume_folder, tmp_path, monkeypatch):
         assert one["answered"] + one["refused"] == one["requests"] > 0
         assert one["others"] == 0
     table = write_serving("serving", "plume-eval serving --model tiny", tmp_path, found)
-    assert len(summary(found)) == 8
+    assert len(summary(found)) == 9
     assert "60 requests of four texts at once" in table
     assert list(tmp_path.glob("serving_*.json"))
     with socket.socket() as again:  # nobody listens any more
