@@ -221,12 +221,28 @@ def search(
     index: Annotated[Path, typer.Option(help="The index.")] = Path("plume-index"),
     model: Annotated[str | None, typer.Option(help="Checkpoint; the one that made the index if not given.")] = None,
     top_k: Annotated[int, typer.Option(help="Results at most.", min=1)] = 10,
-    where: Annotated[str | None, typer.Option(help="A condition, for example \"kind = 'pdf'\".")] = None,
+    words: Annotated[
+        str | None, typer.Option(help="Words to look for in texts, pages and names too; the query's if not given.")
+    ] = None,
+    hybrid: Annotated[
+        float | None,
+        typer.Option(help="Weight of words beside vectors, 0 to 1; 0.5 with --words, else 0.", min=0, max=1),
+    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="text, image, video or pdf; may be repeated.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Files below it alone.")] = None,
+    path: Annotated[Path | None, typer.Option(help="This file alone.")] = None,
+    page: Annotated[int | None, typer.Option(help="This page of PDFs alone.", min=1)] = None,
+    since: Annotated[str | None, typer.Option(help="Files written last on this day or later, as 2026-01-31.")] = None,
+    until: Annotated[str | None, typer.Option(help="Files written last on this day or before.")] = None,
+    where: Annotated[str | None, typer.Option(help="A condition in SQL, for example \"kind = 'pdf'\".")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row of a large index too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails.")] = None,
 ) -> None:
-    """Search an index by words, an image, a video, or all of them as one query."""
+    """Search an index by words, an image, a video, or all of them as one query.
+
+    Results are those whose vectors are nearest; with --hybrid also those that hold the words themselves.
+    """
     query = {key: value for key, value in (("image", image), ("video", video), ("text", text)) if value}
     if not query:
         _stop("nothing to search for; give words, --image or --video")
@@ -236,19 +252,30 @@ def search(
         _check_model(model)
 
     from plume import Plume
+    from plume.search.filter import Filter, day_of
     from plume.search.index import Index
     from plume.search.results_page import gallery
     from plume.threads import use_physical_cores
 
     try:
         with _running(lambda: "nothing was changed"):
+            rows = Filter(
+                kinds=tuple(kind or ()),
+                folder="" if folder is None else str(folder.resolve()),
+                path="" if path is None else str(path.resolve()),
+                page=page,
+                since=day_of(since),
+                until=day_of(until),
+            )
             source = Index.open(index)
             dim = source.identity.dim
             use_physical_cores()
             plume = Plume(model or _maker(source))
             if dim < plume.get_embedding_dimension():
                 plume.truncate_dim = dim
-            hits = source.search(query, plume, top_k=top_k, where=where, exact=exact)
+            hits = source.search(
+                query, plume, top_k=top_k, where=where, filter=rows, text=words, hybrid=hybrid, exact=exact
+            )
     except (ValueError, OSError) as error:
         _stop(_message(error, ["the query"]))
     if html is not None:
@@ -277,7 +304,8 @@ def search(
             err=True,
         )
     if not hits:
-        say("no results" + (f" where {where}" if where else "; the index is empty"), err=True)
+        is_filtered = where is not None or rows.condition is not None
+        say("no results" + (" that meet the conditions" if is_filtered else "; the index is empty"), err=True)
 
 
 @app.command()

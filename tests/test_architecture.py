@@ -36,7 +36,8 @@ ORDER = [
     {"model"},
     {"engine", "tracing", "random_models"},
     {"embedder"},
-    {"search", "space"},
+    {"space"},
+    {"search"},
     {"serving", "corpus"},
     {"registration"},  # what `plume/__init__.py` uses
     {"cli"},

@@ -41,7 +41,7 @@ def commit(job: Job, index: str | os.PathLike) -> Committed:
     name = _name(target.path)
     added = present = 0
     shards = job.to_commit(name)
-    with target.store.locked():
+    with target.writing():
         for shard in shards:
             rows = job.read_done(shard)
             for root in set(rows["root"].to_pylist()):

@@ -61,6 +61,24 @@ class Page:
                 raise InputError(where, f"it cannot be drawn ({error}); replace the file") from None
         return image
 
+    def text(self, name: str = "the input") -> str:
+        """The characters that the page holds; empty where it is a picture of a page.
+
+        Raises:
+            InputError: the document cannot be opened, or the page cannot be read.
+        """
+        with _PDFIUM, _opened(self.document, name) as document:
+            try:
+                page = document[self.page - 1]
+                written = page.get_textpage()
+                text = written.get_text_bounded()
+                written.close()
+                page.close()
+            except Exception as error:  # broken documents raise anything
+                where = f"{name}: page {self.page} of {self.document}"
+                raise InputError(where, f"its text cannot be read ({error}); replace the file") from None
+        return "\n".join(text.split("\r\n")).strip()
+
 
 def pages(path: str | os.PathLike, name: str = "the input") -> list[Page]:
     """The pages of a PDF file, none of them rendered yet.

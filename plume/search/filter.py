@@ -13,9 +13,9 @@ _EPOCH = date(1970, 1, 1).toordinal()
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Rows of some kinds, below a folder, written last within some days.
+    """Rows of some kinds, of a file or below a folder, of a page, written last within some days.
 
-    kinds: none takes all. folder: an absolute path. since, until: the first and the last day, in UTC.
+    kinds: none takes all. folder, path: absolute. page: from 1. since, until: the first and the last day, in UTC.
 
     Example:
         >>> Filter(kinds=("pdf",), folder="/data/it's").condition
@@ -26,6 +26,8 @@ class Filter:
 
     kinds: tuple[str, ...] = ()
     folder: str = ""
+    path: str = ""
+    page: int | None = None
     since: date | None = None
     until: date | None = None
 
@@ -46,11 +48,27 @@ class Filter:
             parts.append(f"kind IN ({', '.join(map(quoted, self.kinds))})")
         if self.folder:
             parts.append(f"starts_with(path, {quoted(self.folder.rstrip('/') + '/')})")
+        if self.path:
+            parts.append(f"path = {quoted(self.path)}")
+        if self.page is not None:
+            parts.append(f"page = {self.page:d}")
         if self.since is not None:
             parts.append(f"mtime_ns >= {_nanoseconds(self.since)}")
         if self.until is not None:
             parts.append(f"mtime_ns < {_nanoseconds(self.until, days=1)}")
         return " AND ".join(parts) or None
+
+
+def day_of(text: str | None) -> date | None:
+    """A day as 2026-01-31; None where none is given.
+
+    Raises:
+        ValueError: it is no day.
+    """
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no day; expected one such as 2026-01-31") from None
 
 
 def _nanoseconds(day: date, days: int = 0) -> int:

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,21 @@ from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.encode import pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
-from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore
+from plume.inputs.item import Item
+from plume.search.filter import Filter
+from plume.search.rows import excerpt_of
+from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore, checked_condition
 from plume.search.update import Report, update_store
+from plume.space.fusion import fuse
 
-_FORMAT = 1
+#: Rows of format 1 have no texts; the next writer reads them.
+_FORMAT, _READ = 2, (1, 2)
+#: Candidates of each order of rows, times the rows that are asked for, and at least.
+_CANDIDATES, _MIN_CANDIDATES = 10, 1_000
+#: What tells rows of one file apart, and whether they are of what is on disk.
+_OF_FILES = ("path", "page", "size", "mtime_ns")
+#: The weight of words, where they are given and their weight is not.
+_EQUAL = 0.5
 #: The file that says what made an index.
 IDENTITY = "index.json"
 #: Fields of `Identity` that whoever makes an index chooses, beside the checkpoint and the length of the vectors.
@@ -131,12 +143,17 @@ class Hit:
     """One row that a search found, best first.
 
     score: cosine to the query, in [-1, 1].
+    text_score: how well its words match (BM25, larger is better); None: not at all, or they were not looked for.
+    fused: by what results are ordered, where words were looked for too (`plume.space.fusion`); None: by `score`.
+    excerpt: the beginning of its text, or the place where words of the query stand.
     path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
     changed: when the file was written last, in seconds since 1970.
     row: number of the row, until the index is compacted. vector: `[dim]`.
     """
 
     score: float
+    text_score: float | None
+    fused: float | None
     path: str
     kind: str
     page: int | None
@@ -155,7 +172,8 @@ class Hit:
 
     def to_dict(self) -> dict[str, Any]:
         """What is said of a result, for JSON."""
-        return {name: getattr(self, name) for name in ("score", "path", "kind", "page", "num_pages", "excerpt")}
+        names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
+        return {name: getattr(self, name) for name in names}
 
 
 class Index:
@@ -251,7 +269,7 @@ class Index:
         try:
             fields = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
             version = fields.pop("format")
-            identity = Identity(**fields).checked() if version == _FORMAT else None
+            identity = Identity(**fields).checked() if version in _READ else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path / IDENTITY} is damaged ({error}); remove {path} and index the folder again"
@@ -306,7 +324,7 @@ class Index:
         root = Path(folder).resolve()
         if not root.is_dir():
             raise ValueError(f"{folder} is no folder; expected one with files to index")
-        with self.store.locked():
+        with self.writing():
             report = update_store(
                 self.store,
                 root,
@@ -319,6 +337,19 @@ class Index:
             )
         report.gone = self.gone()
         return report
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other writers out, and bring an index of an older format up to this one; nothing is embedded for it.
+
+        Raises:
+            ValueError: another process is writing.
+        """
+        with self.store.locked():
+            self.store.add_texts()
+            if json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))["format"] != _FORMAT:
+                _write_identity(self.path, self.identity).replace(self.path / IDENTITY)
+            yield
 
     def remove(self, folder: str | os.PathLike) -> int:
         """Forget all rows of a folder that was indexed; the number of rows removed.
@@ -339,11 +370,14 @@ class Index:
         *,
         top_k: int = 10,
         where: str | None = None,
+        filter: Filter | None = None,
+        text: str | None = None,
+        hybrid: float | None = None,
         exact: bool = False,
         instruction: str | None = None,
         num_latent_steps: int | None = None,
     ) -> list[Hit]:
-        """The rows whose vectors are nearest to a query, best first.
+        """The rows whose vectors are nearest to a query, best first; with `hybrid` also those that hold its words.
 
         From `plume.search.store.APPROXIMATE_FROM` rows on their vectors are indexed (IVF with RaBitQ), and the nearest
         are those of a sample that is compared exactly; scores are exact in any case.
@@ -352,15 +386,24 @@ class Index:
             query: one input, as for `Plume.encode`.
             plume: the embedder that made the index.
             top_k: rows to return at most.
-            where: a condition in SQL on path, kind, page, num_pages, excerpt, for example "kind = 'pdf'".
+            where: a condition in SQL on path, kind, page, num_pages, excerpt, text, for example "kind = 'pdf'".
+            filter: the same by typed fields; both must be met.
+            text: words to look for in texts, pages and names; None: those of the query.
+            hybrid: the weight of words, from 0 to 1, beside that of vectors; orders are fused by rank. At 0.5 a row
+                that alone holds a rare word, such as the number of an invoice, comes first. None: 0.5 where `text` is
+                given, else 0.
             exact: compare with every row of a large index too.
             instruction: must be the index's; None takes it.
             num_latent_steps: must be the index's K of queries; None takes it.
 
         Raises:
-            ValueError: another embedder, K or instruction than the index was made with, or a condition that is not SQL.
+            ValueError: another embedder, K or instruction than the index was made with, a condition that is not SQL,
+                no such weight, or words in an index that keeps no texts.
         """
         self.check_embedder(plume)
+        hybrid = (_EQUAL if text else 0.0) if hybrid is None else hybrid
+        if not 0 <= hybrid <= 1:
+            raise ValueError(f"hybrid is {hybrid}; expected the weight of words, from 0 to 1")
         request = replace(
             self.identity,
             query_instruction=self.identity.query_instruction if instruction is None else instruction,
@@ -371,6 +414,8 @@ class Index:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
+        if hybrid and text is None:
+            text = Item.parse(query, "the query", plume.plume_model.processor.limits).text  # type: ignore[union-attr]
         vector = plume.encode_query(
             query,
             instruction=request.query_instruction,
@@ -381,10 +426,21 @@ class Index:
             raise InputError(
                 "the query", f"it is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
             )
-        return self.nearest(vector / np.linalg.norm(vector), top_k=top_k, where=where, exact=exact)
+        vector = vector / np.linalg.norm(vector)
+        return self.nearest(
+            vector, top_k=top_k, where=where, filter=filter, text=text or "", hybrid=hybrid, exact=exact
+        )
 
     def nearest(
-        self, vector: np.ndarray, *, top_k: int = 10, where: str | None = None, exact: bool = False
+        self,
+        vector: np.ndarray,
+        *,
+        top_k: int = 10,
+        where: str | None = None,
+        filter: Filter | None = None,
+        text: str = "",
+        hybrid: float = 0.0,
+        exact: bool = False,
     ) -> list[Hit]:
         """The rows nearest to a vector, best first.
 
@@ -392,27 +448,57 @@ class Index:
             vector: `[dim]`, of unit length.
             top_k: rows to return at most.
             where: see `search`.
+            filter: see `search`.
+            text: words to look for as well.
+            hybrid: their weight, see `search`.
             exact: see `search`.
 
         Raises:
-            ValueError: a condition that is not SQL.
+            ValueError: a condition that is not SQL, or words in an index that keeps no texts.
         """
+        if filter is not None and filter.condition is not None:
+            where = filter.condition if where is None else f"{checked_condition(where)} AND {filter.condition}"
+        if hybrid and text.strip():
+            return self._hybrid(vector, text, hybrid, top_k, where, exact)
         limit = top_k
         while True:
             rows = self.store.nearest(vector, limit, where, exact=exact)
-            # While a folder is brought up to date a changed file has two rows, one of which is about to go.
-            doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-            for row in rows:
-                doubles[row["path"], row["page"]].append(row)
-            if len(doubles) >= top_k or len(rows) < limit:
-                best = sorted(map(_true_row, doubles.values()), key=lambda row: row["_distance"])
-                return [_hit(row) for row in best[:top_k]]
+            true = _true_rows(rows)
+            if len(true) >= top_k or len(rows) < limit:
+                return [_hit(row) for row in sorted(true, key=lambda row: row["_distance"])[:top_k]]
             limit *= 2
+
+    def _hybrid(
+        self, vector: np.ndarray, text: str, hybrid: float, top_k: int, where: str | None, exact: bool
+    ) -> list[Hit]:
+        """The best rows of those that are nearest to a vector and those that hold words, in one order."""
+        limit = max(_CANDIDATES * top_k, _MIN_CANDIDATES)
+        near = self.store.nearest(vector, limit, where, exact=exact, columns=_OF_FILES)
+        rows = {row["_rowid"]: {**row, "cosine": 1 - row["_distance"]} for row in near}
+        matching = self.store.matching(text, limit, where, columns=_OF_FILES)
+        for number, own in self.store.vectors([row["_rowid"] for row in matching if row["_rowid"] not in rows]).items():
+            rows[number] = {"cosine": float(own @ vector / np.linalg.norm(own))}
+        for row in matching:
+            if row["_rowid"] in rows:  # else it has gone meanwhile
+                rows[row["_rowid"]] |= row
+        true = _true_rows(list(rows.values()))
+        cosines = np.array([row["cosine"] for row in true])
+        fused = fuse([cosines, np.array([row.get("_score", np.nan) for row in true])], [1 - hybrid, hybrid])
+        best = [(true[index], float(fused[index])) for index in np.lexsort((-cosines, -fused))[:top_k]]
+        whole = self.store.numbered([row["_rowid"] for row, _ in best])
+        hits = []
+        for row, score in best:
+            if (found := whole.get(row["_rowid"])) is None:
+                continue
+            hit = _hit({**found, "_distance": 1 - row["cosine"]})
+            excerpt = excerpt_of(found["text"], text) if "_score" in row and found["text"] else hit.excerpt
+            hits.append(replace(hit, text_score=row.get("_score"), fused=score, excerpt=excerpt))
+        return hits
 
     def row(self, number: int) -> Hit | None:
         """The row of a number, without a score; None where there is none any more."""
-        found = self.store.numbered(number)
-        return None if found is None else _hit({**found, "_rowid": number, "_distance": np.nan})
+        found = self.store.numbered([number]).get(number)
+        return None if found is None else _hit({**found, "_distance": np.nan})
 
 
 def _check_free(path: Path) -> None:
@@ -433,16 +519,30 @@ def _check_free(path: Path) -> None:
         )
 
 
-def _begin(path: Path, identity: Identity) -> None:
-    """Make the table of an index, then say who made it: where `index.json` is, there is a table."""
+def _write_identity(path: Path, identity: Identity) -> Path:
+    """Write who made an index beside its place."""
     temporary = path / f"{IDENTITY}.part"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    return temporary
+
+
+def _begin(path: Path, identity: Identity) -> None:
+    """Make the table of an index, then say who made it: where `index.json` is, there is a table."""
+    temporary = _write_identity(path, identity)
     shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
     RowStore(path, identity.dim, must_be_new=True)
     temporary.replace(path / IDENTITY)
+
+
+def _true_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each file or page: in an index that is being brought up to date a changed one has two."""
+    doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        doubles[row["path"], row["page"]].append(row)
+    return list(map(_true_row, doubles.values()))
 
 
 def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -461,6 +561,8 @@ def _hit(row: dict[str, Any]) -> Hit:
     is_page = row["page"] > 0
     return Hit(
         score=1 - row["_distance"],
+        text_score=None,
+        fused=None,
         path=row["path"],
         kind=row["kind"],
         page=row["page"] if is_page else None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind
 from plume.inputs.item import Item, read_text
-from plume.inputs.pages import pages
+from plume.inputs.pages import Page, pages
 
 _THUMBNAIL_SIDE = 192
 _EXCERPT_LENGTH = 200
@@ -24,6 +27,22 @@ class Document(NamedTuple):
     raw: Any
     page: int = 0
     num_pages: int = 1
+
+    @property
+    def text(self) -> str:
+        """Its words, all of them: of a text, of a page of a PDF, of the text beside media; empty where it has none."""
+        if isinstance(self.raw, Page):
+            try:
+                return self.raw.text()
+            except InputError:  # the page itself can be embedded
+                return ""
+        return (
+            self.raw
+            if isinstance(self.raw, str)
+            else str(self.raw.get("text", ""))
+            if isinstance(self.raw, dict)
+            else ""
+        )
 
 
 def documents(path: Path, name: str, kind: Kind) -> Iterator[Document]:
@@ -46,15 +65,40 @@ def documents(path: Path, name: str, kind: Kind) -> Iterator[Document]:
 
 def about(item: Item, kind: Kind, sha256: str, document: Document, vector: np.ndarray) -> dict[str, Any]:
     """The columns of a row that do not depend on where its file is."""
+    text = document.text
     return {
         "kind": str(kind),
         "page": document.page,
         "num_pages": document.num_pages,
         "sha256": sha256,
-        "excerpt": item.text[:_EXCERPT_LENGTH],
+        "text": text,
+        "excerpt": excerpt_of(text),
         "thumbnail": _thumbnail(item),
         "vector": vector,
     }
+
+
+def excerpt_of(text: str, words: str = "") -> str:
+    """The beginning of a text, or the place where the first of some words stands in it.
+
+    Example:
+        >>> excerpt_of("what was " * 100 + "paid for INV-00042", "the inv-00042")[-18:]
+        'paid for INV-00042'
+    """
+    if len(text) <= _EXCERPT_LENGTH or not words:
+        return text[:_EXCERPT_LENGTH]
+    plain = _plain(text)
+    rarest = sorted(set(re.findall(r"\w+", _plain(words))), key=len, reverse=True)  # long words say more
+    found = next(filter(None, (re.search(rf"\b{re.escape(word)}\b", plain) for word in rarest)), None)
+    start = 0 if found is None else max(0, min(found.start() - _EXCERPT_LENGTH // 3, len(text) - _EXCERPT_LENGTH))
+    return text[start : start + _EXCERPT_LENGTH]
+
+
+def _plain(text: str) -> str:
+    """A text of the same length without capitals and accents."""
+    if text.isascii():
+        return text.lower()
+    return "".join(unicodedata.normalize("NFKD", sign)[0].lower()[0] for sign in text)
 
 
 def _thumbnail(item: Item) -> bytes:

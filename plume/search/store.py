@@ -35,6 +35,11 @@ _TRIES = 6
 _IDS_PER_STATEMENT = 1024
 # Rows that are turned into objects at a time.
 _ROWS_AT_ONCE = 4096
+# Columns whose words are looked for, and how each is cut into words: names at every sign that is no letter or digit.
+_WORDS = {"text": "icu", "name": "simple"}
+# Rows that match less than this share of the best are no match: by rank they would stand right behind it, though they
+# hold no more than words that nearly all rows hold, or a part of a code.
+_LEAST_MATCH = 0.5
 # A row is there once for each of these.
 _KEYS = ["root", "name", "page", "sha256"]
 
@@ -70,6 +75,19 @@ class RowStore:
         self._table = _trying(path, table)
         self._schema = self._table.schema  # tables of older versions declare no key
         self._num_new = 0  # rows since they have been joined
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether rows keep their texts; those of an index of format 1 do not until it is brought up to date."""
+        return "text" in self._schema.names
+
+    def add_texts(self) -> None:
+        """Make room for texts, which rows have none of yet; those of tables get the excerpt, which is all there is."""
+        if not self.has_texts:
+            self._write(lambda table: table.add_columns({"text": "cast(NULL as string)"}))
+            where = f"starts_with(root, {quoted(TABLES)})"
+            self._write(lambda table: table.update(where=where, values_sql={"text": "excerpt"}))
+            self._schema = self._read(lambda table: table.schema)
 
     def __len__(self) -> int:
         return self._read(lambda table: table.count_rows())
@@ -137,7 +155,10 @@ class RowStore:
                 known.add(tuple(row[name] for name in _KEYS))
         is_new = [tuple(row[name] for name in _KEYS) not in known for row in rows.select(_KEYS).to_pylist()]
         if new := sum(is_new):
-            self._add(rows.filter(pa.array(is_new)).cast(self._schema))
+            added = rows.filter(pa.array(is_new))
+            for name in set(self._schema.names) - set(added.column_names):  # of shards of an older version
+                added = added.append_column(name, pa.nulls(len(added)))
+            self._add(added.select(self._schema.names).cast(self._schema))
         return new
 
     def _add(self, committed: Any) -> None:
@@ -161,16 +182,31 @@ class RowStore:
 
     def touch(self, root: Path, stats: dict[tuple[str, str], tuple[int, int]]) -> None:
         """Take note of the size and time of change of files whose content is as it was, by name and SHA-256."""
+        sizes = {key: {"size": size, "mtime_ns": mtime_ns} for key, (size, mtime_ns) in stats.items()}
+        self._amend(root, [name for name, _ in stats], lambda row: sizes.get((row["name"], row["sha256"])))
+
+    def set_texts(self, root: Path, texts: dict[tuple[str, str, int], dict[str, str]]) -> None:
+        """Write what is said of rows by name, SHA-256 and page: their text and excerpt."""
+        names = list(dict.fromkeys(name for name, _, _ in texts))
+        self._amend(root, names, lambda row: texts.get((row["name"], row["sha256"], row["page"])))
+
+    def without_text(self, root: Path) -> list[dict[str, Any]]:
+        """Name, kind, SHA-256 and page of the rows of a folder whose text nobody has read yet."""
+        where = f"root = {quoted(str(root))} AND text IS NULL"
+        return self._rows_where(where, ["name", "kind", "sha256", "page"])
+
+    def _amend(self, root: Path, names: Sequence[str], new: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+        """Change columns of the rows of some files; None leaves a row as it is."""
         import pyarrow as pa
 
-        names = [name for name, _ in stats]
         for start in range(0, len(names), _IDS_PER_STATEMENT):
             some = names[start : start + _IDS_PER_STATEMENT]
             where = f"root = {quoted(str(root))} AND name IN ({', '.join(map(quoted, some))})"
-            rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where)]
-            touched = [{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None]
-            new = pa.Table.from_pylist(touched, schema=self._schema)
-            self._write(lambda table, new=new: table.merge_insert(_KEYS).when_matched_update_all().execute(new))
+            changes = [(row, new(row)) for row in self._rows_where(where)]
+            rows = pa.Table.from_pylist(
+                [{**row, **own} for row, own in changes if own is not None], schema=self._schema
+            )
+            self._write(lambda table, rows=rows: table.merge_insert(_KEYS).when_matched_update_all().execute(rows))
 
     def drop_doubled(self) -> int:
         """Delete rows that are there more than once; the number deleted."""
@@ -195,7 +231,22 @@ class RowStore:
             older = timedelta(0) if wipe else None
             self._write(lambda table: table.optimize(cleanup_older_than=older, delete_unverified=wipe))
         self._num_new = 0
+        self._index_words()
         self._index_vectors()
+
+    def _index_words(self) -> None:
+        """Make the indices of words, once there are rows; rows that come later are looked through, and put in here."""
+        if not self.has_texts or not len(self):
+            return
+        from lancedb.index import FTS
+
+        there = set(self._read(lambda table: [one.name for one in table.list_indices()]))
+        for column, cut in _WORDS.items():
+            if (name := f"words_{column}") not in there:  # of any language: no stems, no words that are left out
+                config = FTS(base_tokenizer=cut, stem=False, remove_stop_words=False, with_position=False)
+                self._write(
+                    lambda table, one=(column, config, name): table.create_index(one[0], config=one[1], name=one[2])
+                )
 
     def _index_vectors(self) -> None:
         """Make an index of vectors in a large table; anew once the table has twice the rows that it was made for.
@@ -218,7 +269,13 @@ class RowStore:
         return [int(name.removeprefix(_INDEX)) for name in names if name.startswith(_INDEX)]
 
     def nearest(
-        self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False
+        self,
+        vector: np.ndarray,
+        limit: int,
+        where: str | None = None,
+        *,
+        exact: bool = False,
+        columns: Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
         """The rows nearest to a unit vector `[dim]`, best first, with `_rowid`; `_distance` is one minus the cosine.
 
@@ -227,20 +284,73 @@ class RowStore:
             limit: rows at most.
             where: a condition in SQL.
             exact: compare with every row, also where there is an index of vectors; distances are exact in any case.
+            columns: of the rows; None: all but whole texts.
 
         Raises:
             ValueError: the condition is not SQL.
         """
-        condition = None if where is None else _condition(where)
+        told = [name for name in self._schema.names if name != "text"] if columns is None else columns
 
         def select(table: Any) -> list[dict[str, Any]]:
-            search = table.search(vector).distance_type("cosine").with_row_id(True).limit(limit)
+            search = table.search(vector).distance_type("cosine").select([*told, "_distance"])
             if exact:
                 search = search.bypass_vector_index()
             else:  # where a condition leaves too few rows, in more partitions
                 search = search.minimum_nprobes(_PROBES).maximum_nprobes(0).refine_factor(_REFINED)
-            return (search.where(condition, prefilter=True) if condition else search).to_list()
+            return self._found(search, limit, where)
 
+        return self._read_where(select, where)
+
+    def matching(
+        self, words: str, limit: int, where: str | None = None, *, columns: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Rows whose text or name holds some of the words, best first, with `_rowid`; `_score` is that of BM25.
+
+        Those that match less than half as well as the best are left out.
+
+        Args:
+            words: any text.
+            limit: rows at most.
+            where: a condition in SQL.
+            columns: of the rows.
+
+        Raises:
+            ValueError: the condition is not SQL, or the index keeps no texts.
+        """
+        if not self.has_texts:
+            raise ValueError(
+                f"the index {self.path} was made before texts were kept; run `plume index FOLDER --out {self.path}` "
+                "again: it reads the texts, and embeds nothing that is there"
+            )
+        from lancedb.query import MultiMatchQuery
+
+        def select(table: Any) -> list[dict[str, Any]]:
+            if not table.list_indices():  # no rows yet, or none that were brought in to the end
+                return []
+            query = MultiMatchQuery(words, list(_WORDS))  # pyright: ignore[reportCallIssue]
+            search = table.search(query, query_type="fts").select([*columns, "_score"])
+            found = self._found(search, limit, where)
+            least = _LEAST_MATCH * max((row["_score"] for row in found), default=0.0)
+            return [row for row in found if row["_score"] > least]
+
+        return self._read_where(select, where)
+
+    def vectors(self, numbers: Sequence[int]) -> dict[int, np.ndarray]:
+        """Vectors `[dim]` of rows by the numbers that `nearest` and `matching` gave."""
+
+        def select(table: Any) -> Any:
+            return table.search().where(_numbered(numbers)).with_row_id(True).select(["vector"]).limit(None).to_arrow()
+
+        found = self._read(select)
+        vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.dim)
+        return dict(zip(found["_rowid"].to_pylist(), vectors, strict=True))
+
+    @staticmethod
+    def _found(search: Any, limit: int, where: str | None) -> list[dict[str, Any]]:
+        search = search.with_row_id(True).limit(limit)
+        return (search.where(checked_condition(where), prefilter=True) if where is not None else search).to_list()
+
+    def _read_where(self, select: Callable[[Any], T], where: str | None) -> T:
         try:
             return self._read(select)
         except ValueError as error:
@@ -263,10 +373,13 @@ class RowStore:
 
         return self._read(count)
 
-    def numbered(self, number: int) -> dict[str, Any] | None:
-        """The row of a number that `nearest` gave; None where compaction or a deletion has ended it."""
-        rows = self._rows_where(f"_rowid = {number:d}")
-        return rows[0] if rows else None
+    def numbered(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Rows, texts included, by the numbers that `nearest` gave; without those that are gone, or were compacted."""
+
+        def select(table: Any) -> list[dict[str, Any]]:
+            return table.search().where(_numbered(numbers)).with_row_id(True).limit(None).to_arrow().to_pylist()
+
+        return {row["_rowid"]: row for row in self._read(select)}
 
     def _read(self, work: Callable[[Any], T]) -> T:
         """Read from the newest version; once more where another process has just deleted files of the one before."""
@@ -312,14 +425,14 @@ def _reason(error: Exception) -> str:
     return text[:300]
 
 
-def _condition(where: str) -> str:
+def checked_condition(where: str) -> str:
     r"""A condition that LanceDB reads to its end; it drops whatever follows a condition, without a word.
 
     Raises:
         ValueError: it is blank, or its parentheses do not pair.
 
     Example:
-        >>> _condition("kind = ')'")
+        >>> checked_condition("kind = ')'")
         "(kind = ')'\n)"
     """
     depth = 0
@@ -349,6 +462,7 @@ def schema_of(dim: int) -> Any:
         "size": pa.int64(),
         "mtime_ns": pa.int64(),
         "excerpt": pa.string(),
+        "text": pa.string(),
         "thumbnail": pa.binary(),
         "vector": pa.list_(pa.float32(), dim),
     }
@@ -356,6 +470,10 @@ def schema_of(dim: int) -> Any:
         pa.field(name, kind, nullable=name not in _KEYS, metadata=key if name in _KEYS else None)
         for name, kind in columns.items()
     )
+
+
+def _numbered(numbers: Sequence[int]) -> str:
+    return f"_rowid IN ({', '.join(map(str, numbers))})" if numbers else "false"
 
 
 def _large(schema: Any) -> Any:

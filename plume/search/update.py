@@ -25,7 +25,7 @@ from plume.inputs.file_kinds import Kind, kind_of
 from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
 from plume.search.folder import Found, Other, Skipped, digest, stats_of, walk, walk_key
-from plume.search.rows import Document, about, documents
+from plume.search.rows import Document, about, documents, excerpt_of
 from plume.search.store import RowStore
 
 # A window is embedded and committed together: at most this many rows or tokens.
@@ -143,8 +143,27 @@ def update_store(
                 report.embedded += len(window)
                 report.reused += len(new) - len(window)
     report.removed = look.remove_stale()
+    _read_texts(store, root)
     store.compact(wipe=report.removed > 0)
     return report
+
+
+def _read_texts(store: RowStore, root: Path) -> None:
+    """Read the texts of rows that an older version has written, without embedding anything."""
+    texts: dict[tuple[str, str, int], dict[str, str]] = {}
+    rows = sorted(store.without_text(root), key=itemgetter("name", "sha256"))
+    for (name, sha), pages in groupby(rows, key=itemgetter("name", "sha256")):
+        first = next(pages)
+        try:
+            for document in documents(root / name, name, Kind(first["kind"])):
+                text = document.text
+                texts[name, sha, document.page] = {"text": text, "excerpt": excerpt_of(text)}
+        except InputError:  # it could be read once: next time
+            continue
+        if len(texts) >= _ROWS_PER_WINDOW:
+            store.set_texts(root, texts)
+            texts = {}
+    store.set_texts(root, texts)
 
 
 def check_root(store: RowStore, root: Path) -> None:

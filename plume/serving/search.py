@@ -59,6 +59,7 @@ class SearchRequest:
     query: Asked | None = None
     like: str | None = None
     filter: Filter = field(default_factory=Filter)
+    hybrid: float = 0.0
     top_k: int = 24
     offset: int = 0
     num_latent_steps: int | None = None
@@ -86,11 +87,15 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
         rows = Filter(kinds=tuple(kinds), folder=folder, since=_day(body, "since"), until=_day(body, "until"))
     except ValueError as error:
         raise wrong("there is no such kind; expected text, image, video or pdf", "kinds") from error
+    hybrid = body.get("hybrid", 0)
+    if isinstance(hybrid, bool) or not isinstance(hybrid, (int, float)) or not 0 <= hybrid <= 1:
+        raise wrong("expected the weight of words, from 0 to 1", "hybrid")
     steps = body.get("num_latent_steps")
     return SearchRequest(
         query=None if query is None else read_one_input(query, "query"),
         like=like,
         filter=rows,
+        hybrid=float(hybrid),
         top_k=_whole(body, "top_k", 24, 1, MOST_HITS),
         offset=_whole(body, "offset", 0, 0, MOST_PASSED),
         num_latent_steps=None if steps is None else _whole(body, "num_latent_steps", 0, 0, 2**31),
@@ -196,9 +201,15 @@ class Searcher:
             vector = cut(vector[None], identity.dim)[0]
         vector = vector / np.linalg.norm(vector)
         count = request.offset + request.top_k
+        parts = () if request.query is None else request.query.parts
+        words = " ".join(part.value for part in parts if part.kind == "text")
+        if request.hybrid and not self.index.store.has_texts:
+            raise wrong(
+                "the index was made before texts were kept; run `plume index` again, which embeds nothing", "hybrid"
+            )
 
         def look() -> dict[str, Any]:
-            found = self.index.nearest(vector, top_k=count, where=request.filter.condition)
+            found = self.index.nearest(vector, top_k=count, filter=request.filter, text=words, hybrid=request.hybrid)
             hits = found[request.offset :]
             return {
                 "hits": [self._told(hit) for hit in hits],

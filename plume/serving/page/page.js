@@ -62,6 +62,7 @@ function asked() {
   };
   if (like) return { ...body, like };
   if (!words && !picture) return null;
+  if (by("written").checked) body.hybrid = 0.5;
   if (steps !== "") body.num_latent_steps = Number(steps);
   body.query = picture ? { image: picture, ...(words && { text: words }) } : words;
   return body;
@@ -74,14 +75,14 @@ function keep() {
     if (by(id).value.trim()) kept.set(id, by(id).value.trim());
   }
   for (const box of document.querySelectorAll("#kinds input:checked")) kept.append("kind", box.value);
-  for (const id of ["compare", "inside"]) if (by(id).checked) kept.set(id, "1");
+  for (const id of ["written", "compare", "inside"]) if (by(id).checked) kept.set(id, "1");
   history.replaceState(null, "", kept.size ? `?${kept}` : location.pathname);
 }
 
 function recall() {
   const kept = new URLSearchParams(location.search);
   for (const id of ["words", "folder", "since", "until", "steps"]) by(id).value = kept.get(id) ?? "";
-  for (const id of ["compare", "inside"]) by(id).checked = kept.has(id);
+  for (const id of ["written", "compare", "inside"]) by(id).checked = kept.has(id);
 }
 
 async function search() {
@@ -173,6 +174,10 @@ function show(hits, list) {
     card.querySelector(".score").title = "cosine to the query";
     card.querySelector("meter").value = hit.score;
     card.querySelector("meter").setAttribute("aria-hidden", "true");
+    if (hit.text_score !== null && hit.has_thumbnail) {
+      card.querySelector(".found").textContent = `…${hit.excerpt}…`;
+      card.querySelector(".found").hidden = false;
+    }
     const when = hit.changed ? `, ${hit.changed}` : "";
     card.querySelector(".about").textContent = `${hit.kind}${page}${when}${hit.is_there ? "" : " (gone)"}`;
     card.querySelector(".like").addEventListener("click", () => {

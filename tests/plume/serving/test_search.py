@@ -128,6 +128,21 @@ def test_results_are_those_of_the_index(client, index, plume, library):
     same(found(client, query="red", top_k=2, offset=3), index.search("red", plume, top_k=5)[3:])
 
 
+def test_words_are_looked_for_where_that_is_asked_for(client, index, plume, library):
+    picture = Image.open(library / "red.png")
+    for query, sent in (
+        ("blue", "blue"),
+        ({"image": picture, "text": "blue"}, {"image": data_uri(picture), "text": "blue"}),
+    ):
+        hits = found(client, query=sent, hybrid=0.9)
+        same(hits, index.search(query, plume, hybrid=0.9))
+        assert {hit["name"] for hit in hits if hit["text_score"] is not None} == {"blue.png", "blue.txt"}
+    assert all(hit["text_score"] is None for hit in found(client, query=data_uri(picture)[:9], hybrid=0))
+    for hybrid in (-1, 1.5, True, "much", None):
+        answer = client.post("/search", json={"query": "blue", "hybrid": hybrid})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "hybrid")
+
+
 def test_a_shortened_index_is_searched_by_the_beginnings_of_vectors(plume_folder, library, tmp_path):
     short = Plume(plume_folder, device="cpu", truncate_dim=16)
     index = Index.create(tmp_path / "index", short)
@@ -523,6 +538,10 @@ def test_words_a_dropped_picture_and_filters_in_a_browser(browser, live, index, 
     browser.find_element(By.CSS_SELECTOR, "#kinds input[value=text]").click()
     texts = expected("a red kite", where="kind = 'text'")
     until(browser, lambda: names(browser) == texts, "the filter does not hold")
+    browser.find_element(By.ID, "written").click()
+    texts = expected("a red kite", where="kind = 'text'", hybrid=0.5)
+    assert texts[0] == "red.txt"
+    until(browser, lambda: names(browser) == texts, "words are not looked for")
     browser.find_element(By.ID, "inside").click()
     until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#states tr")) == 4, "no states")
     assert [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#head th")][4:] == texts
