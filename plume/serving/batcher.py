@@ -1,8 +1,8 @@
 """Inputs of many connections in batches of one model: a queue bounded in tokens, and one thread that encodes.
 
-Nothing waits for a batch to fill: while the model runs, the queue fills by itself. Connections take turns, so that one
-with ten thousand inputs does not keep another waiting for more than a batch, and of those whose turn comes next inputs
-of like length share a batch. What fails is halved until the input that it is due to fails alone.
+Nothing waits for a batch to fill: while the model runs, the queue fills by itself. Connections take turns of a quarter
+of a batch, so that one with ten thousand inputs does not keep another waiting for long, and within a round of turns
+inputs of like length share a batch. What fails is halved until the input that it is due to fails alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from plume.inputs.item import Item
 
 #: How far a vector's length may be from one.
 NORM_TOLERANCE = 1e-3
-#: A batch may hold as much padding as tokens, and this much in any case: a pass of its own costs more.
+#: A batch may hold as much padding as tokens, and an input add a quarter of its length; this much is free in any case,
+#: since a pass of its own costs more.
 FREE_PADDING = 1_024
 
 
@@ -193,7 +194,10 @@ class Batcher:
         Raises:
             QueueFullError: there is no room for them now, or never.
             FatalError: nothing is encoded any more.
+            ValueError: there are none.
         """
+        if not entries:
+            raise ValueError("a job holds no input; expected at least one")
         job = Job(connection, entries)
         tokens = sum(entry.num_tokens for entry in entries)
         share = self.max_queue_tokens // 2
@@ -242,26 +246,27 @@ class Batcher:
         return min(max(round(tokens / self._tokens_per_second), 1), 60) if self._tokens_per_second else 1
 
     def _run(self) -> None:
-        while batch := self._next():
-            began = time.monotonic()
-            try:
+        batch: list[_Place] = []
+        try:
+            while batch := self._next():
+                began = time.monotonic()
                 self._work(batch)
-            except BaseException:  # whatever it is, nobody may wait for ever
-                self._fail_all(batch)
-                if self._stop is not None:
-                    self._stop()
-                return
-            finally:
                 self._began = None
-            _end_jobs(batch)
-            seconds = time.monotonic() - began
-            speed = sum(place.entry.num_tokens for place in batch) / max(seconds, 1e-6)
-            self._tokens_per_second = (
-                speed if not self._tokens_per_second else 0.8 * self._tokens_per_second + 0.2 * speed
-            )
-            if self._observe is not None:
-                with suppress(Exception):  # numbers are not worth an answer
-                    self._observe([place.entry for place in batch], seconds)
+                self._see(batch, time.monotonic() - began)
+                batch = []
+        except BaseException:  # whatever it is, nobody may wait for ever
+            self._began = None
+            self._fail_all(batch)
+            if self._stop is not None:
+                self._stop()
+
+    def _see(self, batch: Sequence[_Place], seconds: float) -> None:
+        """Take note of what a batch took."""
+        speed = sum(place.entry.num_tokens for place in batch) / max(seconds, 1e-6)
+        self._tokens_per_second = 0.8 * self._tokens_per_second + 0.2 * speed if self._tokens_per_second else speed
+        if self._observe is not None:
+            with suppress(Exception):  # numbers are not worth an answer
+                self._observe([place.entry for place in batch], seconds)
 
     def _next(self) -> list[_Place]:
         """The next batch, once there is one; empty at the end."""
@@ -274,31 +279,36 @@ class Batcher:
 
     def _take(self) -> list[_Place]:
         """The input whose turn it is, and of those that come next the ones nearest to it in length, as many as fit."""
-        first, *others = self._coming(2 * self.max_batch_size)
-        others.sort(key=lambda place: abs(place.entry.num_tokens - first.entry.num_tokens))  # stable: else in turn
-        batch = [first]
-        tokens = longest = first.entry.num_tokens
-        for place in others:
+        (_, first), *others = self._coming(2 * self.max_batch_size)
+        length = first.entry.num_tokens
+        others.sort(key=lambda one: (one[0], abs(one[1].entry.num_tokens - length)))  # no later turn before an earlier
+        batch, tokens, longest = [first], length, length
+        for _, place in others:
             if len(batch) == self.max_batch_size:
                 break
-            new_tokens, new_longest = tokens + place.entry.num_tokens, max(longest, place.entry.num_tokens)
-            padded = (len(batch) + 1) * new_longest
-            if padded <= self.max_batch_tokens and padded - new_tokens <= max(new_tokens, FREE_PADDING):
+            own, padded = place.entry.num_tokens, len(batch) * longest
+            new_longest = max(longest, own)
+            new_padded = (len(batch) + 1) * new_longest
+            if (
+                new_padded <= self.max_batch_tokens
+                and new_padded - padded - own <= max(own // 4, FREE_PADDING)
+                and new_padded - tokens - own <= max(tokens + own, FREE_PADDING)
+            ):
                 batch.append(place)
-                tokens, longest = new_tokens, new_longest
+                tokens, longest = tokens + own, new_longest
         self._remove(batch)
         return batch
 
-    def _coming(self, most: int) -> list[_Place]:
-        """Inputs in the order of their turns, of the first one's K."""
-        coming: list[_Place] = []
+    def _coming(self, most: int) -> list[tuple[int, _Place]]:
+        """Inputs in the order of their turns, of the first one's K, each with the number of its turn."""
+        coming: list[tuple[int, _Place]] = []
         how = next(iter(self._waiting.values())).waiting[0].entry.how
         for turn in count():
             had = len(coming)
             for waits in self._waiting.values():
                 start = max(turn * self._turn - waits.num_taken, 0)
                 ones = islice(waits.waiting, start, (turn + 1) * self._turn - waits.num_taken)
-                coming += [place for place in ones if place.entry.how == how]
+                coming += [(turn, place) for place in ones if place.entry.how == how]
                 if len(coming) >= most:
                     return coming[:most]
             if len(coming) == had:
@@ -306,12 +316,13 @@ class Batcher:
         return coming
 
     def _remove(self, batch: Sequence[_Place]) -> None:
-        """Take inputs out of the queue; a connection that has had its turn goes to its end."""
+        """Take inputs out of the queue; who has had its turn, or has led this batch, goes to its end."""
         taken: dict[Hashable, set[_Place]] = {}
         for place in batch:
             taken.setdefault(place.job.connection, set()).add(place)
         for connection, places in taken.items():
             waits, passed, left = self._waiting[connection], [], len(places)
+            is_head_taken = waits.waiting[0] in places
             while left:
                 place = waits.waiting.popleft()
                 left -= place in places
@@ -322,47 +333,51 @@ class Batcher:
             waits.num_taken += len(places)
             if not waits.waiting:
                 del self._waiting[connection]
-            elif waits.num_taken >= self._turn:
+            elif connection == batch[0].job.connection or (is_head_taken and waits.num_taken >= self._turn):
                 waits.num_taken = 0
                 self._waiting.move_to_end(connection)
+            else:  # what comes next of it has still to lead a batch, or to join one
+                waits.num_taken = min(waits.num_taken, self._turn - 1)
 
     def _work(self, batch: Sequence[_Place]) -> None:
-        """Encode a batch, or its halves where that fails.
+        """Encode a batch, or its halves where that fails; jobs that it ends get their results.
 
         Raises:
             FatalError: the device is lost.
         """
+        failure: Exception | None = None
+        results: Sequence[Any] | np.ndarray = ()
         try:
             results = self._encode([place.entry.item for place in batch], batch[0].entry.how)
             if len(results) != len(batch):
                 raise BrokenVectorError("the model returned another number of vectors")
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            self._shrink(batch)
-            self._halves(batch, error)
-            return
         except Exception as error:  # whatever a model raises is due to an input, unless the device is lost
             if is_fatal(error):
                 raise FatalError from error
-            self._halves(batch, error)
+            failure = error
+        if failure is None:
+            self.max_batch_tokens = min(self.max_batch_tokens + self._largest // 64, self._largest)
+            for place, result in zip(batch, results, strict=True):
+                is_right = place.entry.how.is_traced or _is_unit(result)
+                place.settle(result if is_right else BrokenVectorError("the model returned what is no unit vector"))
+            _end_jobs(batch)
             return
-        self.max_batch_tokens = min(self.max_batch_tokens + self._largest // 64, self._largest)
-        for place, result in zip(batch, results, strict=True):
-            is_right = place.entry.how.is_traced or _is_unit(result)
-            place.settle(result if is_right else BrokenVectorError("the model returned what is no unit vector"))
+        if isinstance(failure, torch.OutOfMemoryError):
+            failure.__traceback__ = None  # whose frames hold what the pass has made
+            torch.cuda.empty_cache()
+            self._shrink(batch)
+        if len(batch) == 1:
+            batch[0].settle(failure)
+            _end_jobs(batch)
+            return
+        self._work(batch[: len(batch) // 2])
+        self._work(batch[len(batch) // 2 :])
 
     def _shrink(self, batch: Sequence[_Place]) -> None:
         """Smaller batches for a while, as far as it was the batch and not an input that was too large."""
         if len(batch) > 1:
             padded = len(batch) * max(place.entry.num_tokens for place in batch)
             self.max_batch_tokens = max(min(self.max_batch_tokens, padded // 2), self._largest // 16, 1)
-
-    def _halves(self, batch: Sequence[_Place], error: Exception) -> None:
-        if len(batch) == 1:
-            batch[0].settle(error)
-            return
-        self._work(batch[: len(batch) // 2])
-        self._work(batch[len(batch) // 2 :])
 
     def _fail_all(self, batch: Sequence[_Place]) -> None:
         with self._changed:

@@ -30,8 +30,8 @@ from plume.tracing.trace import Trace, trace
 State = Literal["loading", "ready", "leaving", "draining", "failed"]
 """Of a server; "leaving" takes requests still, while whoever asks whether it is ready sends no more."""
 
-#: Bytes of a request of texts that are read faster than a thread is told to.
-SHORT_BODY = 16_384
+#: Bytes of a body, and inputs and characters of texts, that are read faster than a thread is told to.
+SHORT_BODY, _FEW_INPUTS, _FEW_CHARACTERS = 16_384, 16, 4_096
 #: Addresses that are fetched at once.
 _FETCHES = 8
 
@@ -304,10 +304,11 @@ class Service:
         try:
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                self.metrics.cancelled.inc(batcher.drop(job))
                 return None
             results = waiting.result()
         finally:
+            if not job.future.done():  # this request was cancelled
+                self.metrics.cancelled.inc(batcher.drop(job))
             waiting.cancel()
         for asked, result in zip(inputs, results, strict=True):
             if isinstance(result, BaseException):
@@ -321,7 +322,7 @@ class Service:
         Raises:
             RequestError: one of them cannot be embedded, or is too large.
         """
-        if held.size <= SHORT_BODY and not any(part.kind != "text" for asked in request.inputs for part in asked.parts):
+        if _is_short(request):
             with self._timed("decode"):
                 self._check_number(request)
                 return self._entries(request)
@@ -486,6 +487,16 @@ class Service:
         _log.error("an input could not be embedded: %s", type(error).__name__, exc_info=error)
         told = str(error) if isinstance(error, BrokenVectorError) else "an input could not be embedded"
         return RequestError(500, told, param)
+
+
+def _is_short(request: Request) -> bool:
+    """Whether a request holds a few short texts, which are counted at once."""
+    parts = [part for asked in request.inputs for part in asked.parts]
+    if len(parts) > _FEW_INPUTS or any(part.kind != "text" for part in parts):
+        return False
+    length = sum(len(part.value) for part in parts)
+    length += sum(len(asked.instruction or request.instruction) for asked in request.inputs)
+    return length <= _FEW_CHARACTERS
 
 
 def cut(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:

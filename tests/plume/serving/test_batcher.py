@@ -135,15 +135,66 @@ def test_inputs_of_like_length_share_a_batch(queue, model):
 
 
 def test_a_batch_is_not_filled_with_padding(queue, model):
-    """A long input is not padded to by short ones that could have a pass of their own, nor does it wait for ever."""
-    batcher = queue(max_batch_size=8)
+    """Neither does a long input pad those that are short, nor they it; nor do many, each a little."""
+    batcher = queue(max_batch_size=16)
     held(batcher, model)
-    short = batcher.submit("short", entries(range(6), 10))
+    short = batcher.submit("short", entries(range(4), 10))
     long = batcher.submit("long", entries([100], 5_000))
     few = batcher.submit("few", entries([200, 201], 40))
     model.may_run.set()
     places(short, long, few)
-    assert [set(texts) for texts, _ in model.batches[1:]] == [{"0", "1", "2", "3", "4", "5", "200", "201"}, {"100"}]
+    assert [set(texts) for texts, _ in model.batches[1:]] == [{"0", "1", "2", "3", "200", "201"}, {"100"}]
+
+    held(batcher, model)
+    del model.batches[:]
+    head, crowd = batcher.submit("head", entries([0], 1_100)), batcher.submit("crowd", entries([1, 2, 3, 4], 100))
+    model.may_run.set()
+    places(head, crowd)
+    assert [set(texts) for texts, _ in model.batches] == [{"0", "1"}, {"2", "3", "4"}]
+
+
+@pytest.mark.parametrize(
+    ("flood", "newcomer", "connections"),
+    [(1, 1, 1), (20, 25, 1), (400, 10, 1), (5_000, 10, 1), (20_000, 10, 1), (20_000, 20_000, 1), (20_000, 10, 5)],
+)
+def test_a_newcomer_leads_a_batch_after_those_before_it_at_the_latest(queue, model, flood, newcomer, connections):
+    batcher = queue(max_queue_tokens=10**9)
+    held(batcher, model)
+    jobs = [batcher.submit(number, entries([number] * 60, flood)) for number in range(connections)]
+    late = batcher.submit("late", entries([900], newcomer))
+    model.may_run.set()
+    places(late)
+    at = next(index for index, (texts, _) in enumerate(model.batches[1:], start=1) if "900" in texts)
+    assert at <= 1 + connections
+    for job in jobs:
+        batcher.drop(job)
+
+
+def test_mixed_lengths_of_one_connection_keep_their_turns(queue, model):
+    """Inputs of every length from one connection are passed over and led on, and nothing is encoded twice or lost."""
+    batcher = queue(max_batch_size=8, max_queue_tokens=10**9)
+    held(batcher, model)
+    lengths = [10, 900, 10, 10, 4_000, 900, 30, 10] * 6
+    mixed = [Entry(Item((str(number),)), length, How()) for number, length in enumerate(lengths)]
+    first = batcher.submit("mixed", mixed)
+    others = [batcher.submit(f"other {number}", entries([500 + number] * 3, 35)) for number in range(3)]
+    model.may_run.set()
+    assert places(first, *others) == [*range(48), *[500] * 3, *[501] * 3, *[502] * 3]
+    texts = [text for batch, _ in model.batches[1:] for text in batch]
+    assert len(texts) == 57
+    at = [index for index, (batch, _) in enumerate(model.batches) if "500" in batch or "501" in batch or "502" in batch]
+    assert max(at) <= 9  # each of the four leads at least every fourth batch, and three inputs are one or two
+    assert batcher.queue_tokens == batcher.queue_inputs == 0
+
+
+def test_what_is_passed_over_stays_before_what_comes_later(queue, model):
+    batcher = queue(max_batch_size=24, max_queue_tokens=10**9)
+    held(batcher, model)
+    lengths = {0: 10, 1: 5_000, 2: 5_000, 3: 10, 4: 10, 5: 10}
+    job = batcher.submit("a", [Entry(Item((str(number),)), length, How()) for number, length in lengths.items()])
+    model.may_run.set()
+    places(job)
+    assert [batch for batch, _ in model.batches[1:]] == [["0", "3", "4", "5"], ["1", "2"]]
 
 
 def test_whoever_is_passed_over_comes_first_at_last(queue, model):
@@ -283,6 +334,23 @@ def test_nobody_waits_for_ever_whatever_fails(model, what):
     with pytest.raises(FatalError):
         batcher.submit("c", entries([6]))
     batcher.close(30)
+
+
+def test_a_job_without_inputs_is_refused(queue):
+    with pytest.raises(ValueError, match="no input"):
+        queue().submit("a", [])
+
+
+def test_a_queue_that_breaks_leaves_nobody_waiting(queue, model):
+    stopped = threading.Event()
+    batcher = queue(stop=stopped.set)
+    first = held(batcher, model)
+    batcher._coming = None
+    job = batcher.submit("a", entries([1]))
+    model.may_run.set()
+    assert places(first) == [999]
+    assert isinstance(job.future.result(30)[0], FatalError)
+    assert stopped.wait(30)
 
 
 def test_nothing_is_taken_once_it_is_closed(model):

@@ -24,7 +24,6 @@ from fastapi.testclient import TestClient
 
 from plume import Plume
 from plume.serving.app import make_app
-from plume.serving.batcher import Entry, How
 from plume.serving.errors import RequestError
 from plume.serving.media import Ceilings
 from plume.serving.requests import read_openai
@@ -434,6 +433,57 @@ def test_a_client_that_has_gone_leaves_the_queue(service, monkeypatch):
     assert asyncio.run(go()).vectors.shape == (4, 64)
 
 
+def test_a_request_that_is_cancelled_leaves_the_queue(service, monkeypatch):
+    """As by a server above this one, which ends a handler when its client has gone or its time is over."""
+    may_run, is_running = threading.Event(), threading.Event()
+    encode = service.batcher._encode
+
+    def slow(items, how):
+        is_running.set()
+        may_run.wait(30)
+        return encode(items, how)
+
+    monkeypatch.setattr(service.batcher, "_encode", slow)
+
+    async def go():
+        loop = asyncio.get_running_loop()
+        request = read_openai({"input": TEXTS})
+        stays = asyncio.ensure_future(service.answer("stays", request, loop.create_future(), Held(service)))
+        await loop.run_in_executor(None, is_running.wait, 30)
+        leaves = asyncio.ensure_future(service.answer("leaves", request, loop.create_future(), Held(service)))
+        while not service.batcher.queue_inputs:
+            await asyncio.sleep(0.01)
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        assert service.batcher.queue_inputs == 0
+        may_run.set()
+        return await stays
+
+    assert asyncio.run(go()).vectors.shape == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("body", "is_inline"),
+    [
+        ({"input": TEXTS}, True),
+        ({"input": ["a"] * 60}, False),
+        ({"input": TEXTS, "instruction": "find " * 500}, False),
+        ({"input": "word " * 900}, False),
+    ],
+)
+def test_only_a_few_short_texts_are_counted_in_the_event_loop(service, client, monkeypatch, body, is_inline):
+    entries, threads = service._entries, []
+
+    def noted(request):
+        threads.append(threading.current_thread().name)
+        return entries(request)
+
+    monkeypatch.setattr(service, "_entries", noted)
+    assert client.post("/v1/embeddings", json=body).status_code == 200
+    assert threads[0].startswith("plume-decode") != is_inline
+
+
 def test_a_server_says_whether_it_is_there(plume_folder, service, client):
     assert client.get("/health").json() == client.get("/ready").json() == {"status": "ready"}
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
@@ -670,11 +720,6 @@ def test_a_client_of_openai_s_is_answered_to_the_end(plume_folder, plume):
         assert process.wait(60) == -signal.SIGTERM
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
-
-
-def test_an_entry_and_a_refusal_say_what_they_are():
-    assert RequestError(503, "later", retry_after=3).headers == {"Retry-After": "3"}
-    assert Entry(None, 3, How()).num_tokens == 3
 
 
 KEYS = {
