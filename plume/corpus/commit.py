@@ -14,7 +14,7 @@ from pathlib import Path
 from plume.corpus.plan import Job
 from plume.search.index import IDENTITY, Index
 from plume.search.store import TABLES
-from plume.search.update import check_root
+from plume.search.update import check_root, read_texts
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def commit(job: Job, index: str | os.PathLike) -> Committed:
         IndexStorageError: it cannot be written; what is committed stays.
     """
     target = Index.create_as(Path(index), job.identity)
-    name = _name(target.path)
     added = present = 0
-    shards = job.to_commit(name)
     with target.writing():
+        name = _name(target.path)
+        shards = job.to_commit(name)
         for shard in shards:
             rows = job.read_done(shard)
             for root in set(rows["root"].to_pylist()):
@@ -50,6 +50,9 @@ def commit(job: Job, index: str | os.PathLike) -> Committed:
             new = target.store.add_missing(rows)
             added, present = added + new, present + len(rows) - new
             job.mark_committed(name, shard)
+        for (root,) in target.store.counts("root"):
+            if not root.startswith(TABLES):
+                read_texts(target.store, Path(root))  # of shards of an older version
         target.store.compact(wipe=False)
     return Committed(added, present, len(shards))
 

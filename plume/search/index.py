@@ -32,8 +32,10 @@ from plume.space.fusion import fuse
 
 #: Rows of format 1 have no texts; the next writer reads them.
 _FORMAT, _READ = 2, (1, 2)
-#: Candidates of each order of rows, times the rows that are asked for, and at least.
-_CANDIDATES, _MIN_CANDIDATES = 10, 1_000
+#: Candidates of each order of rows; as many for every page of results, whose orders must agree.
+_CANDIDATES = 1_200
+#: How often a search is done again where rows were compacted meanwhile, and have other numbers.
+_TRIES = 3
 #: What tells rows of one file apart, and whether they are of what is on disk.
 _OF_FILES = ("path", "page", "size", "mtime_ns")
 #: The weight of words, where they are given and their weight is not.
@@ -145,7 +147,7 @@ class Hit:
     score: cosine to the query, in [-1, 1].
     text_score: how well its words match (BM25, larger is better); None: not at all, or they were not looked for.
     fused: by what results are ordered, where words were looked for too (`plume.space.fusion`); None: by `score`.
-    excerpt: the beginning of its text, or the place where words of the query stand.
+    excerpt: the beginning of its text; of a file that is there, the place where words that were looked for stand.
     path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
     changed: when the file was written last, in seconds since 1970.
     row: number of the row, until the index is compacted. vector: `[dim]`.
@@ -347,8 +349,11 @@ class Index:
         """
         with self.store.locked():
             self.store.add_texts()
-            if json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))["format"] != _FORMAT:
-                _write_identity(self.path, self.identity).replace(self.path / IDENTITY)
+            file = self.path / IDENTITY
+            if json.loads(file.read_text(encoding="utf-8"))["format"] != _FORMAT:
+                new, stat = _write_identity(self.path, self.identity), file.stat()
+                os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which jobs know it again
+                new.replace(file)
             yield
 
     def remove(self, folder: str | os.PathLike) -> int:
@@ -414,8 +419,9 @@ class Index:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
-        if hybrid and text is None:
-            text = Item.parse(query, "the query", plume.plume_model.processor.limits).text  # type: ignore[union-attr]
+        if hybrid and text is None:  # parsed once, for media may be far away
+            query = Item.parse(query, "the query", plume.plume_model.processor.limits)  # type: ignore[union-attr]
+            text = query.text
         vector = plume.encode_query(
             query,
             instruction=request.query_instruction,
@@ -441,12 +447,14 @@ class Index:
         text: str = "",
         hybrid: float = 0.0,
         exact: bool = False,
+        offset: int = 0,
     ) -> list[Hit]:
         """The rows nearest to a vector, best first.
 
         Args:
             vector: `[dim]`, of unit length.
             top_k: rows to return at most.
+            offset: better rows that are left out.
             where: see `search`.
             filter: see `search`.
             text: words to look for as well.
@@ -459,20 +467,24 @@ class Index:
         if filter is not None and filter.condition is not None:
             where = filter.condition if where is None else f"{checked_condition(where)} AND {filter.condition}"
         if hybrid and text.strip():
-            return self._hybrid(vector, text, hybrid, top_k, where, exact)
-        limit = top_k
+            for left in reversed(range(_TRIES)):
+                order = self._fused(vector, text, hybrid, max(offset + top_k, _CANDIDATES), where, exact)
+                best = order[offset : offset + top_k]
+                whole = self.store.numbered([row["_rowid"] for row in best], with_texts=True)
+                if len(whole) == len(best) or not left:
+                    return [_told(row, whole[row["_rowid"]], text) for row in best if row["_rowid"] in whole]
+        limit = count = offset + top_k
         while True:
             rows = self.store.nearest(vector, limit, where, exact=exact)
             true = _true_rows(rows)
-            if len(true) >= top_k or len(rows) < limit:
-                return [_hit(row) for row in sorted(true, key=lambda row: row["_distance"])[:top_k]]
+            if len(true) >= count or len(rows) < limit:
+                return [_hit(row) for row in sorted(true, key=lambda row: row["_distance"])[offset:count]]
             limit *= 2
 
-    def _hybrid(
-        self, vector: np.ndarray, text: str, hybrid: float, top_k: int, where: str | None, exact: bool
-    ) -> list[Hit]:
-        """The best rows of those that are nearest to a vector and those that hold words, in one order."""
-        limit = max(_CANDIDATES * top_k, _MIN_CANDIDATES)
+    def _fused(
+        self, vector: np.ndarray, text: str, hybrid: float, limit: int, where: str | None, exact: bool
+    ) -> list[dict[str, Any]]:
+        """Rows that are nearest to a vector and those that hold words, in one order, without most of their columns."""
         near = self.store.nearest(vector, limit, where, exact=exact, columns=_OF_FILES)
         rows = {row["_rowid"]: {**row, "cosine": 1 - row["_distance"]} for row in near}
         matching = self.store.matching(text, limit, where, columns=_OF_FILES)
@@ -484,16 +496,8 @@ class Index:
         true = _true_rows(list(rows.values()))
         cosines = np.array([row["cosine"] for row in true])
         fused = fuse([cosines, np.array([row.get("_score", np.nan) for row in true])], [1 - hybrid, hybrid])
-        best = [(true[index], float(fused[index])) for index in np.lexsort((-cosines, -fused))[:top_k]]
-        whole = self.store.numbered([row["_rowid"] for row, _ in best])
-        hits = []
-        for row, score in best:
-            if (found := whole.get(row["_rowid"])) is None:
-                continue
-            hit = _hit({**found, "_distance": 1 - row["cosine"]})
-            excerpt = excerpt_of(found["text"], text) if "_score" in row and found["text"] else hit.excerpt
-            hits.append(replace(hit, text_score=row.get("_score"), fused=score, excerpt=excerpt))
-        return hits
+        scored = [{**row, "fused": float(score)} for row, score in zip(true, fused, strict=True)]
+        return sorted(scored, key=lambda row: (-row["fused"], -row["cosine"], row["path"], row["page"]))
 
     def row(self, number: int) -> Hit | None:
         """The row of a number, without a score; None where there is none any more."""
@@ -555,6 +559,15 @@ def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     except OSError:
         on_disk = None
     return max(rows, key=lambda row: ((row["size"], row["mtime_ns"]) == on_disk, row["mtime_ns"]))
+
+
+def _told(row: dict[str, Any], whole: dict[str, Any], words: str) -> Hit:
+    """A row of a fused order. Its excerpt is where words stand if who asks can open the file, else its beginning."""
+    hit = _hit({**whole, "_distance": 1 - row["cosine"]})
+    hit = replace(hit, text_score=row.get("_score"), fused=row["fused"])
+    if hit.text_score is None or not whole["text"] or hit.root.startswith(TABLES) or not hit.is_there:
+        return hit
+    return replace(hit, excerpt=excerpt_of(whole["text"], words))
 
 
 def _hit(row: dict[str, Any]) -> Hit:

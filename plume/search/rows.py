@@ -6,6 +6,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from plume.inputs.pages import Page, pages
 
 _THUMBNAIL_SIDE = 192
 _EXCERPT_LENGTH = 200
+# Characters of a text, and of the words, that a place for the excerpt is looked for in.
+_LOOKED_THROUGH, _LOOKED_FOR = 100_000, 500
 
 
 class Document(NamedTuple):
@@ -31,18 +34,15 @@ class Document(NamedTuple):
     @property
     def text(self) -> str:
         """Its words, all of them: of a text, of a page of a PDF, of the text beside media; empty where it has none."""
+        text: Any = self.raw
         if isinstance(self.raw, Page):
             try:
-                return self.raw.text()
+                text = self.raw.text()
             except InputError:  # the page itself can be embedded
                 return ""
-        return (
-            self.raw
-            if isinstance(self.raw, str)
-            else str(self.raw.get("text", ""))
-            if isinstance(self.raw, dict)
-            else ""
-        )
+        elif isinstance(self.raw, dict):
+            text = self.raw.get("text")
+        return unicodedata.normalize("NFC", text) if isinstance(text, str) else ""
 
 
 def documents(path: Path, name: str, kind: Kind) -> Iterator[Document]:
@@ -87,18 +87,29 @@ def excerpt_of(text: str, words: str = "") -> str:
     """
     if len(text) <= _EXCERPT_LENGTH or not words:
         return text[:_EXCERPT_LENGTH]
-    plain = _plain(text)
-    rarest = sorted(set(re.findall(r"\w+", _plain(words))), key=len, reverse=True)  # long words say more
-    found = next(filter(None, (re.search(rf"\b{re.escape(word)}\b", plain) for word in rarest)), None)
-    start = 0 if found is None else max(0, min(found.start() - _EXCERPT_LENGTH // 3, len(text) - _EXCERPT_LENGTH))
+    plain, wanted = _plain(text[:_LOOKED_THROUGH]), set(re.findall(r"\w+", _plain(words[:_LOOKED_FOR])))
+    longest = max((found for found in re.finditer(r"\w+", plain) if found[0] in wanted), key=_length, default=None)
+    if longest is not None:  # long words say more
+        place = longest.start()
+    else:  # scripts without spaces
+        place = next((at for word in sorted(wanted, key=len, reverse=True) if (at := plain.find(word)) >= 0), 0)
+    start = max(0, min(place - _EXCERPT_LENGTH // 3, len(text) - _EXCERPT_LENGTH))
     return text[start : start + _EXCERPT_LENGTH]
+
+
+def _length(found: re.Match[str]) -> int:
+    return len(found[0])
 
 
 def _plain(text: str) -> str:
     """A text of the same length without capitals and accents."""
-    if text.isascii():
-        return text.lower()
-    return "".join(unicodedata.normalize("NFKD", sign)[0].lower()[0] for sign in text)
+    return text.lower() if text.isascii() else "".join(map(_plain_sign, text))
+
+
+@lru_cache(maxsize=4_096)
+def _plain_sign(sign: str) -> str:
+    first, *rest = unicodedata.normalize("NFKD", sign)
+    return (first if all(map(unicodedata.combining, rest)) else sign).lower()[0]
 
 
 def _thumbnail(item: Item) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,10 @@ _TRIES = 6
 _IDS_PER_STATEMENT = 1024
 # Rows that are turned into objects at a time.
 _ROWS_AT_ONCE = 4096
+# Longer words are not looked for: a SHA-512 in hexadecimal is one of 128.
+_LONGEST_WORD = 256
+# What an index of format 1 can tell of texts at once: the excerpt of rows of tables, else NULL; CASE is not understood.
+_FIRST_TEXT = f"array_element(make_array(excerpt), cast(starts_with(root, '{TABLES}') as bigint))"
 # Columns whose words are looked for, and how each is cut into words: names at every sign that is no letter or digit.
 _WORDS = {"text": "icu", "name": "simple"}
 # Rows that match less than this share of the best are no match: by rank they would stand right behind it, though they
@@ -79,14 +84,14 @@ class RowStore:
     @property
     def has_texts(self) -> bool:
         """Whether rows keep their texts; those of an index of format 1 do not until it is brought up to date."""
+        if "text" not in self._schema.names:
+            self._schema = self._read(lambda table: table.schema)  # somebody else may have done that meanwhile
         return "text" in self._schema.names
 
     def add_texts(self) -> None:
-        """Make room for texts, which rows have none of yet; those of tables get the excerpt, which is all there is."""
+        """Make room for texts, which nobody has read yet; rows of tables have their excerpt, which is all there is."""
         if not self.has_texts:
-            self._write(lambda table: table.add_columns({"text": "cast(NULL as string)"}))
-            where = f"starts_with(root, {quoted(TABLES)})"
-            self._write(lambda table: table.update(where=where, values_sql={"text": "excerpt"}))
+            self._write(lambda table: table.add_columns({"text": _FIRST_TEXT}))
             self._schema = self._read(lambda table: table.schema)
 
     def __len__(self) -> int:
@@ -156,8 +161,10 @@ class RowStore:
         is_new = [tuple(row[name] for name in _KEYS) not in known for row in rows.select(_KEYS).to_pylist()]
         if new := sum(is_new):
             added = rows.filter(pa.array(is_new))
-            for name in set(self._schema.names) - set(added.column_names):  # of shards of an older version
-                added = added.append_column(name, pa.nulls(len(added)))
+            if "text" not in added.column_names:  # of shards of an older version
+                is_table = _compute().starts_with(added["root"], TABLES)
+                text = _compute().if_else(is_table, added["excerpt"], pa.scalar(None, pa.string()))
+                added = added.append_column("text", text)
             self._add(added.select(self._schema.names).cast(self._schema))
         return new
 
@@ -182,31 +189,29 @@ class RowStore:
 
     def touch(self, root: Path, stats: dict[tuple[str, str], tuple[int, int]]) -> None:
         """Take note of the size and time of change of files whose content is as it was, by name and SHA-256."""
-        sizes = {key: {"size": size, "mtime_ns": mtime_ns} for key, (size, mtime_ns) in stats.items()}
-        self._amend(root, [name for name, _ in stats], lambda row: sizes.get((row["name"], row["sha256"])))
-
-    def set_texts(self, root: Path, texts: dict[tuple[str, str, int], dict[str, str]]) -> None:
-        """Write what is said of rows by name, SHA-256 and page: their text and excerpt."""
-        names = list(dict.fromkeys(name for name, _, _ in texts))
-        self._amend(root, names, lambda row: texts.get((row["name"], row["sha256"], row["page"])))
-
-    def without_text(self, root: Path) -> list[dict[str, Any]]:
-        """Name, kind, SHA-256 and page of the rows of a folder whose text nobody has read yet."""
-        where = f"root = {quoted(str(root))} AND text IS NULL"
-        return self._rows_where(where, ["name", "kind", "sha256", "page"])
-
-    def _amend(self, root: Path, names: Sequence[str], new: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-        """Change columns of the rows of some files; None leaves a row as it is."""
-        import pyarrow as pa
-
+        names = list(dict.fromkeys(name for name, _ in stats))
         for start in range(0, len(names), _IDS_PER_STATEMENT):
             some = names[start : start + _IDS_PER_STATEMENT]
             where = f"root = {quoted(str(root))} AND name IN ({', '.join(map(quoted, some))})"
-            changes = [(row, new(row)) for row in self._rows_where(where)]
-            rows = pa.Table.from_pylist(
-                [{**row, **own} for row, own in changes if own is not None], schema=self._schema
-            )
-            self._write(lambda table, rows=rows: table.merge_insert(_KEYS).when_matched_update_all().execute(rows))
+            rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where, _KEYS)]
+            self._amend([{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None])
+
+    def set_texts(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write text and excerpt of rows, which bring what tells them apart: root, name, page and SHA-256."""
+        self._amend(rows)
+
+    def without_text(self, root: Path) -> list[dict[str, Any]]:
+        """What tells the rows of a folder whose text nobody has read yet: name, content, page, size, time of change."""
+        where = f"root = {quoted(str(root))} AND text IS NULL"
+        return self._rows_where(where, ["root", "name", "kind", "sha256", "page", "size", "mtime_ns"])
+
+    def _amend(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Change some columns of rows that are there."""
+        import pyarrow as pa
+
+        if rows:
+            changed = pa.Table.from_pylist(list(rows), schema=pa.schema([self._schema.field(name) for name in rows[0]]))
+            self._write(lambda table: table.merge_insert(_KEYS).when_matched_update_all().execute(changed))
 
     def drop_doubled(self) -> int:
         """Delete rows that are there more than once; the number deleted."""
@@ -236,14 +241,20 @@ class RowStore:
 
     def _index_words(self) -> None:
         """Make the indices of words, once there are rows; rows that come later are looked through, and put in here."""
-        if not self.has_texts or not len(self):
+        if not self.has_texts or not len(self):  # rows that are in no index are looked through
             return
         from lancedb.index import FTS
 
         there = set(self._read(lambda table: [one.name for one in table.list_indices()]))
         for column, cut in _WORDS.items():
             if (name := f"words_{column}") not in there:  # of any language: no stems, no words that are left out
-                config = FTS(base_tokenizer=cut, stem=False, remove_stop_words=False, with_position=False)
+                config = FTS(
+                    base_tokenizer=cut,
+                    stem=False,
+                    remove_stop_words=False,
+                    with_position=False,
+                    max_token_length=_LONGEST_WORD,
+                )
                 self._write(
                     lambda table, one=(column, config, name): table.create_index(one[0], config=one[1], name=one[2])
                 )
@@ -325,9 +336,9 @@ class RowStore:
         from lancedb.query import MultiMatchQuery
 
         def select(table: Any) -> list[dict[str, Any]]:
-            if not table.list_indices():  # no rows yet, or none that were brought in to the end
+            if not table.count_rows():
                 return []
-            query = MultiMatchQuery(words, list(_WORDS))  # pyright: ignore[reportCallIssue]
+            query = MultiMatchQuery(unicodedata.normalize("NFC", words), list(_WORDS))  # pyright: ignore[reportCallIssue]
             search = table.search(query, query_type="fts").select([*columns, "_score"])
             found = self._found(search, limit, where)
             least = _LEAST_MATCH * max((row["_score"] for row in found), default=0.0)
@@ -373,11 +384,13 @@ class RowStore:
 
         return self._read(count)
 
-    def numbered(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Rows, texts included, by the numbers that `nearest` gave; without those that are gone, or were compacted."""
+    def numbered(self, numbers: Sequence[int], *, with_texts: bool = False) -> dict[int, dict[str, Any]]:
+        """Rows by the numbers that `nearest` gave; without those that are gone, or were compacted."""
+        told = [name for name in self._schema.names if with_texts or name != "text"]
 
         def select(table: Any) -> list[dict[str, Any]]:
-            return table.search().where(_numbered(numbers)).with_row_id(True).limit(None).to_arrow().to_pylist()
+            search = table.search().where(_numbered(numbers)).with_row_id(True).select(told)
+            return search.limit(None).to_arrow().to_pylist()
 
         return {row["_rowid"]: row for row in self._read(select)}
 

@@ -26,10 +26,12 @@ from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
 from plume.search.folder import Found, Other, Skipped, digest, stats_of, walk, walk_key
 from plume.search.rows import Document, about, documents, excerpt_of
-from plume.search.store import RowStore
+from plume.search.store import TABLES, RowStore
 
 # A window is embedded and committed together: at most this many rows or tokens.
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 128, 65_536
+# Texts of rows of an older version, which are read and committed together.
+_TEXTS_PER_COMMIT = 1_024
 # How many contents are copied, and files deleted, by one statement.
 _CONTENTS_PER_COPY, _FILES_PER_DELETION = 64, 128
 # Files whose contents are known together: equal ones among them are embedded once, others when the first has its rows.
@@ -143,27 +145,38 @@ def update_store(
                 report.embedded += len(window)
                 report.reused += len(new) - len(window)
     report.removed = look.remove_stale()
-    _read_texts(store, root)
+    read_texts(store, root)
     store.compact(wipe=report.removed > 0)
     return report
 
 
-def _read_texts(store: RowStore, root: Path) -> None:
-    """Read the texts of rows that an older version has written, without embedding anything."""
-    texts: dict[tuple[str, str, int], dict[str, str]] = {}
+def read_texts(store: RowStore, root: Path) -> None:
+    """Read the texts of rows that an older version has written, without embedding anything.
+
+    Rows of a file that is not as it was, or cannot be read, are left for the next time.
+    """
+    read: list[dict[str, Any]] = []
     rows = sorted(store.without_text(root), key=itemgetter("name", "sha256"))
-    for (name, sha), pages in groupby(rows, key=itemgetter("name", "sha256")):
-        first = next(pages)
+    for _, group in groupby(rows, key=itemgetter("name", "sha256")):
+        pages = list(group)
+        path, written = root / pages[0]["name"], (pages[0]["size"], pages[0]["mtime_ns"])
         try:
-            for document in documents(root / name, name, Kind(first["kind"])):
-                text = document.text
-                texts[name, sha, document.page] = {"text": text, "excerpt": excerpt_of(text)}
-        except InputError:  # it could be read once: next time
+            if stats_of(path)[:2] != written:
+                continue
+            found = documents(path, pages[0]["name"], Kind(pages[0]["kind"]))
+            texts = {document.page: document.text for document in found}
+            if stats_of(path)[:2] != written:
+                continue
+        except (InputError, OSError):
             continue
-        if len(texts) >= _ROWS_PER_WINDOW:
-            store.set_texts(root, texts)
-            texts = {}
-    store.set_texts(root, texts)
+        for row in pages:
+            text = texts.get(row["page"], "")
+            key = {name: row[name] for name in ("root", "name", "page", "sha256")}
+            read.append({**key, "text": text, "excerpt": excerpt_of(text)})
+        if len(read) >= _TEXTS_PER_COMMIT:
+            store.set_texts(read)
+            read = []
+    store.set_texts(read)
 
 
 def check_root(store: RowStore, root: Path) -> None:
@@ -383,7 +396,8 @@ def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> in
                 path = str(root / file.name)
                 if path not in content.rows[row["page"]]:
                     place = {"root": str(root), "name": file.name, "path": path, "size": size, "mtime_ns": time}
-                    new[path, row["page"]] = {**row, **place}
+                    text = None if row["root"].startswith(TABLES) else row.get("text")  # that may be its beginning
+                    new[path, row["page"]] = {**row, **place, "text": text}
         if new:
             store.add(new.values())
         written += len(new)

@@ -200,7 +200,6 @@ class Searcher:
             (vector, *traced) = found
             vector = cut(vector[None], identity.dim)[0]
         vector = vector / np.linalg.norm(vector)
-        count = request.offset + request.top_k
         parts = () if request.query is None else request.query.parts
         words = " ".join(part.value for part in parts if part.kind == "text")
         if request.hybrid and not self.index.store.has_texts:
@@ -209,8 +208,14 @@ class Searcher:
             )
 
         def look() -> dict[str, Any]:
-            found = self.index.nearest(vector, top_k=count, filter=request.filter, text=words, hybrid=request.hybrid)
-            hits = found[request.offset :]
+            hits = self.index.nearest(
+                vector,
+                top_k=request.top_k,
+                offset=request.offset,
+                filter=request.filter,
+                text=words,
+                hybrid=request.hybrid,
+            )
             return {
                 "hits": [self._told(hit) for hit in hits],
                 "num_latent_steps": None if request.query is None else steps,

@@ -174,8 +174,8 @@ function show(hits, list) {
     card.querySelector(".score").title = "cosine to the query";
     card.querySelector("meter").value = hit.score;
     card.querySelector("meter").setAttribute("aria-hidden", "true");
-    if (hit.text_score !== null && hit.has_thumbnail) {
-      card.querySelector(".found").textContent = `…${hit.excerpt}…`;
+    if (hit.text_score !== null && hit.has_thumbnail && hit.excerpt) {
+      card.querySelector(".found").textContent = hit.excerpt;
       card.querySelector(".found").hidden = false;
     }
     const when = hit.changed ? `, ${hit.changed}` : "";

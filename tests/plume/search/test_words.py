@@ -17,8 +17,11 @@ from plume import Plume
 from plume.cli import app
 from plume.inputs.pages import pages
 from plume.search.filter import Filter
+from plume.search.folder import digest
 from plume.search.index import Index
+from plume.search.rows import excerpt_of
 from plume.search.store import TABLE, RowStore
+from plume.search.update import read_texts
 
 WORDS = ["kite", "bird", "table", "blue", "red", "what", "is", "it", "to", "see", "from", "the", "hill", "over"]
 CODES = {7: "INV-00042", 31: "Müller"}
@@ -175,14 +178,14 @@ def test_an_index_of_format_1_is_searched_and_gets_its_texts_without_embedding(
 
     monkeypatch.setattr(plume, "encode_document", None)  # nothing is embedded
     with monkeypatch.context() as patched:  # killed while texts are read
-        patched.setattr("plume.search.update._ROWS_PER_WINDOW", 8)
+        patched.setattr("plume.search.update._TEXTS_PER_COMMIT", 8)
         write, calls = RowStore.set_texts, []
 
-        def die(store, root, texts):
+        def die(store, texts):
             calls.append(len(texts))
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            write(store, root, texts)
+            write(store, texts)
 
         patched.setattr(RowStore, "set_texts", die)
         with pytest.raises(KeyboardInterrupt):
@@ -252,3 +255,111 @@ def test_the_command_finds_words_and_takes_filters(index, plume_folder, library)
     status, out = run("search", "red", "--since", "2999-01-01", "--index", index.path, "--model", plume_folder)
     assert status == 0
     assert "no results that meet the conditions" in out
+
+
+def test_whoever_has_opened_an_older_index_sees_that_another_has_read_its_texts(index, plume, library, tmp_path):
+    old = older(index, tmp_path / "old")
+    reader, writer = Index.open(tmp_path / "old"), Index.open(tmp_path / "old")
+    old.update(library, plume, show_progress=False)
+    assert names(reader.search("the BX-77/3", plume, hybrid=0.5))[0] == "bills.pdf"
+    assert writer.update(library, plume, show_progress=False).embedded == 0
+
+
+def test_a_text_is_read_from_the_file_that_was_embedded_or_not_at_all(index, plume, library, tmp_path):
+    """A file that has been written to since, and is left for later, gets no text of what it holds now."""
+    old = older(index, tmp_path / "old")
+    file = library / "notes" / "7.txt"
+    before, stat = file.read_text(), file.stat()
+    try:
+        file.write_text("something else")
+        with old.writing():
+            read_texts(old.store, library)
+        assert [row["name"] for row in old.store.without_text(library)] == ["notes/7.txt"]
+    finally:
+        file.write_text(before)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert old.update(library, plume, show_progress=False).embedded == 0
+    assert old.store.without_text(library) == []
+    assert names(old.search("the INV-00042", plume, hybrid=0.5))[0] == "7.txt"
+
+
+def test_rows_of_tables_keep_their_excerpt_and_show_no_more(plume, tmp_path):
+    index = Index.create(tmp_path / "index", plume)
+    long = "what it is " * 40 + "secret numbat"
+    row = {"root": "table:x", "name": "1", "path": "table:x/1", "kind": "text", "page": 0, "num_pages": 1, "size": 0}
+    row |= {"sha256": "0" * 64, "mtime_ns": 0, "excerpt": long[:200], "text": long, "thumbnail": b""}
+    index.store.add([{**row, "vector": plume.encode(long)}])
+    (hit,) = index.search("numbat", plume, hybrid=0.5)
+    assert hit.text_score > 0
+    assert hit.excerpt == long[:200]
+    (hit,) = older(index, tmp_path / "old").search("what", plume)
+    assert hit.excerpt == long[:200]
+    old = Index.open(tmp_path / "old")
+    with old.writing():
+        pass
+    assert [row["text"] for row in old.store.rows(["text"])] == [long[:200]]
+
+    root = tmp_path / "notes"  # a file of the same content gets its own text, all of it
+    root.mkdir()
+    (root / "a.txt").write_text(long)
+    with old.writing():
+        old.store._table.update(where="true", values={"sha256": digest(root / "a.txt")})
+    assert old.update(root, plume, show_progress=False).reused == 1
+    assert {row["root"]: row["text"] for row in old.store.rows(["root", "text"])} == {
+        "table:x": long[:200],
+        str(root): long,
+    }
+
+
+def test_pages_of_results_are_of_one_order(index, plume):
+    vector = plume.encode_query("the INV-00042 kite")
+    asked = {"text": "kite", "hybrid": 0.5}
+    whole = [(hit.path, hit.page) for hit in index.nearest(vector, top_k=46, **asked)]
+    parts = [index.nearest(vector, top_k=7, offset=start, **asked) for start in range(0, 46, 7)]
+    assert [(hit.path, hit.page) for part in parts for hit in part] == whole
+    plain = [index.nearest(vector, top_k=7, offset=start) for start in range(0, 46, 7)]
+    assert len({(hit.path, hit.page) for part in plain for hit in part}) == len(whole) == 46
+
+
+def test_rows_that_are_compacted_during_a_search_are_found_again(index, plume, monkeypatch):
+    expected = names(index.search("the INV-00042", plume, hybrid=0.5))
+    numbered, calls = RowStore.numbered, []
+
+    def moved(store, numbers, **settings):
+        calls.append(1)
+        return {} if len(calls) == 1 else numbered(store, numbers, **settings)
+
+    monkeypatch.setattr(RowStore, "numbered", moved)
+    assert names(index.search("the INV-00042", plume, hybrid=0.5)) == expected
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "place"),
+    [
+        ("ab cd " * 100 + "Müller went " + "ab cd " * 100, "muller", "Müller"),
+        ("ab cd " * 100 + "Muller went " + "ab cd " * 100, "MÜLLER", "Muller"),
+        ("名前はまだ無い。" * 60 + "発票番号" + "名前はまだ無い。" * 60, "発票", "発票番号"),
+        ("가가 " * 200 + "강강 " + "가가 " * 200, "강강", "강강"),
+        ("go to " * 100 + "the invoice " + "go to " * 100, "to the invoice", "the invoice"),
+        ("ab cd " * 40_000 + "late", "late", "ab cd"),  # so far in that nobody looks
+    ],
+)
+def test_an_excerpt_is_where_the_words_are(text, words, place):
+    found = excerpt_of(text, words)
+    assert len(found) == 200
+    assert place in found
+    assert place.startswith("ab") or found != text[:200]
+
+
+def test_words_are_found_however_they_are_written(plume, tmp_path):
+    root = tmp_path / "notes"
+    root.mkdir()
+    code = "".join(f"{number:02x}" for number in range(64))
+    (root / "apart.txt").write_text("a bill of Mu\u0308ller " + code)
+    (root / "other.txt").write_text("the bill of somebody else")
+    index = Index.create(tmp_path / "index", plume)
+    index.update(root, plume, show_progress=False)
+    for words in ("Müller", "Mu\u0308ller", "muller", code):
+        (first, *_) = index.search(words, plume, hybrid=0.5)
+        assert (Path(first.path).name, first.text_score is None) == ("apart.txt", False)

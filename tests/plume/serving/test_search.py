@@ -137,7 +137,9 @@ def test_words_are_looked_for_where_that_is_asked_for(client, index, plume, libr
         hits = found(client, query=sent, hybrid=0.9)
         same(hits, index.search(query, plume, hybrid=0.9))
         assert {hit["name"] for hit in hits if hit["text_score"] is not None} == {"blue.png", "blue.txt"}
-    assert all(hit["text_score"] is None for hit in found(client, query=data_uri(picture)[:9], hybrid=0))
+    hits = found(client, query={"image": data_uri(picture)}, hybrid=0.5)  # which has no words
+    same(hits, index.search(picture, plume))
+    assert all(hit["text_score"] is None for hit in hits)
     for hybrid in (-1, 1.5, True, "much", None):
         answer = client.post("/search", json={"query": "blue", "hybrid": hybrid})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "hybrid")
