@@ -292,9 +292,9 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
     first, last = found["first_sixth"]["answered_p99_ms"], found["last_sixth"]["answered_p99_ms"]
     rows.append(
         [
-            f"p99 of the last sixth of these {one['seconds'] / 60:.0f} minutes, of that of the first",
+            f"p99 of the last sixth of these {one['seconds'] / 60:g} minutes, of that of the first",
             f"{_ratio(last, first):.0%}",
-            "100 %",
+            "",
         ]
     )
     one = found["burst"]
