@@ -229,7 +229,8 @@ class RowStore:
         """Join the many small pieces that commits leave behind, and index the vectors where there are many.
 
         Args:
-            wipe: also take off the disk what was deleted. A search that runs at this moment reads again.
+            wipe: also take files off the disk that nothing refers to any more; a file of which only few rows were deleted
+                is not written anew, and still holds their bytes. A search that runs at this moment reads again.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it says what is said above
