@@ -229,7 +229,7 @@ class RowStore:
         """Join the many small pieces that commits leave behind, and index the vectors where there are many.
 
         Args:
-            wipe: also take files off the disk that nothing refers to any more; a file of which only few rows were deleted
+            wipe: also take files off the disk that nothing refers to any more. One that has lost only few of its rows
                 is not written anew, and still holds their bytes. A search that runs at this moment reads again.
         """
         with warnings.catch_warnings():

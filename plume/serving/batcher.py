@@ -83,8 +83,8 @@ class Job:
         self.results, self.num_left = [None] * len(self.entries), len(self.entries)
 
     def end(self) -> None:
-        """Hand out the results, unless nobody waits for them any more."""
-        if self.future.set_running_or_notify_cancel():
+        """Hand out the results, unless they have been, or nobody waits for them any more."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(self.results)
 
 

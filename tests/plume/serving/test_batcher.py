@@ -311,7 +311,7 @@ def test_nobody_waits_for_ever_whatever_fails(model, what):
 
     def fail(texts):
         if what == "half a batch" and "2" in texts:
-            raise RuntimeError("CUDA error: lost" if len(texts) < 4 else "an input")
+            raise RuntimeError("CUDA error: lost" if len(texts) < 6 else "an input")
         if what == "something else" and "2" in texts:
             raise SystemExit
 
@@ -325,11 +325,14 @@ def test_nobody_waits_for_ever_whatever_fails(model, what):
         batcher.close(30)
         return
     first = held(batcher, model)
+    whole = batcher.submit("whole", entries([7, 8])) if what == "half a batch" else None  # the half that goes well
     some, later = batcher.submit("a", entries([1, 2, 3, 4])), batcher.submit("b", entries([5], num_latent_steps=1))
     model.may_run.set()
     assert places(first) == [999]
     for job in (some, later):
         assert isinstance(job.future.result(30)[-1], FatalError)
+    if whole is not None:
+        assert places(whole) == [7, 8]
     assert stopped.wait(30)
     with pytest.raises(FatalError):
         batcher.submit("c", entries([6]))

@@ -404,7 +404,9 @@ def test_a_poisoned_input_fails_alone(client, service, monkeypatch, plume):
     same(np.concatenate([vectors_of(answer) for answer in answers[:4]]), plume.encode(TEXTS))
 
 
-def test_a_client_that_has_gone_leaves_the_queue(service, monkeypatch):
+@pytest.mark.parametrize("how", ["its client has gone", "it is cancelled"])
+def test_a_request_that_nobody_waits_for_leaves_the_queue(service, monkeypatch, how):
+    """A server above this one, such as Ray's, cancels a request when its client has gone or its time is over."""
     may_run, is_running = threading.Event(), threading.Event()
     encode = service.batcher._encode
 
@@ -424,38 +426,13 @@ def test_a_client_that_has_gone_leaves_the_queue(service, monkeypatch):
         leaves = asyncio.ensure_future(service.answer("leaves", request, gone, Held(service)))
         while not service.batcher.queue_inputs:
             await asyncio.sleep(0.01)
-        gone.set_result(None)
-        assert await leaves is None
-        assert service.batcher.queue_inputs == 0
-        may_run.set()
-        return await stays
-
-    assert asyncio.run(go()).vectors.shape == (4, 64)
-
-
-def test_a_request_that_is_cancelled_leaves_the_queue(service, monkeypatch):
-    """As by a server above this one, which ends a handler when its client has gone or its time is over."""
-    may_run, is_running = threading.Event(), threading.Event()
-    encode = service.batcher._encode
-
-    def slow(items, how):
-        is_running.set()
-        may_run.wait(30)
-        return encode(items, how)
-
-    monkeypatch.setattr(service.batcher, "_encode", slow)
-
-    async def go():
-        loop = asyncio.get_running_loop()
-        request = read_openai({"input": TEXTS})
-        stays = asyncio.ensure_future(service.answer("stays", request, loop.create_future(), Held(service)))
-        await loop.run_in_executor(None, is_running.wait, 30)
-        leaves = asyncio.ensure_future(service.answer("leaves", request, loop.create_future(), Held(service)))
-        while not service.batcher.queue_inputs:
-            await asyncio.sleep(0.01)
-        leaves.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await leaves
+        if how == "it is cancelled":
+            leaves.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaves
+        else:
+            gone.set_result(None)
+            assert await leaves is None
         assert service.batcher.queue_inputs == 0
         may_run.set()
         return await stays
