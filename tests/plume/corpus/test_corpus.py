@@ -477,6 +477,30 @@ def test_nothing_but_one_module_imports_ray():
     assert found.stdout.strip() == "False"
 
 
+def test_what_was_forgotten_stays_so_when_an_index_of_format_1_gets_its_texts(plume, tmp_path):
+    """Jobs know an index again by when it was made, which a new format does not change."""
+    folder, out = tmp_path / "texts", tmp_path / "index"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"kite {number}")
+    job = planned(plume, tmp_path, folder, shard_size=2)
+    assert finished(job) == 4
+    assert commit(job, out).added == 4
+    index = Index.open(out)
+    for one in index.store._table.list_indices():
+        index.store._table.drop_index(one.name)
+    index.store._table.drop_columns(["text"])
+    file, stat = out / "index.json", (out / "index.json").stat()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    assert Index.open(out).remove(folder) == 4
+    assert commit(job, out).added == 0  # which has brought it to format 2
+    assert json.loads(file.read_text())["format"] == 2
+    assert commit(job, out).added == 0
+    assert len(Index.open(out)) == 0
+
+
 # On Ray.
 
 _DRIVER = """
