@@ -26,7 +26,7 @@ def fuse(scores: Sequence[np.ndarray], weights: Sequence[float], k: int = 60) ->
         ValueError: lists of different lengths, or another number of weights.
 
     Example:
-        >>> fuse([np.array([0.9, 0.8, 0.1]), np.array([np.nan, np.nan, 4.0])], [0.5, 0.5]).argmax()
+        >>> int(fuse([np.array([0.9, 0.8, 0.1]), np.array([np.nan, np.nan, 4.0])], [0.5, 0.5]).argmax())
         2
     """
     if len(scores) != len(weights) or len({len(one) for one in scores}) > 1:
