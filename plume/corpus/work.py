@@ -174,9 +174,7 @@ class ShardWorker:
                     except InputError as error:
                         skipped += [Refused(entry.key, document.page, error.reason) for entry in entries]
                         continue
-                    if (
-                        _stats(first) != before[first.path]
-                    ):  # while it was read, so that its vector is not that of its SHA-256
+                    if _stats(first) != before[first.path]:  # else its vector need not be that of its SHA-256
                         raise InputError(first.name, "was written to while it was read; plan again")
                     yield _Loaded(entries, document, item, processor.num_tokens(item))
             except InputError as error:

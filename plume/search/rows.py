@@ -79,7 +79,7 @@ def about(item: Item, kind: Kind, sha256: str, document: Document, vector: np.nd
 
 
 def excerpt_of(text: str, words: str = "") -> str:
-    """The beginning of a text, or the place where the first of some words stands in it.
+    """The beginning of a text, or the place where the longest of the words that it holds stands first.
 
     Example:
         >>> excerpt_of("what was " * 100 + "paid for INV-00042", "the inv-00042")[-18:]

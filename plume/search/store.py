@@ -194,19 +194,15 @@ class RowStore:
             some = names[start : start + _IDS_PER_STATEMENT]
             where = f"root = {quoted(str(root))} AND name IN ({', '.join(map(quoted, some))})"
             rows = [(row, stats.get((row["name"], row["sha256"]))) for row in self._rows_where(where, _KEYS)]
-            self._amend([{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None])
-
-    def set_texts(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write text and excerpt of rows, which bring what tells them apart: root, name, page and SHA-256."""
-        self._amend(rows)
+            self.amend([{**row, "size": stat[0], "mtime_ns": stat[1]} for row, stat in rows if stat is not None])
 
     def without_text(self, root: Path) -> list[dict[str, Any]]:
         """What tells the rows of a folder whose text nobody has read yet: name, content, page, size, time of change."""
         where = f"root = {quoted(str(root))} AND text IS NULL"
         return self._rows_where(where, ["root", "name", "kind", "sha256", "page", "size", "mtime_ns"])
 
-    def _amend(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Change some columns of rows that are there."""
+    def amend(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Change some columns of rows that are there; each brings what tells it apart: root, name, page and SHA-256."""
         import pyarrow as pa
 
         if rows:
@@ -242,7 +238,7 @@ class RowStore:
 
     def _index_words(self) -> None:
         """Make the indices of words, once there are rows; rows that come later are looked through, and put in here."""
-        if not self.has_texts or not len(self):  # rows that are in no index are looked through
+        if not self.has_texts or not len(self):
             return
         from lancedb.index import FTS
 

@@ -174,9 +174,9 @@ def read_texts(store: RowStore, root: Path) -> None:
             key = {name: row[name] for name in ("root", "name", "page", "sha256")}
             read.append({**key, "text": text, "excerpt": excerpt_of(text)})
         if len(read) >= _TEXTS_PER_COMMIT:
-            store.set_texts(read)
+            store.amend(read)
             read = []
-    store.set_texts(read)
+    store.amend(read)
 
 
 def check_root(store: RowStore, root: Path) -> None:

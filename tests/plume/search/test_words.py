@@ -179,7 +179,7 @@ def test_an_index_of_format_1_is_searched_and_gets_its_texts_without_embedding(
     monkeypatch.setattr(plume, "encode_document", None)  # nothing is embedded
     with monkeypatch.context() as patched:  # killed while texts are read
         patched.setattr("plume.search.update._TEXTS_PER_COMMIT", 8)
-        write, calls = RowStore.set_texts, []
+        write, calls = RowStore.amend, []
 
         def die(store, texts):
             calls.append(len(texts))
@@ -187,7 +187,7 @@ def test_an_index_of_format_1_is_searched_and_gets_its_texts_without_embedding(
                 raise KeyboardInterrupt
             write(store, texts)
 
-        patched.setattr(RowStore, "set_texts", die)
+        patched.setattr(RowStore, "amend", die)
         with pytest.raises(KeyboardInterrupt):
             old.update(library, plume, show_progress=False)
     assert 0 < len(old.store.without_text(library)) < len(old)
