@@ -518,7 +518,12 @@ def serving(
     try:
         with nullcontext(str(model)) if shapes is None else random_checkpoint(shapes) as checkpoint:
             found = measure_serving(
-                checkpoint, port, num_texts=num_texts, num_requests=num_requests, seconds=60 * minutes
+                checkpoint,
+                port,
+                num_texts=num_texts,
+                num_requests=num_requests,
+                seconds=60 * minutes,
+                report=lambda line: say(line, err=True),
             )
     except (ValueError, OSError) as error:
         raise typer.Exit(_fail(error)) from None
@@ -624,7 +629,7 @@ def _typed(program: str, options: dict[str, Any]) -> str:
 
 
 def _fail(error: Exception) -> int:
-    say(f"plume-eval: {error}", err=True)
+    say("\n".join([f"plume-eval: {error}", *getattr(error, "__notes__", ())]), err=True)
     return 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import random
 import signal
 import statistics
@@ -28,6 +29,7 @@ import numpy as np
 from plume import Plume
 from plume.inputs.item import Item
 
+_log = logging.getLogger(__name__)
 _START_S, _END_S = 300, 120
 #: Who wait for their answers, one request each.
 _CLOSED_CLIENTS = 64
@@ -36,6 +38,8 @@ _QUEUE_TOKENS, _MOST_ROWS = 16_384, 32
 #: Texts of a request.
 _SIZES = (8, 1)
 _TURNS = 3
+#: Characters of the server's log that are shown with an error.
+_LOG_TAIL = 2_000
 
 
 class Client:
@@ -70,7 +74,8 @@ class Client:
 def served(model: str, port: int, *words: object) -> Iterator[subprocess.Popen]:
     """A server, once it is ready; ended at the end."""
     command = [sys.executable, "-m", "plume", "serve", "--model", model, "--port", str(port), *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    process = subprocess.Popen(command, stderr=log)
     try:
         end = time.monotonic() + _START_S
         while True:
@@ -82,7 +87,13 @@ def served(model: str, port: int, *words: object) -> Iterator[subprocess.Popen]:
             except (OSError, http.client.HTTPException):
                 time.sleep(0.1)
         yield process
+    except Exception as error:
+        log.seek(0)
+        status = process.poll()
+        error.add_note(f"the server's exit status is {status}; its log ends:\n{log.read().decode()[-_LOG_TAIL:]}")
+        raise
     finally:
+        log.close()
         if process.poll() is None:
             process.kill()
         process.wait()
@@ -106,6 +117,7 @@ def measure_serving(
     num_requests: int = 4_000,
     num_burst: int = 400,
     seconds: float = 60.0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Throughput beside `encode`, overhead, latency under load, memory and the time to drain.
 
@@ -117,10 +129,11 @@ def measure_serving(
         num_requests: after which memory is looked at a second time; the first time is after a quarter.
         num_burst: requests of four texts that come at once.
         seconds: of requests at 70 % of capacity.
+        report: gets each figure as it comes, so that a run that fails late has not been for nothing.
     """
     plume = Plume(model)
     texts = texts_of(plume, num_texts)
-    found: dict[str, Any] = {}
+    found = _Reported(report)
 
     def embed(some: Sequence[str]) -> None:
         plume.encode(list(some), show_progress_bar=False)
@@ -136,7 +149,7 @@ def measure_serving(
                 for _ in range(_TURNS)
             ]
             offline, closed = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
-            found["throughput"][str(size)] = offline / closed
+            found["throughput"] = {**found["throughput"], str(size): offline / closed}
             found["encode_ms_per_text"], capacity = 1000 * offline / num_texts, num_texts / closed
         client = Client(port)
         pairs = [
@@ -152,8 +165,8 @@ def measure_serving(
         found["first_sixth"], found["last_sixth"] = _told(answers[:sixth]), _told(answers[-sixth:])
         tokens = plume.plume_model.processor.exact_lengths([Item((text,)) for text in texts])  # type: ignore[union-attr]
         fours = [texts[start : start + 4] for start in range(0, num_texts, 4)]
-        found["burst"] = asyncio.run(_burst(port, [fours[index % len(fours)] for index in range(num_burst)]))
-        found["burst"]["bound_ms"] = 1000 * (_QUEUE_TOKENS / np.mean(tokens) + _MOST_ROWS) / capacity
+        burst = asyncio.run(_burst(port, [fours[index % len(fours)] for index in range(num_burst)]))
+        found["burst"] = {**burst, "bound_ms": 1000 * (_QUEUE_TOKENS / np.mean(tokens) + _MOST_ROWS) / capacity}
         _closed(port, (ones * (num_requests // num_texts + 1))[: num_requests // 4], _CLOSED_CLIENTS)
         before = _resident(client)
         _closed(port, (ones * (num_requests // num_texts + 1))[: num_requests * 3 // 4], _CLOSED_CLIENTS)
@@ -166,7 +179,19 @@ def measure_serving(
             found["drain_seconds"] = _seconds(lambda: process.wait(_END_S))
             if (status := last.result()) != 200:
                 raise RuntimeError(f"the request that was under way at SIGTERM got status {status}")
-    return found
+    return dict(found)
+
+
+class _Reported(dict):
+    """A dictionary that tells of each value it is given."""
+
+    def __init__(self, report: Callable[[str], None]):
+        super().__init__()
+        self._report = report
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._report(f"{name}: {json.dumps(value)}")
 
 
 def _seconds(action: Callable[[], Any]) -> float:
@@ -198,13 +223,20 @@ def _closed(port: int, requests: Sequence[Sequence[str]], num_clients: int) -> N
 
 async def _open(port: int, requests: Sequence[Sequence[str]], rate: float, seconds: float) -> list[tuple[int, float]]:
     """Requests at random times, so many a second on average, whether or not the answers keep up; in their order."""
-    rng, crowd, asked = random.Random(0), Crowd(port), []
+    rng, crowd = random.Random(0), Crowd(port)
+    answers: list[tuple[int, float]] = []
+
+    async def ask(number: int, due: float) -> None:
+        answers[number] = await crowd.ask(requests[number % len(requests)], due)
+
     due = time.perf_counter()
     end = due + seconds
-    while (due := due + rng.expovariate(rate)) < end:
-        await asyncio.sleep(max(due - time.perf_counter(), 0))
-        asked.append(asyncio.create_task(crowd.ask(requests[len(asked) % len(requests)], due)))
-    return await asyncio.gather(*asked)
+    async with asyncio.TaskGroup() as tasks:  # which forgets a task that is done: an hour has a million
+        while (due := due + rng.expovariate(rate)) < end:
+            await asyncio.sleep(max(due - time.perf_counter(), 0))
+            answers.append((0, 0.0))
+            tasks.create_task(ask(len(answers) - 1, due))
+    return answers
 
 
 async def _burst(port: int, requests: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -227,7 +259,7 @@ class Crowd:
         self._idle += [await asyncio.open_connection("127.0.0.1", self._port) for _ in range(count)]
 
     async def ask(self, texts: Sequence[str], due: float) -> tuple[int, float]:
-        """The status of a request, and the seconds from when it was due."""
+        """The status of a request, 0 where the connection broke, and the seconds from when it was due."""
         body = _body(texts).encode()
         request = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         while True:
@@ -239,9 +271,11 @@ class Crowd:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n")[0]))
                 break
-            except (asyncio.IncompleteReadError, ConnectionError):
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
+                writer.close()
                 if is_new:  # the server closes those that have been idle for long
-                    raise
+                    _log.warning("a request failed: %r", error)
+                    return 0, time.perf_counter() - due
         taken = time.perf_counter() - due
         self._idle.append((reader, writer))
         return int(head.split()[1]), taken
