@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from plume.model.interface import PlumeOutput
     from plume.model.model import PlumeModel
     from plume.search.index import Index
-    from plume.space.zero_shot import classify
     from plume.tracing.trace import trace
 
 register_when_needed()
@@ -39,7 +38,6 @@ _HOMES = {
     "PlumeOutput": "plume.model.interface",
     "PlumeProcessor": "plume.inputs.processor",
     "Video": "plume.inputs.video",
-    "classify": "plume.space.zero_shot",
     "pages": "plume.inputs.pages",
     "trace": "plume.tracing.trace",
 }
@@ -57,7 +55,6 @@ __all__ = [
     "PlumeProcessor",
     "Video",
     "__version__",
-    "classify",
     "pages",
     "trace",
 ]

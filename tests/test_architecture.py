@@ -35,8 +35,8 @@ ORDER = [
     {"checkpoints"},
     {"model"},
     {"engine", "tracing", "random_models"},
-    {"embedder"},
     {"space"},
+    {"embedder"},
     {"search"},
     {"serving", "corpus"},
     {"registration"},  # what `plume/__init__.py` uses

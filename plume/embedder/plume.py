@@ -22,6 +22,7 @@ from plume.checkpoints.damage import naming_damaged_files
 from plume.checkpoints.fingerprint import fingerprint
 from plume.checkpoints.folder import check_is_plume
 from plume.config import PlumeConfig
+from plume.embedder.classify import Labels, calibrated, similarities
 from plume.embedder.digests import media_keys
 from plume.embedder.encode import EncodeCall, Loaded, Window, converted, image_settings, limits_of
 from plume.embedder.precision import comparable
@@ -34,6 +35,7 @@ from plume.inputs.pages import Page
 from plume.inputs.processor import PlumeProcessor
 from plume.inputs.video import Video
 from plume.model.model import PlumeModel
+from plume.space.labels import SLOT, Calibration, Template, probabilities
 from plume.threads import slow_on_cpu
 from plume.tracing.trace import Trace, trace
 
@@ -577,3 +579,76 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
         if chosen:
             check_unicode(chosen, "the instruction")
         return chosen or ""
+
+    def classify(
+        self,
+        inputs: Inputs,
+        labels: Labels,
+        *,
+        templates: Sequence[Template] = (SLOT,),
+        instruction: str | None = None,
+        calibration: Calibration | None = None,
+        num_latent_steps: LatentSteps | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Probability of each label for each input, without training.
+
+        Args:
+            inputs: as for `encode`.
+            labels: what inputs may be, at least two different names; or a dict with examples of each, which are inputs
+                too.
+            templates: sentences about a label, in which "{}" is its name, or functions that write one; open_clip has
+                both. Several are averaged.
+            instruction: for the inputs; None takes the checkpoint's preset "classify", if it has one.
+            calibration: of `calibrate`. Without it exactly one label is taken to be right, at PLUME's temperature of
+                training, and probabilities say no more than which label is nearest: that none is right cannot be said.
+            num_latent_steps: K, as for `encode`; of a mapping, inputs take that of queries.
+            options: as for `encode`, for example `batch_size`.
+
+        Returns:
+            `[N, C]`, float32, columns in the order of the labels; `[C]` for a single input. Rows sum to 1, unless
+            the calibration judges each label on its own.
+
+        Raises:
+            InputError: an input that cannot be embedded.
+            ValueError: labels or templates that cannot be used.
+
+        Example:
+            >>> model = Plume(getfixture("plume_folder"), device="cpu")
+            >>> found = model.classify(["a red kite", "tea"], ["bird", "drink"], templates=["a photo of a {}.", "{}"])
+            >>> found.shape, found.sum(axis=1).round(4).tolist()
+            ((2, 2), [1.0, 1.0])
+        """
+        settings = {"templates": templates, "instruction": instruction, "num_latent_steps": num_latent_steps}
+        scores = similarities(self, inputs, labels, **settings, **options)
+        return probabilities(np.atleast_2d(scores), calibration or Calibration()).reshape(scores.shape)
+
+    def calibrate(
+        self,
+        inputs: Inputs,
+        labels: Labels,
+        answers: Sequence[str | Sequence[str]],
+        *,
+        templates: Sequence[Template] = (SLOT,),
+        instruction: str | None = None,
+        num_latent_steps: LatentSteps | None = None,
+        **options: Any,
+    ) -> Calibration:
+        """Fit what makes probabilities of `classify` come true as often as they say, to labelled inputs.
+
+        Args:
+            inputs: some 200 or more, like those that will be classified.
+            labels: as for `classify`.
+            answers: the right label of each input; or a list of its right labels, which may be empty: then `classify`
+                judges each label on its own.
+            templates: as for `classify`.
+            instruction: as for `classify`.
+            num_latent_steps: as for `classify`.
+            options: as for `classify`.
+
+        Raises:
+            InputError: an input that cannot be embedded.
+            ValueError: answers that are no labels, or labels or templates that cannot be used.
+        """
+        settings = {"templates": templates, "instruction": instruction, "num_latent_steps": num_latent_steps}
+        return calibrated(np.atleast_2d(similarities(self, inputs, labels, **settings, **options)), labels, answers)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,15 @@ from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.encode import pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
-from plume.inputs.item import Item
+from plume.inputs.item import Item, list_inputs
 from plume.search.filter import Filter
-from plume.search.rows import excerpt_of
-from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore, checked_condition
+from plume.search.query import Compiled, Like, compiled, inputs_of
+from plume.search.ranking import Cut, Hit, Ranking, hit_of, true_row
+from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore, checked_condition, quoted
 from plume.search.update import Report, update_store
-from plume.space.fusion import fuse
 
 #: Rows of format 1 have no texts; the next writer reads them.
 _FORMAT, _READ = 2, (1, 2)
-#: Candidates of each order of rows; as many for every page of results, whose orders must agree.
-_CANDIDATES = 1_200
-#: How often a search is done again where rows were compacted meanwhile, and have other numbers.
-_TRIES = 3
-#: What tells rows of one file apart, and whether they are of what is on disk.
-_OF_FILES = ("path", "page", "size", "mtime_ns")
 #: The weight of words, where they are given and their weight is not.
 _EQUAL = 0.5
 #: The file that says what made an index.
@@ -138,44 +131,6 @@ class Identity:
                     f"the {what} {where} was made with {made}; this call uses {asked}, whose vectors do not compare. "
                     f"Use the same, or make a new {what}"
                 )
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One row that a search found, best first.
-
-    score: cosine to the query, in [-1, 1].
-    text_score: how well its words match (BM25, larger is better); None: not at all, or they were not looked for.
-    fused: by what results are ordered, where words were looked for too (`plume.space.fusion`); None: by `score`.
-    excerpt: the beginning of its text; of a file that is there, the place where words that were looked for stand.
-    path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
-    changed: when the file was written last, in seconds since 1970.
-    row: number of the row, until the index is compacted. vector: `[dim]`.
-    """
-
-    score: float
-    text_score: float | None
-    fused: float | None
-    path: str
-    kind: str
-    page: int | None
-    num_pages: int | None
-    excerpt: str
-    thumbnail: bytes = field(repr=False)
-    root: str = field(repr=False)
-    changed: float = field(repr=False)
-    row: int = field(repr=False, compare=False)
-    vector: np.ndarray = field(repr=False, compare=False)
-
-    @property
-    def is_there(self) -> bool:
-        """Whether a file still is at this path; rows of tables that have none are always there."""
-        return self.path.startswith(TABLES) or os.path.isfile(self.path)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is said of a result, for JSON."""
-        names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
-        return {name: getattr(self, name) for name in names}
 
 
 class Index:
@@ -371,7 +326,7 @@ class Index:
     def search(
         self,
         query: Any,
-        plume: Plume,
+        plume: Plume | None = None,
         *,
         top_k: int = 10,
         where: str | None = None,
@@ -379,6 +334,8 @@ class Index:
         text: str | None = None,
         hybrid: float | None = None,
         exact: bool = False,
+        min_score: float | None = None,
+        cut: Cut | None = None,
         instruction: str | None = None,
         num_latent_steps: int | None = None,
     ) -> list[Hit]:
@@ -388,8 +345,9 @@ class Index:
         are those of a sample that is compared exactly; scores are exact in any case.
 
         Args:
-            query: one input, as for `Plume.encode`.
-            plume: the embedder that made the index.
+            query: one input, as for `Plume.encode`, or several that are joined by the classes of `plume.search.query`,
+                for example `All("a red kite", Not("night"))`, `Like(hit)`, `Mix((1, photo), (-0.5, "night"))`.
+            plume: the embedder that made the index; not needed for what is like rows of it.
             top_k: rows to return at most.
             where: a condition in SQL on path, kind, page, num_pages, excerpt, text, for example "kind = 'pdf'".
             filter: the same by typed fields; both must be met.
@@ -397,15 +355,22 @@ class Index:
             hybrid: the weight of words, from 0 to 1, beside that of vectors; orders are fused by rank. At 0.5 a row
                 that alone holds a rare word, such as the number of an invoice, comes first. None: 0.5 where `text` is
                 given, else 0.
-            exact: compare with every row of a large index too.
+            exact: compare with every row of a large index too. Without it a query of several parts looks at the rows
+                that are near to one of them.
+            min_score: rows whose cosine is smaller are left out. What is near differs from query to query, and most
+                between words and pictures.
+            cut: where results end. "auto": rows that do not stand out of the index, so that nothing may be left
+                (`plume.space.cutoff`); those that hold the words stay. "drop": the largest drop within the first 50.
             instruction: must be the index's; None takes it.
             num_latent_steps: must be the index's K of queries; None takes it.
 
         Raises:
             ValueError: another embedder, K or instruction than the index was made with, a condition that is not SQL,
-                no such weight, or words in an index that keeps no texts.
+                no such weight, words in an index that keeps no texts, parts that cannot be joined, or a cut that
+                cannot be made.
         """
-        self.check_embedder(plume)
+        if plume is not None:
+            self.check_embedder(plume)
         hybrid = (_EQUAL if text else 0.0) if hybrid is None else hybrid
         if not 0 <= hybrid <= 1:
             raise ValueError(f"hybrid is {hybrid}; expected the weight of words, from 0 to 1")
@@ -419,40 +384,37 @@ class Index:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
-        if hybrid and text is None:  # parsed once, for media may be far away
-            query = Item.parse(query, "the query", plume.plume_model.processor.limits)  # type: ignore[union-attr]
-            text = query.text
-        vector = plume.encode_query(
-            query,
-            instruction=request.query_instruction,
-            num_latent_steps=request.query_latent_steps,
-            **pixel_settings(plume.plume_model.processor, request.max_pixels),
-        )
-        if vector.ndim != 1:
-            raise InputError(
-                "the query", f"it is {len(vector)} inputs; expected one: a string, an image, a dict of several media"
-            )
-        vector = vector / np.linalg.norm(vector)
+        asked, words = self._compiled(query, plume, request, wants_words=bool(hybrid) and text is None)
         return self.nearest(
-            vector, top_k=top_k, where=where, filter=filter, text=text or "", hybrid=hybrid, exact=exact
+            asked,
+            top_k=top_k,
+            where=where,
+            filter=filter,
+            text=words if text is None else text,
+            hybrid=hybrid,
+            exact=exact,
+            min_score=min_score,
+            cut=cut,
         )
 
     def nearest(
         self,
-        vector: np.ndarray,
+        asked: Compiled,
         *,
         top_k: int = 10,
+        offset: int = 0,
         where: str | None = None,
         filter: Filter | None = None,
         text: str = "",
         hybrid: float = 0.0,
         exact: bool = False,
-        offset: int = 0,
+        min_score: float | None = None,
+        cut: Cut | None = None,
     ) -> list[Hit]:
-        """The rows nearest to a vector, best first.
+        """The rows that are best by what a query asks of them, best first.
 
         Args:
-            vector: `[dim]`, of unit length.
+            asked: the query, whose parts have been embedded.
             top_k: rows to return at most.
             offset: better rows that are left out.
             where: see `search`.
@@ -460,49 +422,87 @@ class Index:
             text: words to look for as well.
             hybrid: their weight, see `search`.
             exact: see `search`.
+            min_score: see `search`.
+            cut: see `search`.
 
         Raises:
-            ValueError: a condition that is not SQL, or words in an index that keeps no texts.
+            ValueError: a condition that is not SQL, words in an index that keeps no texts, or a cut that cannot be
+                made.
         """
+        conditions = [] if where is None else [where]
         if filter is not None and filter.condition is not None:
-            where = filter.condition if where is None else f"{checked_condition(where)} AND {filter.condition}"
-        if hybrid and text.strip():
-            for left in reversed(range(_TRIES)):
-                order = self._fused(vector, text, hybrid, max(offset + top_k, _CANDIDATES), where, exact)
-                best = order[offset : offset + top_k]
-                whole = self.store.numbered([row["_rowid"] for row in best], with_texts=True)
-                if len(whole) == len(best) or not left:
-                    return [_told(row, whole[row["_rowid"]], text) for row in best if row["_rowid"] in whole]
-        limit = count = offset + top_k
-        while True:
-            rows = self.store.nearest(vector, limit, where, exact=exact)
-            true = _true_rows(rows)
-            if len(true) >= count or len(rows) < limit:
-                return [_hit(row) for row in sorted(true, key=lambda row: row["_distance"])[offset:count]]
-            limit *= 2
+            conditions.append(filter.condition)
+        if asked.contents:
+            conditions.append(f"sha256 NOT IN ({', '.join(map(quoted, sorted(asked.contents)))})")
+        ranking = Ranking(
+            store=self.store,
+            asked=asked,
+            where=" AND ".join(map(checked_condition, conditions)) if conditions[1:] else (conditions or [None])[0],
+            text=text,
+            hybrid=hybrid,
+            exact=exact,
+            min_score=min_score,
+            cut=cut,
+        )
+        return ranking.hits(top_k, offset)
 
-    def _fused(
-        self, vector: np.ndarray, text: str, hybrid: float, limit: int, where: str | None, exact: bool
-    ) -> list[dict[str, Any]]:
-        """Rows that are nearest to a vector and those that hold words, in one order, without most of their columns."""
-        near = self.store.nearest(vector, limit, where, exact=exact, columns=_OF_FILES)
-        rows = {row["_rowid"]: {**row, "cosine": 1 - row["_distance"]} for row in near}
-        matching = self.store.matching(text, limit, where, columns=_OF_FILES)
-        for number, own in self.store.vectors([row["_rowid"] for row in matching if row["_rowid"] not in rows]).items():
-            rows[number] = {"cosine": float(own @ vector / np.linalg.norm(own))}
-        for row in matching:
-            if row["_rowid"] in rows:  # else it has gone meanwhile
-                rows[row["_rowid"]] |= row
-        true = _true_rows(list(rows.values()))
-        cosines = np.array([row["cosine"] for row in true])
-        fused = fuse([cosines, np.array([row.get("_score", np.nan) for row in true])], [1 - hybrid, hybrid])
-        scored = [{**row, "fused": float(score)} for row, score in zip(true, fused, strict=True)]
-        return sorted(scored, key=lambda row: (-row["fused"], -row["cosine"], row["path"], row["page"]))
+    def _compiled(
+        self, query: Any, plume: Plume | None, identity: Identity, *, wants_words: bool
+    ) -> tuple[Compiled, str]:
+        """What a query asks of rows, and the words of what is wanted."""
+        inputs = list(inputs_of(query))
+        if not inputs:
+            return compiled(query, [], self._row_of), ""
+        if plume is None:
+            raise ValueError("the query has to be embedded; pass the embedder that made the index")
+        processor = plume.plume_model.processor
+        parts, words = [], []
+        for number, (part, is_wanted) in enumerate(inputs):
+            name = "the query" if len(inputs) == 1 else f"part {number + 1} of the query"
+            one, is_single = list_inputs(part)
+            if not is_single:
+                count = len(one)
+                raise InputError(
+                    name, f"it is {count} inputs; expected one: a string, an image, a dict of several media"
+                )
+            if wants_words:  # parsed once, for media may be far away
+                part = Item.parse(part, name, processor.limits)  # type: ignore[union-attr]
+                words += [part.text] if is_wanted else []
+            parts.append(part)
+        vectors = plume.encode_query(
+            parts,
+            instruction=identity.query_instruction,
+            num_latent_steps=identity.query_latent_steps,
+            **pixel_settings(processor, identity.max_pixels),
+        )
+        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return compiled(query, list(units), self._row_of), " ".join(words)
+
+    def _row_of(self, like: Like) -> tuple[np.ndarray, str]:
+        """The vector and the content of a row.
+
+        Raises:
+            ValueError: there is no such row, or its page is not said.
+        """
+        path = like.of.path if isinstance(like.of, Hit) else str(like.of)
+        page = like.of.page if isinstance(like.of, Hit) and like.page is None else like.page
+        if not path.startswith(TABLES):
+            path = str(Path(path).resolve())
+        rows = self.store.rows_at(path)
+        pages = sorted({row["page"] for row in rows})
+        if page is None and len(pages) > 1:
+            raise ValueError(f"{path} has {len(pages)} pages; say which one, as Like({path!r}, page=1)")
+        if not (rows := [row for row in rows if page is None or row["page"] == page]):
+            what = path if page is None else f"page {page} of {path}"
+            raise ValueError(f"{what} is not in the index {self.path}; index it first, or search with it as an input")
+        row = true_row(rows)
+        vector = np.asarray(row["vector"], dtype=np.float32)
+        return vector / np.linalg.norm(vector), row["sha256"]
 
     def row(self, number: int) -> Hit | None:
         """The row of a number, without a score; None where there is none any more."""
         found = self.store.numbered([number]).get(number)
-        return None if found is None else _hit({**found, "_distance": np.nan})
+        return None if found is None else hit_of(found)
 
 
 def _check_free(path: Path) -> None:
@@ -539,51 +539,3 @@ def _begin(path: Path, identity: Identity) -> None:
     shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
     RowStore(path, identity.dim, must_be_new=True)
     temporary.replace(path / IDENTITY)
-
-
-def _true_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of each file or page: in an index that is being brought up to date a changed one has two."""
-    doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        doubles[row["path"], row["page"]].append(row)
-    return list(map(_true_row, doubles.values()))
-
-
-def _true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of one file, the one that its size and time on disk belong to; else the one changed last."""
-    if len(rows) == 1:
-        return rows[0]
-    try:
-        stat = os.stat(rows[0]["path"])
-        on_disk = stat.st_size, stat.st_mtime_ns
-    except OSError:
-        on_disk = None
-    return max(rows, key=lambda row: ((row["size"], row["mtime_ns"]) == on_disk, row["mtime_ns"]))
-
-
-def _told(row: dict[str, Any], whole: dict[str, Any], words: str) -> Hit:
-    """A row of a fused order. Its excerpt is where words stand if who asks can open the file, else its beginning."""
-    hit = _hit({**whole, "_distance": 1 - row["cosine"]})
-    hit = replace(hit, text_score=row.get("_score"), fused=row["fused"])
-    if hit.text_score is None or not whole["text"] or hit.root.startswith(TABLES) or not hit.is_there:
-        return hit
-    return replace(hit, excerpt=excerpt_of(whole["text"], words))
-
-
-def _hit(row: dict[str, Any]) -> Hit:
-    is_page = row["page"] > 0
-    return Hit(
-        score=1 - row["_distance"],
-        text_score=None,
-        fused=None,
-        path=row["path"],
-        kind=row["kind"],
-        page=row["page"] if is_page else None,
-        num_pages=row["num_pages"] if is_page else None,
-        excerpt=row["excerpt"],
-        thumbnail=row["thumbnail"],
-        root=row["root"],
-        changed=row["mtime_ns"] / 1e9,
-        row=row["_rowid"],
-        vector=np.asarray(row["vector"], dtype=np.float32),
-    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from plume.search.index import Hit
+from plume.search.ranking import Hit
 
 _PAGE = """<!doctype html>
 <html lang="en">

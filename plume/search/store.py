@@ -80,6 +80,7 @@ class RowStore:
         self._table = _trying(path, table)
         self._schema = self._table.schema  # tables of older versions declare no key
         self._num_new = 0  # rows since they have been joined
+        self._sample: tuple[int, int, np.ndarray] | None = None  # of a version
 
     @property
     def has_texts(self) -> bool:
@@ -343,6 +344,43 @@ class RowStore:
 
         return self._read_where(select, where)
 
+    def cosines(self, vectors: np.ndarray, where: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of all rows `[N]`, and the cosines of some unit vectors `[C, dim]` to them, `[C, N]`.
+
+        Raises:
+            ValueError: the condition is not SQL.
+        """
+
+        def scan(table: Any) -> tuple[np.ndarray, np.ndarray]:
+            search = table.search().select(["vector"]).with_row_id(True).limit(None)
+            search = search if where is None else search.where(checked_condition(where))
+            numbers, cosines = [np.empty(0, dtype=np.int64)], [np.empty((len(vectors), 0), dtype=np.float32)]
+            for batch in search.to_batches():
+                rows = batch["vector"].flatten().to_numpy().reshape(-1, self.dim)
+                numbers.append(batch["_rowid"].to_numpy().astype(np.int64))
+                cosines.append(vectors @ rows.T / np.linalg.norm(rows, axis=1))
+            return np.concatenate(numbers), np.concatenate(cosines, axis=1)
+
+        return self._read_where(scan, where)
+
+    def sample(self, count: int) -> np.ndarray:
+        """Vectors of rows at even distances, `[count, dim]` at most; the same until the index changes."""
+
+        def select(table: Any) -> np.ndarray:
+            if self._sample is None or self._sample[:2] != (table.version, count):
+                num_rows = table.count_rows()
+                places = np.linspace(0, num_rows, min(count, num_rows), endpoint=False).astype(int).tolist()
+                found = table.take_offsets(places).select(["vector"]).to_arrow() if places else None
+                rows = [] if found is None else found["vector"].combine_chunks().flatten().to_numpy()
+                self._sample = table.version, count, np.reshape(rows, (-1, self.dim)).astype(np.float32)
+            return self._sample[2]
+
+        return self._read(select)
+
+    def rows_at(self, path: str) -> list[dict[str, Any]]:
+        """The rows of a file: page, content, vector, and what they know of the file on disk."""
+        return self._rows_where(f"path = {quoted(path)}", ["path", "page", "size", "mtime_ns", "sha256", "vector"])
+
     def vectors(self, numbers: Sequence[int]) -> dict[int, np.ndarray]:
         """Vectors `[dim]` of rows by the numbers that `nearest` and `matching` gave."""
 
@@ -381,9 +419,11 @@ class RowStore:
 
         return self._read(count)
 
-    def numbered(self, numbers: Sequence[int], *, with_texts: bool = False) -> dict[int, dict[str, Any]]:
+    def numbered(
+        self, numbers: Sequence[int], *, with_texts: bool = False, columns: Sequence[str] | None = None
+    ) -> dict[int, dict[str, Any]]:
         """Rows by the numbers that `nearest` gave; without those that are gone, or were compacted."""
-        told = [name for name in self._schema.names if with_texts or name != "text"]
+        told = list(columns or (name for name in self._schema.names if with_texts or name != "text"))
 
         def select(table: Any) -> list[dict[str, Any]]:
             search = table.search().where(_numbered(numbers)).with_row_id(True).select(told)

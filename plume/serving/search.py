@@ -25,7 +25,9 @@ from plume.checkpoints.fingerprint import fingerprint
 from plume.embedder.plume import Plume
 from plume.inputs.file_kinds import Kind
 from plume.search.filter import Filter
-from plume.search.index import Hit, Index
+from plume.search.index import Index
+from plume.search.query import Compiled
+from plume.search.ranking import Hit
 from plume.search.store import TABLES, IndexStorageError
 from plume.serving.batcher import Entry
 from plume.serving.errors import RequestError, wrong
@@ -209,7 +211,7 @@ class Searcher:
 
         def look() -> dict[str, Any]:
             hits = self.index.nearest(
-                vector,
+                Compiled.of(vector),
                 top_k=request.top_k,
                 offset=request.offset,
                 filter=request.filter,

@@ -1,1 +1,1 @@
-"""Operations on vectors: labels without training. Start with `zero_shot.py`."""
+"""Operations on vectors, without a model or a file: sums, logic, cut-offs, orders, labels. Each file stands alone."""

@@ -23,7 +23,7 @@ from einops import rearrange
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
-from plume.space.zero_shot import check_templates, mean_directions
+from plume.space.labels import check_templates, label_vectors
 from plume.version import __version__
 from plume_eval.metrics import bootstrap
 from plume_eval.mmeb.content import Content, Keys
@@ -257,7 +257,9 @@ class Evaluation:
         names = list(data.candidates)
         sentences, sentence_errors, _ = self._collect(sides[1])
         count = len(sentences) // len(names)
-        candidates = mean_directions(rearrange(sentences, "(n t) d -> n t d", t=count)) if count > 1 else sentences
+        candidates = sentences
+        if count > 1:
+            candidates = torch.from_numpy(label_vectors(rearrange(sentences.numpy(), "(n t) d -> n t d", t=count)))
         candidate_errors = [
             next(filter(None, sentence_errors[start : start + count]), None)
             for start in range(0, len(sentences), count)

@@ -19,6 +19,7 @@ from plume.inputs.pages import pages
 from plume.search.filter import Filter
 from plume.search.folder import digest
 from plume.search.index import Index
+from plume.search.query import Compiled
 from plume.search.rows import excerpt_of
 from plume.search.store import TABLE, RowStore
 from plume.search.update import read_texts
@@ -314,10 +315,10 @@ def test_rows_of_tables_keep_their_excerpt_and_show_no_more(plume, tmp_path):
 def test_pages_of_results_are_of_one_order(index, plume):
     vector = plume.encode_query("the INV-00042 kite")
     asked = {"text": "kite", "hybrid": 0.5}
-    whole = [(hit.path, hit.page) for hit in index.nearest(vector, top_k=46, **asked)]
-    parts = [index.nearest(vector, top_k=7, offset=start, **asked) for start in range(0, 46, 7)]
+    whole = [(hit.path, hit.page) for hit in index.nearest(Compiled.of(vector), top_k=46, **asked)]
+    parts = [index.nearest(Compiled.of(vector), top_k=7, offset=start, **asked) for start in range(0, 46, 7)]
     assert [(hit.path, hit.page) for part in parts for hit in part] == whole
-    plain = [index.nearest(vector, top_k=7, offset=start) for start in range(0, 46, 7)]
+    plain = [index.nearest(Compiled.of(vector), top_k=7, offset=start) for start in range(0, 46, 7)]
     assert len({(hit.path, hit.page) for part in plain for hit in part}) == len(whole) == 46
 
 

@@ -1,0 +1,74 @@
+"""What inputs are, by labels or by examples, without training; the formulas are in `plume.space.labels`.
+
+Letters: N inputs, C labels, t sentences or examples, D length of a vector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from plume.space.labels import SLOT, Calibration, Template, calibrate, check_templates, label_vectors, sentence
+
+#: Labelled inputs below which a fitted temperature is rough.
+_FEW = 200
+
+Labels = Sequence[str] | Mapping[str, Sequence[Any]]
+"""Names of labels, or examples of each."""
+
+
+def similarities(
+    model: Any,
+    inputs: Any,
+    labels: Labels,
+    *,
+    templates: Sequence[Template],
+    instruction: str | None,
+    num_latent_steps: Any,
+    **options: Any,
+) -> np.ndarray:
+    """Cosines of inputs to labels, `[N, C]`; `[C]` for a single input. See `Plume.classify`; `model` is one."""
+    if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"labels must be at least two different names; received {labels!r:.80}")
+    check_templates(templates)
+    shared = {**options, "num_latent_steps": num_latent_steps, "convert_to_numpy": True}
+    preset = {"prompt_name": "classify"} if instruction is None and "classify" in model.prompts else {}
+    as_inputs = {"task": "query", "instruction": instruction, **preset, **shared}
+    if isinstance(labels, Mapping):
+        if list(templates) != [SLOT]:
+            raise ValueError("templates are for names of labels; these labels are given by examples")
+        if empty := [name for name, examples in labels.items() if isinstance(examples, str) or not len(examples)]:
+            raise ValueError(f"label {empty[0]!r} has no list of examples; give at least one")
+        examples = model.encode([one for group in labels.values() for one in group], **as_inputs)
+        ends = np.cumsum([len(group) for group in labels.values()])
+        groups = np.split(examples, ends[:-1])
+        vectors = np.concatenate([label_vectors(group[None]) for group in groups])
+    else:
+        sentences = [sentence(template, label) for label in labels for template in templates]
+        told = model.encode(sentences, task="document", **shared)
+        vectors = label_vectors(told.reshape(len(labels), len(templates), told.shape[-1]))
+    return model.encode(inputs, **as_inputs) @ vectors.T
+
+
+def calibrated(scores: np.ndarray, labels: Labels, answers: Sequence[str | Sequence[str]]) -> Calibration:
+    """From similarities `[N, C]` and the right label of each input, or its right labels; see `Plume.calibrate`."""
+    numbers = {name: number for number, name in enumerate(labels)}
+    rows = [[one] if isinstance(one, str) else list(one) for one in answers]
+    if unknown := {name for row in rows for name in row} - set(numbers):
+        raise ValueError(f"{min(unknown)!r} is an answer and no label; labels are {', '.join(numbers)}")
+    if len(rows) != len(scores):
+        raise ValueError(f"there are {len(rows)} answers for {len(scores)} inputs; expected one for each")
+    if len(rows) < _FEW:
+        warnings.warn(
+            f"plume: {len(rows)} labelled inputs; probabilities that are fitted to fewer than {_FEW} are rough",
+            stacklevel=4,
+        )
+    if all(isinstance(one, str) for one in answers):
+        return calibrate(scores, np.array([numbers[row[0]] for row in rows]))
+    is_right = np.zeros((len(rows), len(numbers)), dtype=bool)
+    for row, names in enumerate(rows):
+        is_right[row, [numbers[name] for name in names]] = True
+    return calibrate(scores, is_right)

@@ -1,0 +1,312 @@
+"""One search: from what a query asks of rows to the hits that are shown, best first.
+
+In order, each where it is asked for: rows by their vectors (nearest, or by how well they meet several clauses), rows
+by their words, both in one order, and the cut.
+
+Letters: C clauses, N rows, M rows of the sample, D length of a vector.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from plume.search.query import Compiled
+from plume.search.rows import excerpt_of
+from plume.search.store import APPROXIMATE_FROM, TABLES, RowStore
+from plume.space.cutoff import before_largest_drop, least_relevance, relevance
+from plume.space.fusion import fuse
+from plume.space.logic import standardised
+
+Cut = Literal["auto", "drop"]
+"""Where results end: where rows do not stand out of the index any more, or at the largest drop of the first ones."""
+
+#: Candidates of each order of rows; as many for every page of results, whose orders must agree.
+_CANDIDATES = 1_200
+#: Rows among which the largest drop is looked for.
+_DROP_WITHIN = 50
+#: Rows that say what cosines are usual.
+_SAMPLE = 4_096
+#: Rows nearer to a part of an analogy than this hold the same.
+_SAME = 0.999
+#: How often a search is done again where rows were compacted meanwhile, and have other numbers.
+_TRIES = 3
+#: What tells rows of one file apart, and whether they are of what is on disk.
+_OF_FILES = ("path", "page", "size", "mtime_ns")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One row that a search found, best first.
+
+    score: cosine to the query, in [-1, 1]; of several parts, to the mean of those that are wanted.
+    path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
+    excerpt: the beginning of its text; of a file that is there, the place where words that were looked for stand.
+    changed: when the file was written last, in seconds since 1970.
+    row: number of the row, until the index is compacted. vector: `[D]`.
+
+    Of stages that the search had, else None:
+    parts: cosine to each part of `All`, `Any` and `Not`, in their order.
+    logic: how well it meets them together, in standard deviations of the index (`plume.space.logic`).
+    relevance: how far it stands out of the index, in robust standard deviations (`plume.space.cutoff`).
+    text_score: how well its words match (BM25, larger is better); None also where they do not at all.
+    fused: by what results are ordered, where words were looked for too (`plume.space.fusion`).
+    """
+
+    score: float
+    path: str
+    kind: str
+    page: int | None
+    num_pages: int | None
+    excerpt: str
+    thumbnail: bytes = field(repr=False)
+    root: str = field(repr=False)
+    changed: float = field(repr=False)
+    row: int = field(repr=False, compare=False)
+    vector: np.ndarray = field(repr=False, compare=False)
+    parts: tuple[float, ...] | None = None
+    logic: float | None = None
+    relevance: float | None = None
+    text_score: float | None = None
+    fused: float | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a file still is at this path; rows of tables that have none are always there."""
+        return self.path.startswith(TABLES) or os.path.isfile(self.path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is said of a result, for JSON; parts, logic and relevance where the search had them."""
+        names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
+        extras = {name: getattr(self, name) for name in ("parts", "logic", "relevance")}
+        return {name: getattr(self, name) for name in names} | {
+            name: value for name, value in extras.items() if value is not None
+        }
+
+
+@dataclass(kw_only=True)
+class Ranking:
+    """Rows of an index in the order of a query; read `hits` first.
+
+    where: a condition in SQL. text: words to look for as well. hybrid: their weight.
+    exact: compare with every row of a large index too. min_score: rows of a smaller cosine are left out.
+    """
+
+    store: RowStore
+    asked: Compiled
+    where: str | None
+    text: str
+    hybrid: float
+    exact: bool
+    min_score: float | None
+    cut: Cut | None
+    _scan: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __post_init__(self):
+        """Refuse what does not go together.
+
+        Raises:
+            ValueError: there is no such cut, or it needs one order of scores.
+        """
+        self.has_words = bool(self.hybrid and self.text.strip())
+        if self.cut not in (None, "auto", "drop"):
+            raise ValueError(f'cut is {self.cut!r}; expected "auto", "drop" or None')
+        if self.cut == "drop" and self.has_words:
+            raise ValueError('cut="drop" looks at one order of scores, and words give a second; use cut="auto"')
+
+    def hits(self, top_k: int, offset: int = 0) -> list[Hit]:
+        """The best rows that are left, after the first `offset`.
+
+        Raises:
+            ValueError: a condition that is not SQL, words in an index that keeps no texts, or a cut in an index that is
+                too small for it.
+        """
+        left = _TRIES
+        while True:
+            self._scan = None
+            rows = self._ranked(offset + top_k)[offset : offset + top_k]
+            lacking = [row["_rowid"] for row in rows if "vector" not in row]
+            whole = self.store.numbered(lacking, with_texts=True) if lacking else {}
+            left -= 1
+            if len(whole) == len(lacking) or not left:
+                full = ((row, row if "vector" in row else whole.get(row["_rowid"])) for row in rows)
+                return [self._hit(row, columns) for row, columns in full if columns is not None]
+
+    def _ranked(self, count: int) -> list[dict[str, Any]]:
+        if self.has_words:
+            return self._kept(self._fused(max(count, _CANDIDATES)))
+        return self._kept(self._by_vectors(max(count, _DROP_WITHIN) if self.cut == "drop" else count))
+
+    def _by_vectors(self, count: int) -> list[dict[str, Any]]:
+        limit = count
+        while True:
+            rows = self._candidates(limit, columns=None)
+            true = self._without_avoided(_true_rows(rows))
+            if len(true) >= count or len(rows) < limit:
+                return sorted(true, key=lambda row: (-_value(row), row["path"], row["page"]))[:count]
+            limit *= 2
+
+    def _candidates(self, limit: int, columns: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Rows that are best by their vectors, as many as there are up to a limit."""
+        if self.asked.joined is not None:
+            return self._meeting(limit)
+        rows = self.store.nearest(self.asked.direction, limit, self.where, exact=self.exact, columns=columns)
+        return [{**row, "cosine": 1 - row["_distance"]} for row in rows]
+
+    def _meeting(self, limit: int) -> list[dict[str, Any]]:
+        """Rows that meet several clauses best."""
+        numbers, cosines = self._cosines()
+        if not len(numbers):
+            return []
+        scored = self._scored(cosines)
+        best = np.argsort([-one["logic"] for one in scored], kind="stable")[:limit]
+        rows = self.store.numbered([int(numbers[at]) for at in best], columns=_OF_FILES)
+        return [{**rows[number], **scored[at]} for at in best if (number := int(numbers[at])) in rows]
+
+    @property
+    def _vectors(self) -> np.ndarray:
+        """What rows are compared with: the clauses and, where they are joined, their direction behind them."""
+        is_joined = self.asked.joined is not None
+        return np.vstack([self.asked.clauses, self.asked.direction]) if is_joined else self.asked.clauses
+
+    def _cosines(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of rows `[N]`, and the cosines of `_vectors` to them.
+
+        In a large index rows are those that are near to one of the vectors.
+        """
+        if self._scan is not None:
+            return self._scan
+        vectors = self._vectors
+        if self.exact or len(self.store) < APPROXIMATE_FROM:
+            self._scan = self.store.cosines(vectors, self.where)
+            return self._scan
+        near: set[int] = set()
+        for vector in vectors:
+            near |= {row["_rowid"] for row in self.store.nearest(vector, _CANDIDATES, self.where, columns=("page",))}
+        rows = self.store.vectors(sorted(near))
+        self._scan = np.array(list(rows), dtype=np.int64), cosines_of(vectors, np.stack(list(rows.values())))
+        return self._scan
+
+    @cached_property
+    def _usual(self) -> np.ndarray:
+        """Cosines of `_vectors` to a sample of all rows, `[.., M]`."""
+        return cosines_of(self._vectors, self.store.sample(_SAMPLE))
+
+    def _scored(self, cosines: np.ndarray) -> list[dict[str, Any]]:
+        """What is said of rows by the cosines of `_vectors` to them."""
+        if self.asked.joined is None:
+            return [{"cosine": float(cosine)} for cosine in cosines[0]]
+        values = self.asked.joined(standardised(cosines[:-1], self._usual[:-1]))
+        return [
+            {"cosine": float(cosine), "parts": tuple(map(float, parts)), "logic": float(value)}
+            for cosine, parts, value in zip(cosines[-1], cosines[:-1].T, values, strict=True)
+        ]
+
+    def _fused(self, limit: int) -> list[dict[str, Any]]:
+        """Rows that are best by their vectors and those that hold words, in one order."""
+        rows = {row["_rowid"]: row for row in self._candidates(limit, columns=_OF_FILES)}
+        matching = self.store.matching(self.text, limit, self.where, columns=_OF_FILES)
+        if others := self.store.vectors([row["_rowid"] for row in matching if row["_rowid"] not in rows]):
+            scored = self._scored(cosines_of(self._vectors, np.stack(list(others.values()))))
+            rows |= dict(zip(others, scored, strict=True))
+        for row in matching:
+            if row["_rowid"] in rows:  # else it has gone meanwhile
+                rows[row["_rowid"]] |= row
+        true = self._without_avoided(_true_rows(list(rows.values())))
+        by_vectors = np.array([_value(row) for row in true])
+        by_words = np.array([row.get("_score", np.nan) for row in true])
+        fused = fuse([by_vectors, by_words], [1 - self.hybrid, self.hybrid])
+        scored = [{**row, "fused": float(score)} for row, score in zip(true, fused, strict=True)]
+        return sorted(scored, key=lambda row: (-row["fused"], -_value(row), row["path"], row["page"]))
+
+    def _without_avoided(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that do not hold nearly what a part of an analogy holds."""
+        if not len(self.asked.avoided) or not rows:
+            return rows
+        vectors = self.store.vectors([row["_rowid"] for row in rows])
+        near = cosines_of(self.asked.avoided, np.stack(list(vectors.values()))).max(axis=0)
+        same = {number for number, cosine in zip(vectors, near, strict=True) if cosine > _SAME}
+        return [row for row in rows if row["_rowid"] not in same]
+
+    def _kept(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows before the cut; those that hold the words are kept where it is by relevance."""
+        least = max(self.asked.least, -np.inf if self.min_score is None else self.min_score)
+        rows = [row for row in rows if row["cosine"] >= least]
+        if self.cut == "drop":
+            return rows[: before_largest_drop(np.array([_value(row) for row in rows[:_DROP_WITHIN]]))]
+        if self.cut is None or not rows:
+            return rows
+        usual = np.array([_value(row) for row in self._scored(self._usual)])
+        stands_out = relevance(np.array([_value(row) for row in rows]), usual)
+        bound = least_relevance(len(self.store))
+        told = [{**row, "relevance": float(one)} for row, one in zip(rows, stands_out, strict=True)]
+        return [row for row in told if row["relevance"] >= bound or "_score" in row]
+
+    def _hit(self, row: dict[str, Any], whole: dict[str, Any]) -> Hit:
+        """A hit. Its excerpt is where words stand if who asks can open the file, else its beginning."""
+        hit = replace(
+            hit_of(whole),
+            score=row["cosine"],
+            parts=row.get("parts"),
+            logic=row.get("logic"),
+            relevance=row.get("relevance"),
+            text_score=row.get("_score"),
+            fused=row.get("fused"),
+        )
+        if hit.text_score is None or not whole["text"] or hit.root.startswith(TABLES) or not hit.is_there:
+            return hit
+        return replace(hit, excerpt=excerpt_of(whole["text"], self.text))
+
+
+def cosines_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cosines of unit vectors `[C, D]` to rows of any length `[N, D]`, `[C, N]`."""
+    return vectors @ rows.T / np.linalg.norm(rows, axis=1)
+
+
+def hit_of(row: dict[str, Any]) -> Hit:
+    """A row as it is in the index, without a score."""
+    is_page = row["page"] > 0
+    return Hit(
+        score=np.nan,
+        path=row["path"],
+        kind=row["kind"],
+        page=row["page"] if is_page else None,
+        num_pages=row["num_pages"] if is_page else None,
+        excerpt=row["excerpt"],
+        thumbnail=row["thumbnail"],
+        root=row["root"],
+        changed=row["mtime_ns"] / 1e9,
+        row=row["_rowid"],
+        vector=np.asarray(row["vector"], dtype=np.float32),
+    )
+
+
+def _value(row: dict[str, Any]) -> float:
+    """By what a row is ordered without words."""
+    return row["logic"] if "logic" in row else row["cosine"]
+
+
+def _true_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each file or page: in an index that is being brought up to date a changed one has two."""
+    doubles: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        doubles[row["path"], row["page"]].append(row)
+    return list(map(true_row, doubles.values()))
+
+
+def true_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of one file, the one that its size and time on disk belong to; else the one changed last."""
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        stat = os.stat(rows[0]["path"])
+        on_disk = stat.st_size, stat.st_mtime_ns
+    except OSError:
+        on_disk = None
+    return max(rows, key=lambda row: ((row["size"], row["mtime_ns"]) == on_disk, row["mtime_ns"]))
