@@ -1,6 +1,6 @@
 """`python -m plume`: the command `plume`."""
 
-from plume.cli import main
+from plume.cli.main import main
 
 if __name__ == "__main__":
     main()

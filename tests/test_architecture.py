@@ -179,7 +179,7 @@ def test_no_file_is_a_drawer():
 @pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"]], ids=" ".join)
 def test_a_command_answers_without_loading_what_it_does_not_need(arguments):
     code = (
-        "import sys; from plume.cli import app; sys.argv = ['plume', *sys.argv[1:]]\n"
+        "import sys; from plume.cli.main import app; sys.argv = ['plume', *sys.argv[1:]]\n"
         "try: app()\n"
         "finally: print('loaded', *sys.modules)"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from plume.cli import app
+from plume.cli.main import app
 from plume_eval.hops.make import write_examples
 from tests.plume.checkpoints.test_published import save_published
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any as Part
 
 import numpy as np
@@ -231,14 +230,48 @@ def _all_but(wanted: list[np.ndarray], unwanted: list[np.ndarray]) -> np.ndarray
     return z
 
 
-def like(text: str) -> Like:
+def row_like(text: str) -> Like:
     """A row by the path of its file, and where "#page=3" follows, by its page.
 
     Example:
-        >>> like("/data/bills.pdf#page=3")
+        >>> row_like("/data/bills.pdf#page=3")
         Like(of='/data/bills.pdf', page=3)
     """
     path, sign, page = text.rpartition("#page=")
-    if sign and page.isascii() and page.isdigit():
-        return Like(str(Path(path).resolve()), int(page))
-    return Like(str(Path(text).resolve()))
+    return Like(path, int(page)) if sign and page.isascii() and page.isdigit() else Like(text)
+
+
+def joined_query(
+    query: Part,
+    *,
+    like: str | None = None,
+    minus: Sequence[str] | None = None,
+    also: Sequence[str] | None = None,
+    either: Sequence[str] | None = None,
+    none: Sequence[str] | None = None,
+) -> Part:
+    """A query by what a form asks: (query or others) and all of these and none of those.
+
+    Args:
+        query: an input; empty: there is none.
+        like: a row that results are like; with an input, both count alike.
+        minus: texts to go away from, with half of the weight.
+        also: texts that must fit too.
+        either: texts that may fit instead.
+        none: texts that must not fit.
+
+    Example:
+        >>> query = joined_query("a kite", either=["a bird"], none=["night"])
+        >>> [(part, is_wanted) for part, is_wanted in inputs_of(query)]
+        [('a kite', True), ('a bird', True), ('night', False)]
+    """
+    rows = [] if like is None else [row_like(like)]
+    parts = [*([query] if query else []), *rows]
+    whole = parts[0] if len(parts) == 1 and not minus else Mix(*((1, part) for part in parts), *_away(minus))
+    if either:
+        whole = Any(whole, *either)
+    return All(whole, *(also or ()), *map(Not, none or ())) if also or none else whole
+
+
+def _away(texts: Sequence[str] | None) -> list[tuple[float, str]]:
+    return [(-0.5, text) for text in texts or ()]

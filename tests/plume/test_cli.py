@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume, pages
-from plume.cli import app
+from plume.cli.main import app
 from tests.mixed import write_clip
 
 

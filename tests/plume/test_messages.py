@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plume import cli
 from plume.checkpoints.place import check_place, stay_offline_without_network
+from plume.cli import main as cli
 from plume.terminal import missing
 from plume_eval import __main__ as evaluation
 from tests.processes import run
@@ -116,7 +116,7 @@ def test_a_name_is_a_path_where_its_first_part_is_a_folder(files):
 @pytest.mark.parametrize("words", [["encode", "nosuch.png"], ["encode", "note.txt", "--model", "a/b/c"], ["--version"]])
 def test_what_is_wrong_is_said_before_anything_is_loaded(files, words):
     code = (
-        "import sys; from plume.cli import main; sys.argv = ['plume', *sys.argv[1:]]\n"
+        "import sys; from plume.cli.main import main; sys.argv = ['plume', *sys.argv[1:]]\n"
         "try: main()\n"
         "finally: print('loaded', *sys.modules)"
     )
@@ -209,7 +209,7 @@ def test_python_m_plume_is_the_command(files):
 _WITHOUT = """
 import sys
 sys.modules[sys.argv.pop(1)] = None  # as if it were not installed
-from plume.cli import main
+from plume.cli.main import main
 sys.argv[0] = "plume"
 main()
 """

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from plume import Plume, PlumeModel
 from plume.checkpoints.fingerprint import fingerprint
-from plume.cli import app
+from plume.cli.main import app
 from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume_train.config import PlumeTrainingArguments
 from plume_train.run import load_model

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume
-from plume.cli import app
+from plume.cli.main import app
 from plume.corpus import commit as committing
 from plume.corpus import work
 from plume.corpus.commit import commit
@@ -473,7 +473,9 @@ def test_nothing_but_one_module_imports_ray():
     root = Path(__file__).parents[3] / "plume"
     users = [file.name for file in root.rglob("*.py") if "import ray" in file.read_text(encoding="utf-8")]
     assert users == ["on_ray.py"]
-    found = run_command([sys.executable, "-c", "import sys, plume.cli, plume.corpus.work; print('ray' in sys.modules)"])
+    found = run_command(
+        [sys.executable, "-c", "import sys, plume.cli.main, plume.corpus.work; print('ray' in sys.modules)"]
+    )
     assert found.stdout.strip() == "False"
 
 

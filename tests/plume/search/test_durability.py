@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume
-from plume.cli import app
+from plume.cli.main import app
 from plume.inputs.item import MAX_TEXT_BYTES, Item
 from plume.search import folder as folder_module
 from plume.search import index as index_module
@@ -419,7 +419,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(plume_fold
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("plume.cli.os.fsync", full)
+    monkeypatch.setattr("plume.cli.output.os.fsync", full)
     code, printed = run("encode", "--text", "red", "--model", plume_folder, "--out", old)
     assert code == 1
     assert f"{old} cannot be written (No space left on device), and is as it was" in printed

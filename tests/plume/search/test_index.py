@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume, PlumeModel
-from plume.cli import app
+from plume.cli.main import app
 from plume.random_models import SHORT_STRINGS
 from plume.search.index import Index
 from tests.mixed import BROKEN, write_mixed_folder

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from plume import Index, Plume
+from plume.cli.main import app
 from plume.search import ranking
-from plume.search.query import All, Analogy, Any, Compiled, Examples, Like, Mix, Not, compiled, inputs_of, like
+from plume.search.query import All, Analogy, Any, Compiled, Examples, Like, Mix, Not, compiled, inputs_of, row_like
 from plume.space.arithmetic import cone_around
 
 WORDS = ["kite", "bird", "table", "blue", "red", "what", "is", "it", "to", "see", "from", "the", "hill", "over"]
@@ -288,5 +292,44 @@ def test_an_empty_index_gives_nothing(plume, tmp_path):
 
 
 def test_a_path_may_name_a_page(tmp_path):
-    assert like("/data/bills.pdf#page=3") == Like("/data/bills.pdf", 3)
-    assert like("/data/odd#page=x") == Like("/data/odd#page=x")
+    assert row_like("/data/bills.pdf#page=3") == Like("/data/bills.pdf", 3)
+    assert row_like("/data/odd#page=x") == Like("/data/odd#page=x")
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["search", *map(str, words)])
+
+
+def test_the_command_line_joins_parts(index, plume, plume_folder, library):
+    base = ["--index", index.path, "--model", plume_folder, "--json", "--top-k", 6]
+
+    def found(*words):
+        result = run(*words, *base)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line)["path"] for line in result.stdout.splitlines()]
+
+    def expected(query, **settings):
+        return [hit.path for hit in index.search(query, plume, top_k=6, **settings)]
+
+    kite = {"text": "a red kite"}
+    assert found("a red kite", "--and", "the hill", "--not", "blue") == expected(All(kite, "the hill", Not("blue")))
+    assert found("a red kite", "--or", "bird") == expected(Any(kite, "bird"))
+    assert found("a red kite", "--minus", "night") == expected(Mix((1, kite), (-0.5, "night")))
+    photo = library / "3.png"
+    assert found("a red kite", "--like", photo) == expected(Mix((1, kite), (1, Like(photo))))
+    assert found("a red kite", "--cut", "drop") == expected(kite, cut="drop")
+
+
+def test_what_is_like_a_file_loads_no_model(index, library, monkeypatch):
+    monkeypatch.setattr("plume.embedder.plume.Plume.__init__", None)
+    result = run("--like", f"{library / 'two.pdf'}#page=2", "--index", index.path, "--json", "--top-k", 3)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 3
+    assert "two.pdf has 2 pages" in run("--like", library / "two.pdf", "--index", index.path).output
+
+
+def test_that_nothing_is_close_is_an_answer(index, plume_folder):
+    result = run("a red kite", "--index", index.path, "--model", plume_folder, "--min-score", 1.5)
+    assert result.exit_code == 0
+    assert "nothing here is close to that" in result.output
+    assert "nothing to search for" in run("--index", index.path).output

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from plume import Plume
-from plume.cli import app
+from plume.cli.main import app
 from plume.inputs.pages import pages
 from plume.search.filter import Filter
 from plume.search.folder import digest

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from plume import Item, Plume, PlumeModel
-from plume.cli import app
+from plume.cli.main import app
 from plume.random_models import SHORT_STRINGS, save_tiny_backbone
 from plume.tracing.pictures import draw_expert_use, draw_trace
 from plume.tracing.trace import expert_use
