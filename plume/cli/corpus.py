@@ -39,6 +39,12 @@ def plan(
     query_instruction: Annotated[str, typer.Option(help="For every query.")] = "",
     num_latent_steps: Annotated[int | None, typer.Option(help="K of documents; 0 is a single pass.")] = None,
     query_latent_steps: Annotated[int | None, typer.Option(help="K of queries; 0 is a single pass.")] = None,
+    passage_tokens: Annotated[
+        int | None, typer.Option(help="Longer texts become passages of so many tokens, a row each.")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="Longer videos get rows of clips of so many seconds, beside the whole.")
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images and pages are reduced.", min=1)] = INDEX_PIXELS,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
     sample: Annotated[int, typer.Option(help="Contents to embed for an estimate; 0 makes none.", min=0)] = 32,
@@ -66,6 +72,8 @@ def plan(
                 instruction=instruction,
                 query_instruction=query_instruction,
                 max_pixels=max_pixels,
+                passage_tokens=passage_tokens,
+                clip_seconds=clip_seconds,
             )
             found = entries(source, split=split, column=column)
             made = Job.create(job, origin)

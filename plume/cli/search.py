@@ -29,6 +29,12 @@ def index(
     max_pixels: Annotated[
         int | None, typer.Option(help=f"Larger images and pages are reduced; {INDEX_PIXELS:,} if not given.", min=1)
     ] = None,
+    passage_tokens: Annotated[
+        int | None, typer.Option(help="Longer texts become passages of so many tokens, a row each.")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="Longer videos get rows of clips of so many seconds, beside the whole.")
+    ] = None,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
     batch_size: BatchSize = 32,
     forget: Annotated[bool, typer.Option("--forget", help="Remove the folder's rows instead of adding.")] = False,
@@ -74,6 +80,8 @@ def index(
                 "instruction": instruction,
                 "query_instruction": query_instruction,
                 "max_pixels": max_pixels,
+                "passage_tokens": passage_tokens,
+                "clip_seconds": clip_seconds,
             }
             settings |= {name: value for name, value in given.items() if value is not None}
             target = Index.create(out, plume, **settings)
@@ -111,6 +119,12 @@ def search(
     index: Annotated[Path, typer.Option(help="The index.")] = Path("plume-index"),
     model: Annotated[str | None, typer.Option(help="Checkpoint; the one that made the index if not given.")] = None,
     top_k: Annotated[int, typer.Option(help="Results at most.", min=1)] = 10,
+    group_by: Annotated[
+        Literal["file"] | None, typer.Option(help="file: the best page, passage or clip of each file alone.")
+    ] = None,
+    collapse: Annotated[
+        float | None, typer.Option(help="Leave out what has at least this cosine to a better result, as 0.98.")
+    ] = None,
     min_score: Annotated[float | None, typer.Option(help="Leave out what has a smaller cosine.")] = None,
     cut: Annotated[
         Literal["auto", "drop"] | None,
@@ -150,7 +164,7 @@ def search(
     from plume.search.filter import Filter, day_of
     from plume.search.index import Index
     from plume.search.query import inputs_of, joined_query
-    from plume.search.results_page import gallery
+    from plume.search.results_page import gallery, place_in_file
     from plume.threads import use_physical_cores
 
     names: list[str] = []
@@ -183,6 +197,8 @@ def search(
                 text=words,
                 hybrid=hybrid,
                 exact=exact,
+                group_by=group_by,
+                collapse=collapse,
                 min_score=min_score,
                 cut=cut,
             )
@@ -204,7 +220,7 @@ def search(
         if as_json:
             typer.echo(json_line({"rank": rank, **hit.to_dict()}))
         elif html is None:
-            place = f"{hit.path}#page={hit.page}" if hit.page else hit.path
+            place = hit.path + place_in_file(hit)
             place += "" if hit.is_there else "  (gone)"
             excerpt = " ".join(hit.excerpt.split())[:60]
             line = f"{rank:3}  {hit.score:6.3f}  {hit.kind:5}  {place}" + (f"  {excerpt}" if excerpt else "")

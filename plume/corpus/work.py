@@ -19,7 +19,8 @@ from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item
 from plume.search.folder import stats_of
-from plume.search.rows import Document, about, documents
+from plume.search.index import SETTINGS
+from plume.search.rows import Document, about
 
 # What is encoded in one call: at most so many rows or tokens.
 _ROWS_PER_WINDOW, _TOKENS_PER_WINDOW = 512, 262_144
@@ -83,14 +84,7 @@ class ShardWorker:
         self.plume = Plume(model or identity.model, device=device)
         if identity.dim < self.plume.get_embedding_dimension():
             self.plume.truncate_dim = identity.dim
-        found = type(identity).of(
-            self.plume,
-            num_latent_steps=identity.num_latent_steps,
-            query_latent_steps=identity.query_latent_steps,
-            instruction=identity.instruction,
-            query_instruction=identity.query_instruction,
-            max_pixels=identity.max_pixels,
-        )
+        found = type(identity).of(self.plume, **{name: getattr(identity, name) for name in SETTINGS})
         identity.check_same(found, self.job.path, "job")
         self._settings = pixel_settings(self.plume.plume_model.processor, identity.max_pixels)
 
@@ -158,6 +152,7 @@ class ShardWorker:
         processor = self.plume.plume_model.processor
         assert processor is not None
         limits, instruction = limits_of(processor, self._settings), self.job.identity.instruction
+        splitter = self.job.identity.splitter(self.plume)
         for entries in contents:
             before = {entry.path: _stats(entry) for entry in entries}  # before contents are looked at
             entries, raw = _readable(entries, skipped)
@@ -165,8 +160,7 @@ class ShardWorker:
                 continue
             first = entries[0]
             try:
-                found = documents(raw, first.name, first.kind) if isinstance(raw, Path) else iter([Document(raw)])
-                for document in found:
+                for document in splitter.documents(raw, first.name, first.kind):
                     try:
                         item = processor.fit(
                             Item.parse(document.raw, first.name, limits).instructed(instruction), first.name

@@ -25,7 +25,7 @@ _ACCEPTED = (
     "a string, a PIL image, a plume.Page, a pathlib.Path, an array of pixels, the bytes of an image, chat messages, or "
     'a dict with "text", "image", "video" and "instruction"'
 )
-_KEYS = ("text", "image", "video", "instruction", "fps", "max_frames")
+_KEYS = ("text", "image", "video", "instruction", "fps", "max_frames", "start", "end")
 
 #: Longer text files are refused before they are read; no model takes a tenth of it.
 MAX_TEXT_BYTES = 2**20
@@ -100,7 +100,8 @@ class Item:
                 - an array or tensor of uint8: of two or three axes an image, `[H, W]`, `[H, W, C]` or `[C, H, W]`; of
                   four axes one video, `[T, H, W, C]` or `[T, C, H, W]`, never a batch of images;
                 - a dict with any of "text", "image" and "video" (each one or a list) and "instruction"; media stand
-                  before text, whatever the order of the keys. "fps" and "max_frames" sample its videos;
+                  before text, whatever the order of the keys. "fps" and "max_frames" sample its videos, "start" and
+                  "end" are the seconds between which they do;
                 - chat messages: a message with "role" and "content", or a list of them, with parts such as
                   `{"type": "image", "image": ...}` in any order. System messages are instructions.
 
@@ -218,7 +219,7 @@ def _from_dict(raw: Mapping, name: str, limits: MediaLimits) -> Item:
     instruction = raw.get("instruction") or ""
     if not isinstance(instruction, str):
         raise InputError(name, f'"instruction" is a {type(instruction).__name__}; expected a string')
-    if raw.get("fps") is not None or raw.get("max_frames") is not None:
+    if any(raw.get(key) is not None for key in ("fps", "max_frames", "start", "end")):
         limits = replace(limits, sampling=_sampled(raw, limits.sampling, name))
     media: list[Any] = []
     for key in raw:
@@ -361,6 +362,13 @@ def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:
             raise InputError(name, f"{key!r} is {value!r:.80}; expected a number above 0")
     if most is not None and (most != int(most) or most < 1):
         raise InputError(name, f"'max_frames' is {most!r}; expected a whole number from 1")
+    start, end = raw.get("start") or 0.0, raw.get("end")
+    is_span = all(isinstance(one, Real) and math.isfinite(one) for one in (start, 0 if end is None else end))
+    if not is_span or start < 0 or (end is not None and end <= start):
+        raise InputError(
+            name, f'"start" is {start!r:.80} and "end" {end!r:.80}; expected seconds, and the end after the start'
+        )
+    sampling = replace(sampling, start=float(start), end=None if end is None else float(end))
     most = sampling.max_frames if most is None else int(most)
     if fps is None and sampling.fps is None:
         return replace(sampling, num_frames=min(sampling.num_frames, most), max_frames=most)

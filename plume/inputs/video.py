@@ -57,13 +57,18 @@ _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which frames of a video the model sees, and how large; fields as `PlumeConfig.video_*`."""
+    """Which frames of a video the model sees, and how large; fields as `PlumeConfig.video_*`.
+
+    start, end: seconds of the video outside of which nothing is taken; None: to its end.
+    """
 
     num_frames: int = PlumeConfig.video_num_frames
     fps: float | None = PlumeConfig.video_fps
     max_frames: int = PlumeConfig.video_max_frames
     min_pixels: int = PlumeConfig.video_min_pixels
     max_pixels: int = PlumeConfig.video_max_pixels
+    start: float = 0.0
+    end: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +125,43 @@ def sample_frames(total: int, sampling: Sampling, times: Sequence[float] | None 
         moments = np.linspace(at[0], at[-1], sampling.max_frames)
         shown = np.unique(np.searchsorted(at, moments + _CLOSE_S, side="right") - 1)
     return shown.tolist()
+
+
+def frames_between(total: int, sampling: Sampling, times: Sequence[float] | None, name: str) -> list[int]:
+    """Indices of the frames to take from those between the start and the end that are asked for.
+
+    Raises:
+        InputError: there are none, or it is not known when frames appear.
+    """
+    if not sampling.start and sampling.end is None:
+        return sample_frames(total, sampling, times)
+    if times is None:
+        raise InputError(name, "it does not say when its frames appear, so that no part of it can be taken by time")
+    end = math.inf if sampling.end is None else sampling.end
+    first, last = (int(np.searchsorted(times, moment - _CLOSE_S)) for moment in (sampling.start, end))
+    if first == last:
+        raise InputError(
+            name, f"it has no frames from {sampling.start:g} to {end:g} s; the last one is at {times[-1]:g} s"
+        )
+    return [first + index for index in sample_frames(last - first, sampling, times[first:last])]
+
+
+def seconds_of(path: str | os.PathLike) -> float | None:
+    """How long a video is; None where that is not known, or the file cannot be read as one."""
+    try:
+        if _is_animation(path):
+            with open_image(path) as image:
+                times = _times(image, getattr(image, "n_frames", 1))
+            return None if times is None else times[-1]
+        import av
+
+        with av.open(os.fspath(path), options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}) as file:
+            stream = file.streams.video[0]
+            if stream.duration and stream.time_base:
+                return float(stream.duration * stream.time_base)
+            return file.duration / 1_000_000 if file.duration else None
+    except Exception:  # decoders of broken files raise anything, which is told where the frames are read
+        return None
 
 
 def load_video(video: Any, sampling: Sampling, name: str = "the input", background: str | None = BACKGROUND) -> Video:
@@ -187,7 +229,7 @@ def is_animated(path: str | os.PathLike) -> bool:
 def _gather(frame_at: Callable[[int], Tensor], total: int, fps: float | None, sampling: Sampling, name: str) -> Video:
     """The sampled frames of a source that gives any frame `[3, H, W]`, all of one size."""
     times = [index / fps for index in range(total)] if fps else None
-    indices = sample_frames(total, sampling, times)
+    indices = frames_between(total, sampling, times, name)
     frames = []
     size = None
     for index in indices:
@@ -245,7 +287,7 @@ def _decode(container: Any, sampling: Sampling, where: str, background: str | No
     tick = float(stream.time_base) if timed else 1 / float(stream.average_rate) if stream.average_rate else None
     while moments:
         times = None if tick is None else [(moment - moments[0]) * tick for moment in moments]
-        indices = sample_frames(len(moments), sampling, times)
+        indices = frames_between(len(moments), sampling, times, where)
         frames, seen = _frames_at(
             container,
             stream,
@@ -358,7 +400,8 @@ def _load_animation(source: Any, sampling: Sampling, where: str, background: str
                     f"it has {total:,} frames of {image.width} x {image.height} pixels, more than "
                     f"{MAX_ANIMATION_PIXELS:,} pixels in all are not decoded; cut it or scale it down",
                 )
-            indices = sample_frames(total, sampling, None if sampling.fps is None else _times(image, total))
+            is_timed = sampling.fps is not None or sampling.start or sampling.end is not None
+            indices = frames_between(total, sampling, _times(image, total) if is_timed else None, where)
             frames, times, now = [], [], 0.0
             for index in range(indices[-1] + 1):  # frames build on each other
                 image.seek(index)

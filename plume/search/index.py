@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -26,20 +26,34 @@ from plume.inputs.item import Item, list_inputs
 from plume.search.filter import Filter
 from plume.search.query import Compiled, Like, compiled, inputs_of
 from plume.search.ranking import Cut, Hit, Ranking, hit_of, true_row
+from plume.search.rows import Splitter
 from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore, checked_condition, quoted
 from plume.search.update import Report, update_store
 
 #: Rows of format 1 have no texts; the next writer reads them.
 _FORMAT, _READ = 2, (1, 2)
+# Shorter passages and clips say nothing.
+_FEWEST_TOKENS, _SHORTEST_S = 16, 1.0
 #: The weight of words, where they are given and their weight is not.
 _EQUAL = 0.5
 #: The file that says what made an index.
 IDENTITY = "index.json"
 #: Fields of `Identity` that whoever makes an index chooses, beside the checkpoint and the length of the vectors.
-SETTINGS = ("num_latent_steps", "query_latent_steps", "instruction", "query_instruction", "max_pixels")
+SETTINGS = (
+    "num_latent_steps",
+    "query_latent_steps",
+    "instruction",
+    "query_instruction",
+    "max_pixels",
+    "passage_tokens",
+    "clip_seconds",
+)
 # What an interrupted creation leaves: it is made anew. A table beside no other of them is somebody's.
 _LEFTOVERS = {f"{IDENTITY}.part", f"{TABLE}.lance", "lock"}
 _VERSIONS = "_versions"
+# Fields of `Identity` that are whole numbers, and those that may be None.
+_WHOLE = ("dim", "num_latent_steps", "query_latent_steps", "max_pixels", "passage_tokens")
+_OPTIONAL = ("query_latent_steps", "max_pixels", "passage_tokens", "clip_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,8 @@ class Identity:
     instruction: for documents.
     query_instruction: for queries.
     max_pixels: larger images and pages, of documents and queries, are reduced to it; None: the checkpoint's own limit.
+    passage_tokens: longer texts are rows of passages of so many tokens at most; None: a text is one row.
+    clip_seconds: longer videos have rows of clips beside the whole; None: a video is one row.
     """
 
     model: str
@@ -64,6 +80,8 @@ class Identity:
     instruction: str = ""
     query_instruction: str = ""
     max_pixels: int | None = None
+    passage_tokens: int | None = None
+    clip_seconds: float | None = None
 
     @classmethod
     def of(
@@ -75,11 +93,14 @@ class Identity:
         instruction: str = "",
         query_instruction: str = "",
         max_pixels: int | None = None,
+        passage_tokens: int | None = None,
+        clip_seconds: float | None = None,
     ) -> Identity:
         """What vectors of an embedder come from; see `Index.create`.
 
         Raises:
-            ValueError: the checkpoint does not take so many steps, or the limit is below what images are enlarged to.
+            ValueError: the checkpoint does not take so many steps, the limit is below what images are enlarged to, or
+                passages or clips are too short.
         """
         documents = plume.default_steps("document")
         assert documents is not None  # a gate is for queries
@@ -92,8 +113,14 @@ class Identity:
             instruction=instruction,
             query_instruction=query_instruction,
             max_pixels=max_pixels,
+            passage_tokens=passage_tokens,
+            clip_seconds=None if clip_seconds is None else float(clip_seconds),
         )
         pixel_settings(plume.plume_model.processor, max_pixels)
+        if passage_tokens is not None and passage_tokens < _FEWEST_TOKENS:
+            raise ValueError(f"passage_tokens is {passage_tokens}; expected at least {_FEWEST_TOKENS}")
+        if clip_seconds is not None and not clip_seconds >= _SHORTEST_S:
+            raise ValueError(f"clip_seconds is {clip_seconds}; expected at least {_SHORTEST_S} s")
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
             if steps is not None:
                 plume.plume_config.check_num_latent_steps(steps)
@@ -106,10 +133,15 @@ class Identity:
             TypeError: names the field.
         """
         for name, value in asdict(self).items():
-            expected = int if name in ("dim", "num_latent_steps", "query_latent_steps", "max_pixels") else str
-            if type(value) is not expected and (value is not None or name not in ("max_pixels", "query_latent_steps")):
+            expected = float if name == "clip_seconds" else int if name in _WHOLE else str
+            if type(value) is not expected and (value is not None or name not in _OPTIONAL):
                 raise TypeError(f"{name} is {value!r}; expected a {expected.__name__}")
         return self
+
+    def splitter(self, plume: Plume) -> Splitter:
+        """What cuts long texts and videos into parts."""
+        processor = plume.plume_model.processor
+        return Splitter(self.passage_tokens, self.clip_seconds, None if processor is None else processor.tokenizer)
 
     def check_same(self, other: Identity, where: Path, what: str = "index") -> None:
         """Refuse another origin of vectors.
@@ -165,6 +197,8 @@ class Index:
         instruction: str = "",
         query_instruction: str = "",
         max_pixels: int | None = None,
+        passage_tokens: int | None = None,
+        clip_seconds: float | None = None,
     ) -> Index:
         """Make an empty index, or open one that was made with the same settings.
 
@@ -176,6 +210,8 @@ class Index:
             instruction: for documents.
             query_instruction: for queries.
             max_pixels: larger images and pages are reduced to it; None is the checkpoint's own limit.
+            passage_tokens: longer texts become rows of passages, of so many tokens at most, which overlap by 15 %.
+            clip_seconds: longer videos get rows of clips of so many seconds, one every half of that, beside the whole.
 
         Raises:
             ValueError: there is an index made with other settings, or a limit below what images are enlarged to.
@@ -188,6 +224,8 @@ class Index:
             instruction=instruction,
             query_instruction=query_instruction,
             max_pixels=max_pixels,
+            passage_tokens=passage_tokens,
+            clip_seconds=clip_seconds,
         )
         return cls.create_as(path, identity)
 
@@ -289,6 +327,7 @@ class Index:
                 instruction=self.identity.instruction,
                 num_latent_steps=self.identity.num_latent_steps,
                 image_settings=pixel_settings(plume.plume_model.processor, self.identity.max_pixels),
+                splitter=self.identity.splitter(plume),
                 batch_size=batch_size,
                 hide_progress=None if show_progress is None else not show_progress,
             )
@@ -303,7 +342,7 @@ class Index:
             ValueError: another process is writing.
         """
         with self.store.locked():
-            self.store.add_texts()
+            self.store.add_columns()
             file = self.path / IDENTITY
             if json.loads(file.read_text(encoding="utf-8"))["format"] != _FORMAT:
                 new, stat = _write_identity(self.path, self.identity), file.stat()
@@ -334,6 +373,8 @@ class Index:
         text: str | None = None,
         hybrid: float | None = None,
         exact: bool = False,
+        group_by: Literal["file"] | None = None,
+        collapse: float | None = None,
         min_score: float | None = None,
         cut: Cut | None = None,
         instruction: str | None = None,
@@ -357,6 +398,9 @@ class Index:
                 given, else 0.
             exact: compare with every row of a large index too. Without it a query of several parts looks at the rows
                 that are near to one of them.
+            group_by: "file" shows the best page, passage or clip of each file alone.
+            collapse: rows whose cosine to a better one is at least this are left out, for example 0.98 for copies of a
+                picture.
             min_score: rows whose cosine is smaller are left out. What is near differs from query to query, and most
                 between words and pictures.
             cut: where results end. "auto": rows that do not stand out of the index, so that nothing may be left
@@ -393,6 +437,8 @@ class Index:
             text=words if text is None else text,
             hybrid=hybrid,
             exact=exact,
+            group_by=group_by,
+            collapse=collapse,
             min_score=min_score,
             cut=cut,
         )
@@ -408,6 +454,8 @@ class Index:
         text: str = "",
         hybrid: float = 0.0,
         exact: bool = False,
+        group_by: Literal["file"] | None = None,
+        collapse: float | None = None,
         min_score: float | None = None,
         cut: Cut | None = None,
     ) -> list[Hit]:
@@ -422,6 +470,8 @@ class Index:
             text: words to look for as well.
             hybrid: their weight, see `search`.
             exact: see `search`.
+            group_by: see `search`.
+            collapse: see `search`.
             min_score: see `search`.
             cut: see `search`.
 
@@ -433,7 +483,8 @@ class Index:
         if filter is not None and filter.condition is not None:
             conditions.append(filter.condition)
         if asked.contents:
-            conditions.append(f"sha256 NOT IN ({', '.join(map(quoted, sorted(asked.contents)))})")
+            same = (f"(sha256 = {quoted(sha)} AND page = {page:d})" for sha, page in sorted(asked.contents))
+            conditions.append(f"NOT ({' OR '.join(same)})")
         ranking = Ranking(
             store=self.store,
             asked=asked,
@@ -441,6 +492,8 @@ class Index:
             text=text,
             hybrid=hybrid,
             exact=exact,
+            group_by=group_by,
+            collapse=collapse,
             min_score=min_score,
             cut=cut,
         )
@@ -478,26 +531,28 @@ class Index:
         units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return compiled(query, list(units), self._row_of), " ".join(words)
 
-    def _row_of(self, like: Like) -> tuple[np.ndarray, str]:
-        """The vector and the content of a row.
+    def _row_of(self, like: Like) -> tuple[np.ndarray, tuple[str, int]]:
+        """The unit vector of a row, and its content.
 
         Raises:
             ValueError: there is no such row, or its page is not said.
         """
-        path = like.of.path if isinstance(like.of, Hit) else str(like.of)
-        page = like.of.page if isinstance(like.of, Hit) and like.page is None else like.page
-        if not path.startswith(TABLES):
-            path = str(Path(path).resolve())
+        if isinstance(like.of, Hit):
+            return like.of.vector / np.linalg.norm(like.of.vector), like.of.content
+        path = str(like.of) if str(like.of).startswith(TABLES) else str(Path(like.of).resolve())
         rows = self.store.rows_at(path)
         pages = sorted({row["page"] for row in rows})
+        page = like.page if like.page is not None or pages[:1] != [0] else 0  # the whole, where there are clips too
         if page is None and len(pages) > 1:
-            raise ValueError(f"{path} has {len(pages)} pages; say which one, as Like({path!r}, page=1)")
+            raise ValueError(
+                f"{path} has {len(pages)} pages or passages; say which one, as Like({path!r}, page=1), or #page=1"
+            )
         if not (rows := [row for row in rows if page is None or row["page"] == page]):
-            what = path if page is None else f"page {page} of {path}"
+            what = path if not page else f"page {page} of {path}"
             raise ValueError(f"{what} is not in the index {self.path}; index it first, or search with it as an input")
         row = true_row(rows)
         vector = np.asarray(row["vector"], dtype=np.float32)
-        return vector / np.linalg.norm(vector), row["sha256"]
+        return vector / np.linalg.norm(vector), (row["sha256"], row["page"])
 
     def row(self, number: int) -> Hit | None:
         """The row of a number, without a score; None where there is none any more."""

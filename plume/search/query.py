@@ -97,14 +97,14 @@ class Compiled:
 
     clauses: `[C, D]`, unit vectors. direction: `[D]`, to which `Hit.score` is the cosine.
     joined: from standardised cosines `[C, N]` to `[N]`; None where there is one clause, whose cosine decides.
-    contents: SHA-256 of rows that are left out. avoided: `[n, D]`; rows that hold nearly the same are left out.
+    contents: SHA-256 and page of rows that are left out. avoided: `[n, D]`; rows that hold nearly that are left out.
     least: rows of a smaller cosine are left out.
     """
 
     clauses: np.ndarray
     direction: np.ndarray
     joined: Callable[[np.ndarray], np.ndarray] | None = None
-    contents: frozenset[str] = frozenset()
+    contents: frozenset[tuple[str, int]] = frozenset()
     avoided: np.ndarray = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     least: float = -np.inf
 
@@ -131,13 +131,17 @@ def inputs_of(query: Part, is_wanted: bool = True) -> Iterator[tuple[Part, bool]
         yield from inputs_of(part, is_wanted != (weight < 0 or isinstance(query, Not)))
 
 
-def compiled(query: Part, embedded: Sequence[np.ndarray], row_of: Callable[[Like], tuple[np.ndarray, str]]) -> Compiled:
+RowOf = Callable[[Like], tuple[np.ndarray, tuple[str, int]]]
+"""The unit vector of a row, and its SHA-256 and page."""
+
+
+def compiled(query: Part, embedded: Sequence[np.ndarray], row_of: RowOf) -> Compiled:
     """What a query asks of rows.
 
     Args:
         query: one of the classes here, or an input.
         embedded: unit vectors of `inputs_of(query)`, `[D]` each.
-        row_of: the unit vector and the SHA-256 of a row.
+        row_of: looks up a row.
 
     Raises:
         ValueError: parts that cancel, too few examples, or parts within a sum that have no vector.
@@ -146,11 +150,11 @@ def compiled(query: Part, embedded: Sequence[np.ndarray], row_of: Callable[[Like
 
 
 class _Compiler:
-    def __init__(self, vectors: Iterator[np.ndarray], row_of: Callable[[Like], tuple[np.ndarray, str]]):
+    def __init__(self, vectors: Iterator[np.ndarray], row_of: RowOf):
         self._vectors, self._row_of = vectors, row_of
         self._clauses: list[np.ndarray] = []
         self._is_wanted: list[bool] = []
-        self._contents: set[str] = set()
+        self._contents: set[tuple[str, int]] = set()
         self._avoided: list[np.ndarray] = []
         self._least = -np.inf
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from plume.inputs.file_kinds import Kind
 from plume.search.query import Compiled
 from plume.search.rows import excerpt_of
 from plume.search.store import APPROXIMATE_FROM, TABLES, RowStore
@@ -48,8 +49,10 @@ class Hit:
     score: cosine to the query, in [-1, 1]; of several parts, to the mean of those that are wanted.
     path: where the file was when it was indexed; see `is_there`. root: the folder that was indexed then.
     excerpt: the beginning of its text; of a file that is there, the place where words that were looked for stand.
+    page: of a PDF. start, end: characters of a passage of a text, seconds of a clip of a video.
     changed: when the file was written last, in seconds since 1970.
-    row: number of the row, until the index is compacted. vector: `[D]`.
+    content: SHA-256 of the file, and which part of it. row: number of the row, until the index is compacted.
+    vector: `[D]`.
 
     Of stages that the search had, else None:
     parts: cosine to each part of `All`, `Any` and `Not`, in their order.
@@ -64,10 +67,13 @@ class Hit:
     kind: str
     page: int | None
     num_pages: int | None
+    start: float | None
+    end: float | None
     excerpt: str
     thumbnail: bytes = field(repr=False)
     root: str = field(repr=False)
     changed: float = field(repr=False)
+    content: tuple[str, int] = field(repr=False)
     row: int = field(repr=False, compare=False)
     vector: np.ndarray = field(repr=False, compare=False)
     parts: tuple[float, ...] | None = None
@@ -82,9 +88,9 @@ class Hit:
         return self.path.startswith(TABLES) or os.path.isfile(self.path)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is said of a result, for JSON; parts, logic and relevance where the search had them."""
+        """What is said of a result, for JSON; places in a file and scores of stages where there are any."""
         names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
-        extras = {name: getattr(self, name) for name in ("parts", "logic", "relevance")}
+        extras = {name: getattr(self, name) for name in ("start", "end", "parts", "logic", "relevance")}
         return {name: getattr(self, name) for name in names} | {
             name: value for name, value in extras.items() if value is not None
         }
@@ -95,7 +101,9 @@ class Ranking:
     """Rows of an index in the order of a query; read `hits` first.
 
     where: a condition in SQL. text: words to look for as well. hybrid: their weight.
-    exact: compare with every row of a large index too. min_score: rows of a smaller cosine are left out.
+    exact: compare with every row of a large index too. group_by: "file" keeps the best row of each.
+    collapse: rows whose cosine to a better one is at least this are left out.
+    min_score: rows of a smaller cosine are left out.
     """
 
     store: RowStore
@@ -104,6 +112,8 @@ class Ranking:
     text: str
     hybrid: float
     exact: bool
+    group_by: Literal["file"] | None
+    collapse: float | None
     min_score: float | None
     cut: Cut | None
     _scan: tuple[np.ndarray, np.ndarray] | None = None
@@ -117,6 +127,10 @@ class Ranking:
         self.has_words = bool(self.hybrid and self.text.strip())
         if self.cut not in (None, "auto", "drop"):
             raise ValueError(f'cut is {self.cut!r}; expected "auto", "drop" or None')
+        if self.group_by not in (None, "file"):
+            raise ValueError(f'group_by is {self.group_by!r}; expected "file" or None')
+        if self.collapse is not None and not 0 < self.collapse <= 1:
+            raise ValueError(f"collapse is {self.collapse}; expected a cosine above 0 and at most 1")
         if self.cut == "drop" and self.has_words:
             raise ValueError('cut="drop" looks at one order of scores, and words give a second; use cut="auto"')
 
@@ -140,7 +154,7 @@ class Ranking:
 
     def _ranked(self, count: int) -> list[dict[str, Any]]:
         if self.has_words:
-            return self._kept(self._fused(max(count, _CANDIDATES)))
+            return self._kept(self._distinct(self._fused(max(count, _CANDIDATES))))
         return self._kept(self._by_vectors(max(count, _DROP_WITHIN) if self.cut == "drop" else count))
 
     def _by_vectors(self, count: int) -> list[dict[str, Any]]:
@@ -148,8 +162,9 @@ class Ranking:
         while True:
             rows = self._candidates(limit, columns=None)
             true = self._without_avoided(_true_rows(rows))
-            if len(true) >= count or len(rows) < limit:
-                return sorted(true, key=lambda row: (-_value(row), row["path"], row["page"]))[:count]
+            best = self._distinct(sorted(true, key=lambda row: (-_value(row), row["path"], row["page"])))
+            if len(best) >= count or len(rows) < limit:
+                return best[:count]
             limit *= 2
 
     def _candidates(self, limit: int, columns: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -234,6 +249,22 @@ class Ranking:
         same = {number for number, cosine in zip(vectors, near, strict=True) if cosine > _SAME}
         return [row for row in rows if row["_rowid"] not in same]
 
+    def _distinct(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The best row of each file, and of those that are nearly the same, where that is asked for."""
+        if self.group_by is not None:
+            rows = list({row["path"]: row for row in reversed(rows)}.values())[::-1]
+        if self.collapse is None or not rows:
+            return rows
+        vectors = {row["_rowid"]: row["vector"] for row in rows if "vector" in row}
+        vectors |= self.store.vectors([row["_rowid"] for row in rows if row["_rowid"] not in vectors])
+        units = np.stack([np.asarray(vectors[row["_rowid"]], dtype=np.float32) for row in rows])
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        kept: list[int] = []
+        for at, unit in enumerate(units):
+            if not kept or (units[kept] @ unit).max() < self.collapse:
+                kept.append(at)
+        return [rows[at] for at in kept]
+
     def _kept(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows before the cut; those that hold the words are kept where it is by relevance."""
         least = max(self.asked.least, -np.inf if self.min_score is None else self.min_score)
@@ -271,17 +302,20 @@ def cosines_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def hit_of(row: dict[str, Any]) -> Hit:
     """A row as it is in the index, without a score."""
-    is_page = row["page"] > 0
+    is_page = row["kind"] == Kind.PDF and row["page"] > 0
     return Hit(
         score=np.nan,
         path=row["path"],
         kind=row["kind"],
         page=row["page"] if is_page else None,
         num_pages=row["num_pages"] if is_page else None,
+        start=row.get("start"),
+        end=row.get("end"),
         excerpt=row["excerpt"],
         thumbnail=row["thumbnail"],
         root=row["root"],
         changed=row["mtime_ns"] / 1e9,
+        content=(row["sha256"], row["page"]),
         row=row["_rowid"],
         vector=np.asarray(row["vector"], dtype=np.float32),
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from plume.inputs.file_kinds import Kind
 from plume.search.ranking import Hit
 
 _PAGE = """<!doctype html>
@@ -46,6 +47,13 @@ def gallery(hits: Sequence[Hit], title: str) -> str:
     return _PAGE.format(title=escape(title), items="\n".join(map(_item, hits)))
 
 
+def place_in_file(hit: Hit) -> str:
+    """The end of an address that opens a file at a page, or a video at a moment; empty for the whole."""
+    if hit.page:
+        return f"#page={hit.page}"
+    return f"#t={hit.start:g},{hit.end:g}" if hit.kind == Kind.VIDEO and hit.start is not None else ""
+
+
 def _item(hit: Hit) -> str:
     if hit.thumbnail:
         picture = base64.b64encode(hit.thumbnail).decode()
@@ -53,7 +61,9 @@ def _item(hit: Hit) -> str:
     else:
         preview = f"<p>{escape(hit.excerpt)}</p>"
     page = f", page {hit.page} of {hit.num_pages}" if hit.page else ""
-    link = Path(hit.path).as_uri() + (f"#page={hit.page}" if hit.page else "")
+    link = Path(hit.path).as_uri() + place_in_file(hit)
+    if hit.kind == Kind.VIDEO and hit.start is not None and hit.end is not None:
+        page = f", {hit.start:g} to {hit.end:g} s"
     return (
         f'<li><div class="preview">{preview}</div>'
         f'<p><span class="score">{hit.score:.3f}</span><a href="{escape(link)}">{escape(Path(hit.path).name)}</a>'

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +19,28 @@ from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind
 from plume.inputs.item import Item, read_text
 from plume.inputs.pages import Page, pages
+from plume.inputs.video import seconds_of
 
 _THUMBNAIL_SIDE = 192
 _EXCERPT_LENGTH = 200
+# Of a passage, which it shares with the one before.
+_OVERLAP = 0.15
 # Characters of a text, and of the words, that a place for the excerpt is looked for in.
 _LOOKED_THROUGH, _LOOKED_FOR = 100_000, 500
 
 
 class Document(NamedTuple):
-    """What becomes a row: an input as `Item.parse` takes it, and which page of how many it is; 0: not a page."""
+    """What becomes a row: an input as `Item.parse` takes it.
+
+    page: which page of how many it is, or which passage or clip; 0: the whole of a text, an image, a video.
+    start, end: characters of a passage, seconds of a clip.
+    """
 
     raw: Any
     page: int = 0
     num_pages: int = 1
+    start: float | None = None
+    end: float | None = None
 
     @property
     def text(self) -> str:
@@ -45,22 +56,71 @@ class Document(NamedTuple):
         return unicodedata.normalize("NFC", text) if isinstance(text, str) else ""
 
 
-def documents(path: Path, name: str, kind: Kind) -> Iterator[Document]:
-    """What a file holds: itself, or its pages.
+@dataclass(frozen=True)
+class Splitter:
+    """Parts of long texts and videos, which get rows of their own.
 
-    Args:
-        path: of the file.
-        name: how errors call it.
-        kind: what it holds.
-
-    Raises:
-        InputError: it cannot be read.
+    passage_tokens: of a passage at most; None: a text is one row. clip_seconds: of a clip; None: a video is one row.
+    tokenizer: counts.
     """
-    if kind is Kind.PDF:
-        for page in pages(path, name):
-            yield Document(page, page.page, page.num_pages)
-    else:
-        yield Document(read_text(path, name) if kind is Kind.TEXT else path)
+
+    passage_tokens: int | None = None
+    clip_seconds: float | None = None
+    tokenizer: Any = None
+
+    def documents(self, raw: Any, name: str, kind: Kind) -> Iterator[Document]:
+        """What a file or a content holds: itself, its pages, passages, or clips beside the whole.
+
+        Args:
+            raw: a path, or what a table holds.
+            name: how errors call it.
+            kind: what it holds.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        if kind is Kind.PDF and isinstance(raw, Path):
+            for page in pages(raw, name):
+                yield Document(page, page.page, page.num_pages)
+        elif kind is Kind.TEXT:
+            yield from self._passages(read_text(raw, name) if isinstance(raw, Path) else raw)
+        else:
+            yield from self._clips(raw, kind)
+
+    def _passages(self, text: Any) -> Iterator[Document]:
+        if self.passage_tokens is None or not isinstance(text, str):
+            yield Document(text)
+            return
+        parts = _splitter(self.passage_tokens, self.tokenizer).chunk_indices(text)
+        if len(parts) < 2:
+            yield Document(text)
+            return
+        for number, (start, passage) in enumerate(parts, start=1):
+            yield Document(passage, number, len(parts), start, start + len(passage))
+
+    def _clips(self, raw: Any, kind: Kind) -> Iterator[Document]:
+        seconds = seconds_of(raw) if kind is Kind.VIDEO and self.clip_seconds and isinstance(raw, Path) else None
+        if self.clip_seconds is None or seconds is None or seconds <= self.clip_seconds:
+            yield Document(raw)
+            return
+        length, stride = self.clip_seconds, self.clip_seconds / 2
+        count = math.ceil((seconds - length) / stride - 1e-6) + 1  # the last one ends with the video
+        yield Document(raw, 0, count + 1)
+        for number in range(count):
+            start = number * stride
+            end = min(start + length, seconds)
+            clip = {"video": raw, "start": start, "end": None if end == seconds else end}
+            yield Document(clip, number + 1, count + 1, start, end)
+
+
+def _splitter(passage_tokens: int, tokenizer: Any) -> Any:
+    """Of semantic-text-splitter: at headings, then paragraphs, sentences, words, as large as they may be."""
+    try:
+        from semantic_text_splitter import MarkdownSplitter
+    except ImportError:
+        raise ImportError("passages need semantic-text-splitter; pip install 'plume-embed[index]'") from None
+    overlap = round(_OVERLAP * passage_tokens)
+    return MarkdownSplitter.from_huggingface_tokenizer(tokenizer.backend_tokenizer, passage_tokens, overlap=overlap)
 
 
 def about(item: Item, kind: Kind, sha256: str, document: Document, vector: np.ndarray) -> dict[str, Any]:
@@ -70,6 +130,8 @@ def about(item: Item, kind: Kind, sha256: str, document: Document, vector: np.nd
         "kind": str(kind),
         "page": document.page,
         "num_pages": document.num_pages,
+        "start": document.start,
+        "end": document.end,
         "sha256": sha256,
         "text": text,
         "excerpt": excerpt_of(text),

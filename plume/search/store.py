@@ -89,11 +89,20 @@ class RowStore:
             self._schema = self._read(lambda table: table.schema)  # somebody else may have done that meanwhile
         return "text" in self._schema.names
 
-    def add_texts(self) -> None:
-        """Make room for texts, which nobody has read yet; rows of tables have their excerpt, which is all there is."""
-        if not self.has_texts:
-            self._write(lambda table: table.add_columns({"text": _FIRST_TEXT}))
+    def add_columns(self) -> None:
+        """Make room for what rows of older versions lack.
+
+        Nobody has read their texts yet; rows of tables have their excerpt, which is all there is.
+        """
+        first = {"text": _FIRST_TEXT, "start": "cast(NULL as double)", "end": "cast(NULL as double)"}
+        lacking = {name: how for name, how in first.items() if name not in self._schema.names}
+        if lacking := {} if not lacking else self._lacking(first):
+            self._write(lambda table: table.add_columns(lacking))
             self._schema = self._read(lambda table: table.schema)
+
+    def _lacking(self, columns: dict[str, str]) -> dict[str, str]:
+        self._schema = self._read(lambda table: table.schema)  # somebody else may have made them meanwhile
+        return {name: how for name, how in columns.items() if name not in self._schema.names}
 
     def __len__(self) -> int:
         return self._read(lambda table: table.count_rows())
@@ -166,6 +175,8 @@ class RowStore:
                 is_table = _compute().starts_with(added["root"], TABLES)
                 text = _compute().if_else(is_table, added["excerpt"], pa.scalar(None, pa.string()))
                 added = added.append_column("text", text)
+            for name in {"start", "end"} - set(added.column_names):
+                added = added.append_column(name, pa.nulls(len(added), pa.float64()))
             self._add(added.select(self._schema.names).cast(self._schema))
         return new
 
@@ -508,6 +519,8 @@ def schema_of(dim: int) -> Any:
         "kind": pa.string(),
         "page": pa.int32(),
         "num_pages": pa.int32(),
+        "start": pa.float64(),
+        "end": pa.float64(),
         "sha256": pa.string(),
         "size": pa.int64(),
         "mtime_ns": pa.int64(),

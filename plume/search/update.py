@@ -25,7 +25,7 @@ from plume.inputs.file_kinds import Kind, kind_of
 from plume.inputs.item import MAX_TEXT_BYTES, Item, MediaLimits
 from plume.inputs.processor import PlumeProcessor
 from plume.search.folder import Found, Other, Skipped, digest, stats_of, walk, walk_key
-from plume.search.rows import Document, about, documents, excerpt_of
+from plume.search.rows import Document, Splitter, about, excerpt_of
 from plume.search.store import TABLES, RowStore
 
 # A window is embedded and committed together: at most this many rows or tokens.
@@ -96,6 +96,7 @@ def update_store(
     instruction: str,
     num_latent_steps: int,
     image_settings: Mapping[str, Any],
+    splitter: Splitter,
     batch_size: int,
     hide_progress: bool | None,
 ) -> Report:
@@ -108,6 +109,7 @@ def update_store(
         instruction: for every document.
         num_latent_steps: K of documents.
         image_settings: what `Plume.encode` is told of images.
+        splitter: of long texts and videos.
         batch_size: inputs per pass.
         hide_progress: None hides bars outside of terminals.
     """
@@ -124,7 +126,7 @@ def update_store(
         ):
             contents = _contents(store, files)
             report.reused += _copy_known(store, root, contents)
-            work = _load(contents, processor, limits, instruction, look, progress)
+            work = _load(contents, processor, limits, splitter, instruction, look, progress)
             for window in in_windows(
                 work,
                 max_items=_ROWS_PER_WINDOW,
@@ -163,7 +165,7 @@ def read_texts(store: RowStore, root: Path) -> None:
         try:
             if stats_of(path)[:2] != written:
                 continue
-            found = documents(path, pages[0]["name"], Kind(pages[0]["kind"]))
+            found = Splitter().documents(path, pages[0]["name"], Kind(pages[0]["kind"]))
             texts = {document.page: document.text for document in found}
             if stats_of(path)[:2] != written:
                 continue
@@ -198,6 +200,7 @@ def _load(
     contents: Iterable[_Content],
     processor: PlumeProcessor,
     limits: MediaLimits,
+    splitter: Splitter,
     instruction: str,
     look: _Look,
     progress: tqdm,
@@ -207,7 +210,7 @@ def _load(
         progress.update(len(content.files))
         file = content.files[0]
         try:
-            for document in documents(file.path, file.name, content.kind):
+            for document in splitter.documents(file.path, file.name, content.kind):
                 if document.page in content.rows:
                     continue
                 names = content.names(document)

@@ -154,8 +154,12 @@ function show(hits, list) {
     const card = by("card").content.cloneNode(true);
     const name = card.querySelector(".name");
     const preview = card.querySelector(".preview");
-    const page = hit.page ? `, page ${hit.page} of ${hit.num_pages}` : "";
-    const file = `search/${hit.id}/file${hit.page ? `#page=${hit.page}` : ""}`;
+    const isClip = hit.kind === "video" && hit.start !== undefined;
+    const page = hit.page
+      ? `, page ${hit.page} of ${hit.num_pages}`
+      : isClip ? `, ${hit.start} to ${hit.end.toFixed(0)} s` : "";
+    const part = hit.page ? `#page=${hit.page}` : isClip ? `#t=${hit.start},${hit.end}` : "";
+    const file = `search/${hit.id}/file${part}`;
     name.textContent = hit.name;
     name.title = hit.path;
     if (hit.has_file) name.href = preview.href = file;

@@ -27,7 +27,7 @@ _COLUMNS = ["name", "kind", "page", "num_pages", "sha256", "excerpt", "thumbnail
 # Dies without warning before the fourth commit.
 _KILLED = """
 import os, signal, sys
-from plume import cli
+from plume.cli import main as cli
 from plume.search import store, update
 update._ROWS_PER_WINDOW = 24
 commit, commits = store.RowStore.add, []
