@@ -388,6 +388,28 @@ class RowStore:
 
         return self._read(select)
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return list(self._schema.names)
+
+    def tables(self, columns: Sequence[str], where: str | None = None) -> Iterator[Any]:
+        """Some columns of all rows as tables of Arrow, one at least, a part of the rows in each.
+
+        Raises:
+            ValueError: the condition is not SQL.
+        """
+        import pyarrow as pa
+
+        def begin(table: Any) -> Any:
+            search = table.search().select([name for name in columns if name in self._schema.names]).limit(None)
+            return (search if where is None else search.where(checked_condition(where))).to_batches()
+
+        batches = self._read_where(begin, where)
+        yield pa.Table.from_batches([], batches.schema)
+        for batch in batches:
+            yield pa.Table.from_batches([batch])
+
     def rows_at(self, path: str) -> list[dict[str, Any]]:
         """The rows of a file: page, content, vector, and what they know of the file on disk."""
         return self._rows_where(f"path = {quoted(path)}", ["path", "page", "size", "mtime_ns", "sha256", "vector"])
