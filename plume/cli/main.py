@@ -11,6 +11,7 @@ from plume.cli.classify import classify
 from plume.cli.corpus import corpus
 from plume.cli.encode import encode, trace
 from plume.cli.export import export
+from plume.cli.report import report
 from plume.cli.search import index, search
 from plume.cli.serve import serve
 from plume.terminal import run_app, say
@@ -34,7 +35,7 @@ def _plume(
     """Multimodal embeddings by latent reasoning."""
 
 
-for _command in (encode, index, search, classify, export, trace):
+for _command in (encode, index, search, classify, report, export, trace):
     app.command()(_command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 for _command in (convert, serve):

@@ -119,6 +119,10 @@ def search(
     index: Annotated[Path, typer.Option(help="The index.")] = Path("plume-index"),
     model: Annotated[str | None, typer.Option(help="Checkpoint; the one that made the index if not given.")] = None,
     top_k: Annotated[int, typer.Option(help="Results at most.", min=1)] = 10,
+    correct: Annotated[
+        Literal["centre", "hubs"] | None,
+        typer.Option(help="Scores without the means of kinds, or less hubs; `plume report --fit` comes first."),
+    ] = None,
     group_by: Annotated[
         Literal["file"] | None, typer.Option(help="file: the best page, passage or clip of each file alone.")
     ] = None,
@@ -197,6 +201,7 @@ def search(
                 text=words,
                 hybrid=hybrid,
                 exact=exact,
+                correct=correct,
                 group_by=group_by,
                 collapse=collapse,
                 min_score=min_score,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from plume.embedder.encode import pixel_settings
 from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item, list_inputs
+from plume.search.corrections import Correct, Corrections, check_correct
 from plume.search.filter import Filter
 from plume.search.query import Compiled, Like, compiled, inputs_of
 from plume.search.ranking import Cut, Hit, Ranking, hit_of, true_row
@@ -373,6 +374,7 @@ class Index:
         text: str | None = None,
         hybrid: float | None = None,
         exact: bool = False,
+        correct: Correct | None = None,
         group_by: Literal["file"] | None = None,
         collapse: float | None = None,
         min_score: float | None = None,
@@ -398,6 +400,8 @@ class Index:
                 given, else 0.
             exact: compare with every row of a large index too. Without it a query of several parts looks at the rows
                 that are near to one of them.
+            correct: order by corrected scores, as `correct` has fitted them: "centre", so that no kind of rows comes up
+                more than another for being what it is; "hubs", so that no row does for being near to everything.
             group_by: "file" shows the best page, passage or clip of each file alone.
             collapse: rows whose cosine to a better one is at least this are left out, for example 0.98 for copies of a
                 picture.
@@ -413,8 +417,6 @@ class Index:
                 no such weight, words in an index that keeps no texts, parts that cannot be joined, or a cut that
                 cannot be made.
         """
-        if plume is not None:
-            self.check_embedder(plume)
         hybrid = (_EQUAL if text else 0.0) if hybrid is None else hybrid
         if not 0 <= hybrid <= 1:
             raise ValueError(f"hybrid is {hybrid}; expected the weight of words, from 0 to 1")
@@ -428,7 +430,7 @@ class Index:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
-        asked, words = self._compiled(query, plume, request, wants_words=bool(hybrid) and text is None)
+        asked, words = self._compiled(query, plume, wants_words=bool(hybrid) and text is None)
         return self.nearest(
             asked,
             top_k=top_k,
@@ -437,6 +439,7 @@ class Index:
             text=words if text is None else text,
             hybrid=hybrid,
             exact=exact,
+            correct=correct,
             group_by=group_by,
             collapse=collapse,
             min_score=min_score,
@@ -454,6 +457,7 @@ class Index:
         text: str = "",
         hybrid: float = 0.0,
         exact: bool = False,
+        correct: Correct | None = None,
         group_by: Literal["file"] | None = None,
         collapse: float | None = None,
         min_score: float | None = None,
@@ -470,6 +474,7 @@ class Index:
             text: words to look for as well.
             hybrid: their weight, see `search`.
             exact: see `search`.
+            correct: see `search`.
             group_by: see `search`.
             collapse: see `search`.
             min_score: see `search`.
@@ -479,6 +484,7 @@ class Index:
             ValueError: a condition that is not SQL, words in an index that keeps no texts, or a cut that cannot be
                 made.
         """
+        check_correct(correct)
         conditions = [] if where is None else [where]
         if filter is not None and filter.condition is not None:
             conditions.append(filter.condition)
@@ -492,6 +498,8 @@ class Index:
             text=text,
             hybrid=hybrid,
             exact=exact,
+            correct=correct,
+            corrections=None if correct is None else Corrections.read(self.path, self.identity.dim),
             group_by=group_by,
             collapse=collapse,
             min_score=min_score,
@@ -499,16 +507,11 @@ class Index:
         )
         return ranking.hits(top_k, offset)
 
-    def _compiled(
-        self, query: Any, plume: Plume | None, identity: Identity, *, wants_words: bool
-    ) -> tuple[Compiled, str]:
+    def _compiled(self, query: Any, plume: Plume | None, *, wants_words: bool) -> tuple[Compiled, str]:
         """What a query asks of rows, and the words of what is wanted."""
         inputs = list(inputs_of(query))
         if not inputs:
             return compiled(query, [], self._row_of), ""
-        if plume is None:
-            raise ValueError("the query has to be embedded; pass the embedder that made the index")
-        processor = plume.plume_model.processor
         parts, words = [], []
         for number, (part, is_wanted) in enumerate(inputs):
             name = "the query" if len(inputs) == 1 else f"part {number + 1} of the query"
@@ -519,17 +522,11 @@ class Index:
                     name, f"it is {count} inputs; expected one: a string, an image, a dict of several media"
                 )
             if wants_words:  # parsed once, for media may be far away
-                part = Item.parse(part, name, processor.limits)  # type: ignore[union-attr]
+                limits = None if plume is None else plume.plume_model.processor.limits  # type: ignore[union-attr]
+                part = Item.parse(part, name, limits)
                 words += [part.text] if is_wanted else []
             parts.append(part)
-        vectors = plume.encode_query(
-            parts,
-            instruction=identity.query_instruction,
-            num_latent_steps=identity.query_latent_steps,
-            **pixel_settings(processor, identity.max_pixels),
-        )
-        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return compiled(query, list(units), self._row_of), " ".join(words)
+        return compiled(query, list(self.query_vectors(parts, plume)), self._row_of), " ".join(words)
 
     def _row_of(self, like: Like) -> tuple[np.ndarray, tuple[str, int]]:
         """The unit vector of a row, and its content.
@@ -553,6 +550,38 @@ class Index:
         row = true_row(rows)
         vector = np.asarray(row["vector"], dtype=np.float32)
         return vector / np.linalg.norm(vector), (row["sha256"], row["page"])
+
+    def correct(self, queries: Sequence[Any] | np.ndarray, plume: Plume | None = None) -> Corrections:
+        """Fit corrections of scores, and keep them beside the index; searches use them where they are told to.
+
+        Args:
+            queries: like those that will be searched for, 100 at least: inputs, or their unit vectors `[Q, dim]`.
+            plume: the embedder that made the index, for inputs.
+
+        Raises:
+            ValueError: too few queries, or rows.
+        """
+        vectors = queries if isinstance(queries, np.ndarray) else self.query_vectors(queries, plume)
+        found = Corrections.fitted(self.store, vectors)
+        found.write(self.path)
+        return found
+
+    def query_vectors(self, queries: Sequence[Any], plume: Plume | None) -> np.ndarray:
+        """Unit vectors of queries, as searches embed them, `[Q, dim]`.
+
+        Raises:
+            ValueError: another embedder, or none.
+        """
+        if plume is None:
+            raise ValueError("the query has to be embedded; pass the embedder that made the index")
+        self.check_embedder(plume)
+        vectors = plume.encode_query(
+            list(queries),
+            instruction=self.identity.query_instruction,
+            num_latent_steps=self.identity.query_latent_steps,
+            **pixel_settings(plume.plume_model.processor, self.identity.max_pixels),
+        )
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def row(self, number: int) -> Hit | None:
         """The row of a number, without a score; None where there is none any more."""

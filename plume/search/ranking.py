@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from plume.inputs.file_kinds import Kind
+from plume.search.corrections import Correct, Corrections
 from plume.search.query import Compiled
 from plume.search.rows import excerpt_of
-from plume.search.store import APPROXIMATE_FROM, TABLES, RowStore
+from plume.search.store import APPROXIMATE_FROM, TABLES, RowStore, checked_condition, quoted
 from plume.space.cutoff import before_largest_drop, least_relevance, relevance
 from plume.space.fusion import fuse
 from plume.space.logic import standardised
@@ -39,7 +40,7 @@ _SAME = 0.999
 #: How often a search is done again where rows were compacted meanwhile, and have other numbers.
 _TRIES = 3
 #: What tells rows of one file apart, and whether they are of what is on disk.
-_OF_FILES = ("path", "page", "size", "mtime_ns")
+_OF_FILES = ("path", "page", "size", "mtime_ns", "kind")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Hit:
     Of stages that the search had, else None:
     parts: cosine to each part of `All`, `Any` and `Not`, in their order.
     logic: how well it meets them together, in standard deviations of the index (`plume.space.logic`).
+    corrected: the score by which the means of kinds, or hubs, do not count (`plume.space.corrections`).
     relevance: how far it stands out of the index, in robust standard deviations (`plume.space.cutoff`).
     text_score: how well its words match (BM25, larger is better); None also where they do not at all.
     fused: by what results are ordered, where words were looked for too (`plume.space.fusion`).
@@ -78,6 +80,7 @@ class Hit:
     vector: np.ndarray = field(repr=False, compare=False)
     parts: tuple[float, ...] | None = None
     logic: float | None = None
+    corrected: float | None = None
     relevance: float | None = None
     text_score: float | None = None
     fused: float | None = None
@@ -90,7 +93,7 @@ class Hit:
     def to_dict(self) -> dict[str, Any]:
         """What is said of a result, for JSON; places in a file and scores of stages where there are any."""
         names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
-        extras = {name: getattr(self, name) for name in ("start", "end", "parts", "logic", "relevance")}
+        extras = {name: getattr(self, name) for name in ("start", "end", "parts", "logic", "corrected", "relevance")}
         return {name: getattr(self, name) for name in names} | {
             name: value for name, value in extras.items() if value is not None
         }
@@ -101,6 +104,7 @@ class Ranking:
     """Rows of an index in the order of a query; read `hits` first.
 
     where: a condition in SQL. text: words to look for as well. hybrid: their weight.
+    correct, corrections: how scores are corrected, and by what.
     exact: compare with every row of a large index too. group_by: "file" keeps the best row of each.
     collapse: rows whose cosine to a better one is at least this are left out.
     min_score: rows of a smaller cosine are left out.
@@ -112,6 +116,8 @@ class Ranking:
     text: str
     hybrid: float
     exact: bool
+    correct: Correct | None
+    corrections: Corrections | None
     group_by: Literal["file"] | None
     collapse: float | None
     min_score: float | None
@@ -131,6 +137,10 @@ class Ranking:
             raise ValueError(f'group_by is {self.group_by!r}; expected "file" or None')
         if self.collapse is not None and not 0 < self.collapse <= 1:
             raise ValueError(f"collapse is {self.collapse}; expected a cosine above 0 and at most 1")
+        if self.correct is not None and self.asked.joined is not None:
+            raise ValueError("correct is for one vector; All, Any and Not compare parts by what is usual for each")
+        if self.correct is not None and self.cut == "auto":
+            raise ValueError('cut="auto" tells by cosines what stands out; use it without correct')
         if self.cut == "drop" and self.has_words:
             raise ValueError('cut="drop" looks at one order of scores, and words give a second; use cut="auto"')
 
@@ -171,6 +181,8 @@ class Ranking:
         """Rows that are best by their vectors, as many as there are up to a limit."""
         if self.asked.joined is not None:
             return self._meeting(limit)
+        if self.correct is not None and self.corrections is not None:
+            return self._corrected(max(limit, _CANDIDATES), self.correct, self.corrections)
         rows = self.store.nearest(self.asked.direction, limit, self.where, exact=self.exact, columns=columns)
         return [{**row, "cosine": 1 - row["_distance"]} for row in rows]
 
@@ -183,6 +195,29 @@ class Ranking:
         best = np.argsort([-one["logic"] for one in scored], kind="stable")[:limit]
         rows = self.store.numbered([int(numbers[at]) for at in best], columns=_OF_FILES)
         return [{**rows[number], **scored[at]} for at in best if (number := int(numbers[at])) in rows]
+
+    def _corrected(self, limit: int, how: Correct, corrections: Corrections) -> list[dict[str, Any]]:
+        """Rows by corrected scores, among those of each kind that are nearest."""
+        vector, rows = corrections.looked_for(how, self.asked.direction), []
+        for kind in Kind if how == "centre" else (None,):
+            of_kind = [] if kind is None else [f"kind = {quoted(str(kind))}"]
+            where = " AND ".join([*of_kind, *([] if self.where is None else [checked_condition(self.where)])]) or None
+            rows += self.store.nearest(vector, limit, where, exact=self.exact, columns=(*_OF_FILES, "vector"))
+        if not rows:
+            return []
+        vectors = np.array([row.pop("vector") for row in rows], dtype=np.float32)
+        return [{**row, **scored} for row, scored in zip(rows, self._scored_corrected(rows, vectors), strict=True)]
+
+    def _scored_corrected(self, rows: Sequence[dict[str, Any]], vectors: np.ndarray) -> list[dict[str, Any]]:
+        """What is said of rows by their vectors `[N, D]`, where scores are corrected."""
+        assert self.correct is not None
+        assert self.corrections is not None
+        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        scores = self.corrections.scores(
+            self.correct, self.asked.direction[None], units, [row["kind"] for row in rows]
+        )[0]
+        cosines = units @ self.asked.direction
+        return [{"cosine": float(one), "corrected": float(score)} for one, score in zip(cosines, scores, strict=True)]
 
     @property
     def _vectors(self) -> np.ndarray:
@@ -227,8 +262,12 @@ class Ranking:
         """Rows that are best by their vectors and those that hold words, in one order."""
         rows = {row["_rowid"]: row for row in self._candidates(limit, columns=_OF_FILES)}
         matching = self.store.matching(self.text, limit, self.where, columns=_OF_FILES)
-        if others := self.store.vectors([row["_rowid"] for row in matching if row["_rowid"] not in rows]):
-            scored = self._scored(cosines_of(self._vectors, np.stack(list(others.values()))))
+        new = {row["_rowid"]: row for row in matching if row["_rowid"] not in rows}
+        if others := self.store.vectors(list(new)):
+            vectors = np.stack(list(others.values()))
+            scored = self._scored(cosines_of(self._vectors, vectors))
+            if self.correct is not None:
+                scored = self._scored_corrected([new[number] for number in others], vectors)
             rows |= dict(zip(others, scored, strict=True))
         for row in matching:
             if row["_rowid"] in rows:  # else it has gone meanwhile
@@ -286,6 +325,7 @@ class Ranking:
             score=row["cosine"],
             parts=row.get("parts"),
             logic=row.get("logic"),
+            corrected=row.get("corrected"),
             relevance=row.get("relevance"),
             text_score=row.get("_score"),
             fused=row.get("fused"),
@@ -323,7 +363,7 @@ def hit_of(row: dict[str, Any]) -> Hit:
 
 def _value(row: dict[str, Any]) -> float:
     """By what a row is ordered without words."""
-    return row["logic"] if "logic" in row else row["cosine"]
+    return row.get("corrected", row.get("logic", row["cosine"]))
 
 
 def _true_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

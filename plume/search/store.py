@@ -375,18 +375,27 @@ class RowStore:
         return self._read_where(scan, where)
 
     def sample(self, count: int) -> np.ndarray:
-        """Vectors of rows at even distances, `[count, dim]` at most; the same until the index changes."""
+        """Unit vectors of rows at even distances, `[count, dim]` at most; the same until the index changes."""
 
         def select(table: Any) -> np.ndarray:
             if self._sample is None or self._sample[:2] != (table.version, count):
-                num_rows = table.count_rows()
-                places = np.linspace(0, num_rows, min(count, num_rows), endpoint=False).astype(int).tolist()
-                found = table.take_offsets(places).select(["vector"]).to_arrow() if places else None
-                rows = [] if found is None else found["vector"].combine_chunks().flatten().to_numpy()
-                self._sample = table.version, count, np.reshape(rows, (-1, self.dim)).astype(np.float32)
+                rows = _matrix(self._sampled(table, count, ["vector"]), self.dim)
+                self._sample = table.version, count, rows / np.linalg.norm(rows, axis=1, keepdims=True)
             return self._sample[2]
 
         return self._read(select)
+
+    def sampled(self, count: int, columns: Sequence[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Some columns of rows at even distances, and their vectors as they are `[count, dim]`."""
+        found = self._read(lambda table: self._sampled(table, count, [*columns, "vector"]))
+        return found.drop_columns(["vector"]).to_pylist(), _matrix(found, self.dim)
+
+    @staticmethod
+    def _sampled(table: Any, count: int, columns: list[str]) -> Any:
+        num_rows = table.count_rows()
+        places = np.linspace(0, num_rows, min(count, num_rows), endpoint=False).astype(int).tolist()
+        search = table.take_offsets(places) if places else table.search().limit(0)
+        return search.select(columns).to_arrow()
 
     @property
     def columns(self) -> list[str]:
@@ -555,6 +564,11 @@ def schema_of(dim: int) -> Any:
         pa.field(name, kind, nullable=name not in _KEYS, metadata=key if name in _KEYS else None)
         for name, kind in columns.items()
     )
+
+
+def _matrix(found: Any, dim: int) -> np.ndarray:
+    """The column of vectors, `[n, dim]`."""
+    return np.reshape(found["vector"].combine_chunks().flatten().to_numpy(), (-1, dim)).astype(np.float32)
 
 
 def _numbered(numbers: Sequence[int]) -> str:

@@ -144,7 +144,7 @@ def test_what_is_like_a_row_needs_no_model_and_leaves_its_content_out(index, row
 
 
 def test_rows_that_cannot_be_told_are_refused(index, plume, library):
-    with pytest.raises(ValueError, match=r"two\.pdf has 2 pages; say which one"):
+    with pytest.raises(ValueError, match=r"two\.pdf has 2 pages or passages; say which one"):
         index.search(Like(library / "two.pdf"))
     assert index.search(Like(library / "two.pdf", page=2), top_k=1)[0].path
     with pytest.raises(ValueError, match=r"page 3 of .*two\.pdf is not in the index"):

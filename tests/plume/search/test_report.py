@@ -1,0 +1,190 @@
+"""What an index looks like, and scores that are corrected: fitted, used, fitted again, left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from plume import Index, Plume
+from plume.cli.main import app
+from plume.search.corrections import FILE, Corrections
+from plume.search.query import All, Compiled
+from plume.search.report import draw_report, report
+
+RNG = np.random.default_rng(0)
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def plume(plume_folder) -> Plume:
+    return Plume(plume_folder, device="cpu")
+
+
+def add(index, kind, vectors, names):
+    index.store.add(
+        {
+            "root": "/r", "name": name, "path": f"/r/{name}", "kind": kind, "page": 0, "num_pages": 1,
+            "sha256": f"{kind}{at:060}", "size": 1, "mtime_ns": 1, "excerpt": "", "text": name, "thumbnail": b"",
+            "vector": one,
+        }
+        for at, (one, name) in enumerate(zip(vectors, names, strict=True))
+    )  # fmt: skip
+
+
+@pytest.fixture
+def gap(plume, tmp_path):
+    """An index of images and texts of the same 150 things, with a gap, and queries that are texts of these things."""
+    dim = plume.get_embedding_dimension()
+    things, offset = RNG.normal(size=(150, dim)), 8 * unit(RNG.normal(size=dim))
+    noisy = lambda sign: unit(things + 0.3 * RNG.normal(size=things.shape) + sign * offset)  # noqa: E731
+    index = Index.create(tmp_path / "index", plume)
+    add(index, "text", noisy(1), [f"{at}.txt" for at in range(150)])
+    add(index, "image", noisy(-1), [f"{at}.png" for at in range(150)])
+    return index, np.concatenate([noisy(1), noisy(1)])
+
+
+def test_the_gap_and_its_pairs_are_seen(gap):
+    index, queries = gap
+    found = report(index)
+    assert found.counts == {"image": 150, "text": 150}
+    assert found.num_sampled == 300
+    assert found.norms == pytest.approx((1, 1), abs=1e-5)
+    (distance, told) = found.gaps["image", "text"]
+    assert distance > 0.8
+    assert told > 0.95
+    (count, there, back) = found.pairs["image", "text"]
+    assert count == 150
+    assert there < 0.3
+    assert back < 0.3
+    assert found.corrected == {}
+    found = report(index, queries)
+    assert found.mixing["text"] > 1.9
+    assert found.corrected["none"]["mixing"]["image"] < 0.2
+    assert found.corrected["centre"]["mixing"]["image"] > 0.8
+    assert any("correct=centre" in line for line in found.lines())
+
+
+def test_a_centred_search_finds_images_by_texts(gap, plume):
+    index, queries = gap
+    index.correct(queries)
+    plain, corrected = (
+        [[hit.path for hit in index.nearest(Compiled.of(query), top_k=3, correct=correct)] for query in queries[:150]]
+        for correct in (None, "centre")
+    )
+    assert np.mean([f"/r/{at}.png" in paths for at, paths in enumerate(plain)]) < 0.1
+    assert np.mean([f"/r/{at}.png" in paths for at, paths in enumerate(corrected)]) > 0.95
+    hits = index.nearest(Compiled.of(queries[0]), top_k=5, correct="centre")
+    assert [hit.corrected for hit in hits] == sorted((hit.corrected for hit in hits), reverse=True)
+    by_path = {row["path"]: np.array(row["vector"]) for row in index.store.rows(["path", "vector"])}
+    corrections = Corrections.read(index.path, index.identity.dim)
+    for hit in hits:
+        assert hit.score == pytest.approx(by_path[hit.path] @ queries[0], abs=1e-5)
+        left = by_path[hit.path] - corrections.means[hit.kind]
+        own = queries[0] - corrections.query_mean
+        expected = left @ own / np.linalg.norm(left) / np.linalg.norm(own)
+        assert hit.corrected == pytest.approx(expected, abs=1e-4)
+        assert hit.to_dict()["corrected"] == hit.corrected
+
+
+def test_corrections_change_no_vector_and_can_be_left_out(gap):
+    index, queries = gap
+    before = sorted((row["path"], tuple(row["vector"])) for row in index.store.rows(["path", "vector"]))
+    plain = [(hit.path, hit.score) for hit in index.nearest(Compiled.of(queries[3]), top_k=20)]
+    index.correct(queries[:120])
+    assert [(hit.path, hit.score) for hit in index.nearest(Compiled.of(queries[3]), top_k=20)] == plain
+    first = index.nearest(Compiled.of(queries[3]), top_k=20, correct="hubs")
+    index.correct(queries)
+    assert [hit.corrected for hit in index.nearest(Compiled.of(queries[3]), top_k=20, correct="hubs")] != [
+        hit.corrected for hit in first
+    ]
+    assert sorted((row["path"], tuple(row["vector"])) for row in index.store.rows(["path", "vector"])) == before
+    (index.path / FILE).unlink()
+    with pytest.raises(ValueError, match="has no corrections"):
+        index.nearest(Compiled.of(queries[3]), correct="hubs")
+
+
+def test_hubs_are_named_and_lose_their_place(plume, tmp_path):
+    dim = plume.get_embedding_dimension()
+    middle = unit(RNG.normal(size=dim))
+    things = unit(RNG.normal(size=(300, dim)) + 4 * middle)
+    index = Index.create(tmp_path / "index", plume)
+    add(index, "text", np.concatenate([things, middle[None]]), [*(f"{at}.txt" for at in range(300)), "hub.txt"])
+    queries = unit(things + 0.12 * RNG.normal(size=things.shape))
+    found = report(index, queries)
+    assert found.hubs[0][0] == "/r/hub.txt"
+    assert found.corrected["hubs"]["skewness"] < found.corrected["none"]["skewness"] / 2
+    index.correct(queries)
+    hits = index.nearest(Compiled.of(queries[0]), top_k=5, correct="hubs")
+    assert "/r/hub.txt" not in [hit.path for hit in hits]
+
+
+def test_corrections_hold_with_words_and_conditions(gap):
+    index, queries = gap
+    index.correct(queries)
+    index.store.compact(wipe=False)
+    hits = index.nearest(Compiled.of(queries[0]), top_k=9, correct="centre", where="kind = 'image' OR kind = 'pdf'")
+    assert {hit.kind for hit in hits} == {"image"}
+    found = index.nearest(Compiled.of(queries[0]), top_k=9, correct="centre", text="77", hybrid=0.9)
+    assert {hit.path for hit in found[:2]} == {"/r/77.txt", "/r/77.png"}
+    assert all(hit.corrected is not None for hit in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"correct": "both"}, "correct is 'both'"), ({"correct": "centre", "cut": "auto"}, "tells by cosines")],
+)
+def test_what_does_not_go_together_is_refused(gap, settings, expected):
+    index, queries = gap
+    index.correct(queries)
+    with pytest.raises(ValueError, match=expected):
+        index.nearest(Compiled.of(queries[0]), **settings)
+
+
+def test_corrections_are_for_one_vector_and_need_enough_queries(gap, plume):
+    index, queries = gap
+    with pytest.raises(ValueError, match="99 queries are too few"):
+        index.correct(queries[:99])
+    index.correct(queries)
+    with pytest.raises(ValueError, match="correct is for one vector"):
+        index.search(All("a kite", "blue"), plume, correct="centre")
+    (index.path / FILE).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        index.nearest(Compiled.of(queries[0]), correct="hubs")
+
+
+def test_an_index_without_rows_has_nothing_to_compare(plume, tmp_path):
+    with pytest.raises(ValueError, match="has 0 rows"):
+        report(Index.create(tmp_path / "index", plume))
+
+
+def test_the_command_line_reports_fits_and_draws(gap, plume_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    index, _ = gap
+    (tmp_path / "queries.txt").write_text("\n".join(f"a red kite {at % 7} over the hill {at}" for at in range(210)))
+
+    def run(*words):
+        return CliRunner().invoke(app, [*map(str, words), "--model", str(plume_folder)])
+
+    words = ["report", index.path, "--queries", tmp_path / "queries.txt", "--fit", "--out", tmp_path / "r.png"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "300 rows: 150 image, 150 text" in result.output
+    assert "means" in result.output
+    assert "held-out queries" in result.output
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    found = run("search", "a red kite", "--index", index.path, "--correct", "centre", "--json")
+    assert '"corrected"' in found.output
+    assert "--fit needs --queries" in run("report", index.path, "--fit").output
+    assert "cannot be read" in run("report", index.path, "--queries", tmp_path / "none.txt").output
+
+
+def test_a_small_index_can_be_drawn(plume, tmp_path):
+    pytest.importorskip("matplotlib")
+    index = Index.create(tmp_path / "index", plume)
+    add(index, "text", unit(RNG.normal(size=(3, plume.get_embedding_dimension()))), ["a.txt", "b.txt", "c.txt"])
+    draw_report(index, report(index), tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 5_000
