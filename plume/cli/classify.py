@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +45,9 @@ def classify(
     if not inputs:
         stop("nothing to classify; name files, or give --text")
     check_model(model)
-    labels: Any = label if examples is None else _by_label(examples, "--examples")
+    labels: Any = label
+    if examples is not None:
+        labels = {name: [one for _, one in some] for name, some in _by_label(examples, "--examples").items()}
     labelled = {} if calibrate_on is None else _by_label(calibrate_on, "--calibrate-on")
     num_labelled = sum(map(len, labelled.values()))
 
@@ -66,9 +67,9 @@ def classify(
             use_physical_cores()
             plume = Plume(model)
             if labelled:
-                known = [str(one) for some in labelled.values() for one in some]
-                rows = [one for some in labelled.values() for one in some]
                 answers = [name for name, some in labelled.items() for _ in some]
+                known = [name for some in labelled.values() for name, _ in some]
+                rows = [one for some in labelled.values() for _, one in some]
                 calibration = plume.calibrate(rows, labels, answers, **settings)
                 known = names
             chances = plume.classify(inputs, labels, calibration=calibration, **settings)
@@ -90,14 +91,22 @@ def classify(
             say(f"{told[best]:6.3f}  {best}  {name}")
 
 
-def _by_label(folder: Path, option: str) -> Mapping[str, list[Path]]:
-    """Files of each folder in a folder, by its name."""
+def _by_label(folder: Path, option: str) -> dict[str, list[tuple[str, Any]]]:
+    """Names and inputs of the files of each folder in a folder, by its name; a PDF gives its pages."""
     if not folder.is_dir():
         stop(f"{option} {folder} is no folder; expected one with a folder of files for each label")
-    found = {one.name: readable(sorted(one.iterdir()))[0] for one in sorted(folder.iterdir()) if one.is_dir()}
-    found = {name: [path for path in files if path.is_file()] for name, files in found.items()}
-    if len(found) < 2 or not all(found.values()):
-        empty = [name for name, files in found.items() if not files]
+    found: dict[str, list[tuple[str, Any]]] = {}
+    refused: list[str] = []
+    for one in sorted(folder.iterdir()):
+        if one.is_dir() and not one.name.startswith("."):
+            paths, wrong = readable(sorted(file for file in one.iterdir() if not file.name.startswith(".")))
+            names, inputs, unreadable = collect(paths, [])
+            found[one.name] = list(zip(names, inputs, strict=True))
+            refused += [*wrong, *unreadable]
+    if refused:
+        stop("\n".join(refused))
+    empty = [name for name, files in found.items() if not files]
+    if len(found) < 2 or empty:
         why = f"{empty[0]} holds no file that plume reads" if empty else "it must hold two folders at least"
         stop(f"{option} {folder}: {why}; expected a folder of files for each label")
     return found

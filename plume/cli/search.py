@@ -129,6 +129,10 @@ def search(
     collapse: Annotated[
         float | None, typer.Option(help="Leave out what has at least this cosine to a better result, as 0.98.")
     ] = None,
+    rerank: Annotated[
+        str | None, typer.Option(help="A CrossEncoder of sentence-transformers that orders the best results anew.")
+    ] = None,
+    rerank_k: Annotated[int, typer.Option(help="Results that are reranked.", min=1)] = 50,
     min_score: Annotated[float | None, typer.Option(help="Leave out what has a smaller cosine.")] = None,
     cut: Annotated[
         Literal["auto", "drop"] | None,
@@ -165,9 +169,10 @@ def search(
         check_model(model)
 
     from plume import Plume
-    from plume.search.filter import Filter, day_of
+    from plume.search.filter import Filter, day_of, indexed_path
     from plume.search.index import Index
     from plume.search.query import inputs_of, joined_query
+    from plume.search.rerank import CrossEncoderReranker
     from plume.search.results_page import gallery, place_in_file
     from plume.threads import use_physical_cores
 
@@ -177,7 +182,7 @@ def search(
             rows = Filter(
                 kinds=tuple(kind or ()),
                 folder="" if folder is None else str(folder.resolve()),
-                path="" if path is None else str(path.resolve()),
+                path="" if path is None else indexed_path(path),
                 page=page,
                 since=day_of(since),
                 until=day_of(until),
@@ -206,6 +211,8 @@ def search(
                 collapse=collapse,
                 min_score=min_score,
                 cut=cut,
+                rerank=None if rerank is None else CrossEncoderReranker(rerank),
+                rerank_k=rerank_k,
             )
     except (ValueError, OSError) as error:
         stop(message_of(error, names))
@@ -238,10 +245,17 @@ def search(
         )
     if not hits:
         is_filtered = where is not None or rows.condition is not None
-        if (cut or min_score is not None) and len(source):
+        if (cut or min_score is not None) and not is_filtered and len(source):
             say("nothing here is close to that; leave out --cut and --min-score to see what is nearest", err=True)
         else:
-            say("no results" + (" that meet the conditions" if is_filtered else "; the index is empty"), err=True)
+            why = (
+                " that meet the conditions"
+                if is_filtered
+                else "; it holds nothing else"
+                if len(source)
+                else "; the index is empty"
+            )
+            say(f"no results{why}", err=True)
 
 
 def _name_of(part: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from plume.corpus.plan import Job
 from plume.search.index import IDENTITY, Index
+from plume.search.rows import Splitter
 from plume.search.store import TABLES
 from plume.search.update import check_root, read_texts
 
@@ -52,7 +53,7 @@ def commit(job: Job, index: str | os.PathLike) -> Committed:
             job.mark_committed(name, shard)
         for (root,) in target.store.counts("root"):
             if not root.startswith(TABLES):
-                read_texts(target.store, Path(root))  # of shards of an older version
+                read_texts(target.store, Path(root), Splitter())  # of shards of an older version, which has no passages
         target.store.compact(wipe=False)
     return Committed(added, present, len(shards))
 

@@ -603,7 +603,7 @@ class Plume(SentenceTransformer, metaclass=_KnownByItsName):
             calibration: of `calibrate`. Without it exactly one label is taken to be right, at PLUME's temperature of
                 training, and probabilities say no more than which label is nearest: that none is right cannot be said.
             num_latent_steps: K, as for `encode`; of a mapping, inputs take that of queries.
-            options: as for `encode`, for example `batch_size`.
+            options: of `encode`: `batch_size` and others that change no vector, and `truncate_dim`.
 
         Returns:
             `[N, C]`, float32, columns in the order of the labels; `[C]` for a single input. Rows sum to 1, unless

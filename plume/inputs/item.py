@@ -25,7 +25,8 @@ _ACCEPTED = (
     "a string, a PIL image, a plume.Page, a pathlib.Path, an array of pixels, the bytes of an image, chat messages, or "
     'a dict with "text", "image", "video" and "instruction"'
 )
-_KEYS = ("text", "image", "video", "instruction", "fps", "max_frames", "start", "end")
+_SAMPLES = ("fps", "max_frames", "start", "end")
+_KEYS = ("text", "image", "video", "instruction", *_SAMPLES)
 
 #: Longer text files are refused before they are read; no model takes a tenth of it.
 MAX_TEXT_BYTES = 2**20
@@ -219,8 +220,10 @@ def _from_dict(raw: Mapping, name: str, limits: MediaLimits) -> Item:
     instruction = raw.get("instruction") or ""
     if not isinstance(instruction, str):
         raise InputError(name, f'"instruction" is a {type(instruction).__name__}; expected a string')
-    if any(raw.get(key) is not None for key in ("fps", "max_frames", "start", "end")):
+    if any(raw.get(key) is not None for key in _SAMPLES):
         limits = replace(limits, sampling=_sampled(raw, limits.sampling, name))
+    if raw.get("video") is None and (key := next((key for key in ("start", "end") if raw.get(key) is not None), None)):
+        raise InputError(name, f'it has "{key}" and no "video" of which a part could be taken')
     media: list[Any] = []
     for key in raw:
         if key in ("image", "video") and isinstance(raw[key], (list, tuple)) and not raw[key]:
@@ -283,7 +286,7 @@ def _from_part(part: Mapping, name: str, limits: MediaLimits) -> list[Part]:
         value = f"data:;base64,{value}"
     if kind == "image":
         return [_load_image(image, name, limits) for image in _images_of(value, name)]
-    if part.get("fps") is not None or part.get("max_frames") is not None:
+    if any(part.get(key) is not None for key in _SAMPLES):
         limits = replace(limits, sampling=_sampled(part, limits.sampling, name))
     return [load_video(video, limits.sampling, name, limits.background) for video in _videos_of(value)]
 
@@ -362,8 +365,11 @@ def _sampled(raw: Mapping, sampling: Sampling, name: str) -> Sampling:
             raise InputError(name, f"{key!r} is {value!r:.80}; expected a number above 0")
     if most is not None and (most != int(most) or most < 1):
         raise InputError(name, f"'max_frames' is {most!r}; expected a whole number from 1")
-    start, end = raw.get("start") or 0.0, raw.get("end")
-    is_span = all(isinstance(one, Real) and math.isfinite(one) for one in (start, 0 if end is None else end))
+    start, end = 0.0 if raw.get("start") is None else raw["start"], raw.get("end")
+    is_span = all(
+        isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one)
+        for one in (start, 0 if end is None else end)
+    )
     if not is_span or start < 0 or (end is not None and end <= start):
         raise InputError(
             name, f'"start" is {start!r:.80} and "end" {end!r:.80}; expected seconds, and the end after the start'

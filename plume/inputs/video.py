@@ -137,29 +137,27 @@ def frames_between(total: int, sampling: Sampling, times: Sequence[float] | None
         return sample_frames(total, sampling, times)
     if times is None:
         raise InputError(name, "it does not say when its frames appear, so that no part of it can be taken by time")
+    shown = (times[-1] - times[0]) / (total - 1) if total > 1 else 1.0  # about as long as the last frame stands
+    if sampling.start > times[-1] + shown:
+        raise InputError(name, f"it has no frames from {sampling.start:g} s on; the last one is at {times[-1]:g} s")
     end = math.inf if sampling.end is None else sampling.end
-    first, last = (int(np.searchsorted(times, moment - _CLOSE_S)) for moment in (sampling.start, end))
-    if first == last:
-        raise InputError(
-            name, f"it has no frames from {sampling.start:g} to {end:g} s; the last one is at {times[-1]:g} s"
-        )
+    first = max(int(np.searchsorted(times, sampling.start + _CLOSE_S, side="right")) - 1, 0)  # on the screen by then
+    last = max(int(np.searchsorted(times, end - _CLOSE_S)), first + 1)
     return [first + index for index in sample_frames(last - first, sampling, times[first:last])]
 
 
 def seconds_of(path: str | os.PathLike) -> float | None:
-    """How long a video is; None where that is not known, or the file cannot be read as one."""
+    """How long a video is; None where that is not known, it is an animated image, or it cannot be read."""
     try:
-        if _is_animation(path):
-            with open_image(path) as image:
-                times = _times(image, getattr(image, "n_frames", 1))
-            return None if times is None else times[-1]
         import av
 
+        if _is_animation(path):
+            return None
         with av.open(os.fspath(path), options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}) as file:
-            stream = file.streams.video[0]
-            if stream.duration and stream.time_base:
-                return float(stream.duration * stream.time_base)
-            return file.duration / 1_000_000 if file.duration else None
+            moments, tick, _ = _moments(file, file.streams.video[0], path)
+            return (
+                None if tick is None or len(moments) < 2 else (moments[-1] - moments[0]) * tick * (1 + 1 / len(moments))
+            )
     except Exception:  # decoders of broken files raise anything, which is told where the frames are read
         return None
 
@@ -180,6 +178,8 @@ def load_video(video: Any, sampling: Sampling, name: str = "the input", backgrou
         InputError: no frames, frames of several sizes, or a file that cannot be decoded.
     """
     if isinstance(video, Video):
+        if sampling.start or sampling.end is not None:
+            raise InputError(name, "its frames have been taken already; give the file, of which a part can be taken")
         return video
     fps = None
     if isinstance(video, Mapping) and "array" in video:
@@ -262,7 +262,7 @@ def _load_file(source: Any, sampling: Sampling, name: str, background: str | Non
     try:
         place = opened if isinstance(opened, io.BytesIO) else os.fspath(opened)
         with av.open(place, options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}) as container:
-            return _decode(container, sampling, where, background)
+            return _decode(container, place, sampling, where, background)
     except InputError:
         raise
     except FFmpegError as error:
@@ -272,19 +272,40 @@ def _load_file(source: Any, sampling: Sampling, name: str, background: str | Non
         raise InputError(where, f"it cannot be decoded as a video ({error}); replace the file") from None
 
 
-def _decode(container: Any, sampling: Sampling, where: str, background: str | None) -> Video:
+_last_moments: tuple[Any, tuple[list[int], float | None, bool]] | None = None
+
+
+def _moments(container: Any, stream: Any, source: Any) -> tuple[list[int], float | None, bool]:
+    """When frames appear, in ticks of so many seconds, and whether the file says so; else they are counted.
+
+    Those of the file that was read last are remembered, since many clips of one are read one after the other.
+    """
+    global _last_moments
+    key = None
+    if isinstance(source, (str, os.PathLike)):
+        stat = os.stat(source)
+        key = os.fspath(source), stat.st_size, stat.st_mtime_ns, stat.st_ino
+    if key is not None and _last_moments is not None and _last_moments[0] == key:
+        return _last_moments[1]
+    packets = [packet.pts for packet in container.demux(stream) if packet.size]
+    timed = None not in packets and len(set(packets)) == len(packets)
+    moments = sorted(packets) if timed else list(range(len(packets)))
+    tick = float(stream.time_base) if timed else 1 / float(stream.average_rate) if stream.average_rate else None
+    found = moments, tick, timed
+    if key is not None:
+        _last_moments = key, found
+    return found
+
+
+def _decode(container: Any, source: Any, sampling: Sampling, where: str, background: str | None) -> Video:
     if not container.streams.video:
         raise InputError(where, "it has no video stream; replace the file")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     check_size((stream.width, stream.height), where)
     budget = _PixelBudget(MAX_VIDEO_PIXELS, where)
-    packets = [packet.pts for packet in container.demux(stream) if packet.size]
-    # Frames are known by their time stamps, or by counting where those are missing.
-    timed = None not in packets and len(set(packets)) == len(packets)
-    moments = sorted(packets) if timed else list(range(len(packets)))
+    moments, tick, timed = _moments(container, stream, source)
     jumping = timed
-    tick = float(stream.time_base) if timed else 1 / float(stream.average_rate) if stream.average_rate else None
     while moments:
         times = None if tick is None else [(moment - moments[0]) * tick for moment in moments]
         indices = frames_between(len(moments), sampling, times, where)
@@ -356,7 +377,7 @@ def _frames_at(
     """
     frames: list[Tensor] = []
     seen: list[int] = []
-    todo, jump = deque(wanted), False
+    todo, jump = deque(wanted), jumping and wanted[0][0] > _JUMP_FRAMES
     container.seek(0)
     while todo:
         if jump:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 from plume.inputs.file_kinds import Kind
 from plume.search.store import quoted
@@ -51,12 +53,17 @@ class Filter:
         if self.path:
             parts.append(f"path = {quoted(self.path)}")
         if self.page is not None:
-            parts.append(f"page = {self.page:d}")
+            parts.append(f"kind = 'pdf' AND page = {self.page:d}")
         if self.since is not None:
             parts.append(f"mtime_ns >= {_nanoseconds(self.since)}")
         if self.until is not None:
             parts.append(f"mtime_ns < {_nanoseconds(self.until, days=1)}")
         return " AND ".join(parts) or None
+
+
+def indexed_path(path: str | os.PathLike) -> str:
+    """A path as an index has it: absolute, in the folder that links lead to, under the name that it has there."""
+    return str(Path(path).parent.resolve() / Path(path).name)
 
 
 def day_of(text: str | None) -> date | None:

@@ -7,6 +7,7 @@ refuses to be searched or extended with others. `plume.search.update` brings a f
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,10 @@ from plume.embedder.plume import Plume
 from plume.inputs.errors import InputError
 from plume.inputs.item import Item, list_inputs
 from plume.search.corrections import Correct, Corrections, check_correct
-from plume.search.filter import Filter
+from plume.search.filter import Filter, indexed_path
 from plume.search.query import Compiled, Like, compiled, inputs_of
 from plume.search.ranking import Cut, Hit, Ranking, hit_of, true_row
+from plume.search.rerank import Reranker, reranked
 from plume.search.rows import Splitter
 from plume.search.store import TABLE, TABLES, IndexStorageError, RowStore, checked_condition, quoted
 from plume.search.update import Report, update_store
@@ -35,6 +37,8 @@ from plume.search.update import Report, update_store
 _FORMAT, _READ = 2, (1, 2)
 # Shorter passages and clips say nothing.
 _FEWEST_TOKENS, _SHORTEST_S = 16, 1.0
+# Starts of clips that differ by less are the same.
+_CLOSE = 0.01
 #: The weight of words, where they are given and their weight is not.
 _EQUAL = 0.5
 #: The file that says what made an index.
@@ -118,14 +122,15 @@ class Identity:
             clip_seconds=None if clip_seconds is None else float(clip_seconds),
         )
         pixel_settings(plume.plume_model.processor, max_pixels)
-        if passage_tokens is not None and passage_tokens < _FEWEST_TOKENS:
-            raise ValueError(f"passage_tokens is {passage_tokens}; expected at least {_FEWEST_TOKENS}")
-        if clip_seconds is not None and not clip_seconds >= _SHORTEST_S:
+        most = plume.plume_model.processor.max_tokens  # type: ignore[union-attr]
+        if passage_tokens is not None and not _FEWEST_TOKENS <= passage_tokens <= most:
+            raise ValueError(f"passage_tokens is {passage_tokens}; expected {_FEWEST_TOKENS} to {most:,}")
+        if clip_seconds is not None and not _SHORTEST_S <= clip_seconds < math.inf:
             raise ValueError(f"clip_seconds is {clip_seconds}; expected at least {_SHORTEST_S} s")
         for steps in (identity.num_latent_steps, identity.query_latent_steps):
             if steps is not None:
                 plume.plume_config.check_num_latent_steps(steps)
-        return identity
+        return identity.checked()
 
     def checked(self) -> Identity:
         """The same, once every field is of its type.
@@ -379,6 +384,8 @@ class Index:
         collapse: float | None = None,
         min_score: float | None = None,
         cut: Cut | None = None,
+        rerank: Reranker | None = None,
+        rerank_k: int = 50,
         instruction: str | None = None,
         num_latent_steps: int | None = None,
     ) -> list[Hit]:
@@ -396,7 +403,8 @@ class Index:
             filter: the same by typed fields; both must be met.
             text: words to look for in texts, pages and names; None: those of the query.
             hybrid: the weight of words, from 0 to 1, beside that of vectors; orders are fused by rank. At 0.5 a row
-                that alone holds a rare word, such as the number of an invoice, comes first. None: 0.5 where `text` is
+                that alone holds a rare word, such as the number of an invoice, comes first. Queries without words are
+                searched by vectors. None: 0.5 where `text` is
                 given, else 0.
             exact: compare with every row of a large index too. Without it a query of several parts looks at the rows
                 that are near to one of them.
@@ -409,6 +417,8 @@ class Index:
                 between words and pictures.
             cut: where results end. "auto": rows that do not stand out of the index, so that nothing may be left
                 (`plume.space.cutoff`); those that hold the words stay. "drop": the largest drop within the first 50.
+            rerank: orders the best `rerank_k` rows anew, by scores of query and hit; see `plume.search.rerank`.
+            rerank_k: rows that are reranked.
             instruction: must be the index's; None takes it.
             num_latent_steps: must be the index's K of queries; None takes it.
 
@@ -426,17 +436,22 @@ class Index:
             query_latent_steps=self.identity.query_latent_steps if num_latent_steps is None else num_latent_steps,
         )
         self.identity.check_same(request, self.path)
+        if rerank_k < 1:
+            raise ValueError(f"rerank_k must be at least 1; received {rerank_k}")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1; received {top_k}")
         if where is not None and not isinstance(where, str):
             raise ValueError(f"where is a {type(where).__name__}; expected a condition in SQL")
         asked, words = self._compiled(query, plume, wants_words=bool(hybrid) and text is None)
-        return self.nearest(
+        words = words if text is None else text
+        if text and not hybrid:
+            raise ValueError("text is given, and hybrid=0 leaves words out; give a weight above 0, or no text")
+        hits = self.nearest(
             asked,
-            top_k=top_k,
+            top_k=top_k if rerank is None else max(top_k, rerank_k),
             where=where,
             filter=filter,
-            text=words if text is None else text,
+            text=words,
             hybrid=hybrid,
             exact=exact,
             correct=correct,
@@ -445,6 +460,7 @@ class Index:
             min_score=min_score,
             cut=cut,
         )
+        return hits if rerank is None else reranked(query, hits, rerank)[:top_k]
 
     def nearest(
         self,
@@ -534,15 +550,21 @@ class Index:
         Raises:
             ValueError: there is no such row, or its page is not said.
         """
-        if isinstance(like.of, Hit):
-            return like.of.vector / np.linalg.norm(like.of.vector), like.of.content
-        path = str(like.of) if str(like.of).startswith(TABLES) else str(Path(like.of).resolve())
-        rows = self.store.rows_at(path)
+        path, page = (like.of.path, like.of.content[1]) if isinstance(like.of, Hit) else (str(like.of), like.page)
+        if isinstance(like.of, Hit) and len(like.of.vector) != self.identity.dim:
+            raise ValueError(f"the hit is of another index, whose vectors have {len(like.of.vector)} numbers")
+        rows = self.store.rows_at(path) if path.startswith(TABLES) else []
+        for place in () if rows else (indexed_path(path), str(Path(path).resolve())):
+            rows = rows or self.store.rows_at(place)
+        if isinstance(like.of, Hit) and rows and not any(np.array_equal(row["vector"], like.of.vector) for row in rows):
+            raise ValueError(f"the hit of {path} is of another index, or its file has changed since")
+        if like.start is not None:
+            rows = [row for row in rows if row.get("start") is not None and abs(row["start"] - like.start) < _CLOSE]
         pages = sorted({row["page"] for row in rows})
-        page = like.page if like.page is not None or pages[:1] != [0] else 0  # the whole, where there are clips too
+        page = page if page is not None or pages[:1] != [0] else 0  # the whole, where there are clips too
         if page is None and len(pages) > 1:
             raise ValueError(
-                f"{path} has {len(pages)} pages or passages; say which one, as Like({path!r}, page=1), or #page=1"
+                f"{path} has {len(pages)} pages or passages; say which one, as Like({path!r}, page=1), or {path}#page=1"
             )
         if not (rows := [row for row in rows if page is None or row["page"] == page]):
             what = path if not page else f"page {page} of {path}"

@@ -8,8 +8,11 @@ Letters: C clauses, N rows, D length of a vector.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any as Part
 
 import numpy as np
@@ -22,11 +25,13 @@ from plume.space.logic import but_not, every, opposite, some
 class Like:
     """What a row of the index is like; nothing is embedded for it, and rows of the same content are left out.
 
-    of: a hit of a search, or the path of a file that is indexed. page: of a PDF.
+    of: a hit of a search, or the path of a file that is indexed. page: of a PDF, or which passage or clip; of a video
+    without it the whole. start: seconds where a clip begins, instead.
     """
 
     of: Part
     page: int | None = None
+    start: float | None = None
 
 
 class Mix:
@@ -37,7 +42,7 @@ class Mix:
     """
 
     def __init__(self, *parts: tuple[float, Part]):
-        if not parts or not all(isinstance(one, tuple) and len(one) == 2 for one in parts):
+        if not parts or not all(isinstance(one, tuple) and len(one) == 2 and _is_weight(one[0]) for one in parts):
             raise ValueError('Mix takes pairs of weight and part, for example Mix((1, "a kite"), (-0.5, "night"))')
         self.weights = [float(weight) for weight, _ in parts]
         self.parts = [part for _, part in parts]
@@ -64,7 +69,13 @@ class Examples:
     """
 
     def __init__(self, *parts: Part, share: float = 1.0):
+        if len(parts) < 2:
+            raise ValueError(f"Examples takes at least two examples; received {len(parts)}")
         self.parts, self.share = list(parts), share
+
+
+def _is_weight(value: Part) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Joined:
@@ -235,14 +246,17 @@ def _all_but(wanted: list[np.ndarray], unwanted: list[np.ndarray]) -> np.ndarray
 
 
 def row_like(text: str) -> Like:
-    """A row by the path of its file, and where "#page=3" follows, by its page.
+    """A row by the path of its file as results show it, with "#page=3" for a page, "#t=20,30" for a clip behind it.
 
     Example:
-        >>> row_like("/data/bills.pdf#page=3")
-        Like(of='/data/bills.pdf', page=3)
+        >>> row_like("/data/bills.pdf#page=3"), row_like("/data/clip.mp4#t=20,30")
+        (Like(of='/data/bills.pdf', page=3, start=None), Like(of='/data/clip.mp4', page=None, start=20.0))
     """
-    path, sign, page = text.rpartition("#page=")
-    return Like(path, int(page)) if sign and page.isascii() and page.isdigit() else Like(text)
+    if found := re.fullmatch(r"(.+)#page=(\d+)", text, re.ASCII):
+        return Like(found[1], int(found[2]))
+    if found := re.fullmatch(r"(.+)#t=([\d.]+)(?:,[\d.]+)?", text, re.ASCII):
+        return Like(found[1], start=float(found[2]))
+    return Like(text)
 
 
 def joined_query(

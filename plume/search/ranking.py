@@ -21,8 +21,8 @@ from plume.inputs.file_kinds import Kind
 from plume.search.corrections import Correct, Corrections
 from plume.search.query import Compiled
 from plume.search.rows import excerpt_of
-from plume.search.store import APPROXIMATE_FROM, TABLES, RowStore, checked_condition, quoted
-from plume.space.cutoff import before_largest_drop, least_relevance, relevance
+from plume.search.store import APPROXIMATE_FROM, TABLES, IndexStorageError, RowStore, checked_condition, quoted
+from plume.space.cutoff import LEAST_SAMPLE, before_largest_drop, least_relevance, relevance
 from plume.space.fusion import fuse
 from plume.space.logic import standardised
 
@@ -37,6 +37,8 @@ _DROP_WITHIN = 50
 _SAMPLE = 4_096
 #: Rows nearer to a part of an analogy than this hold the same.
 _SAME = 0.999
+# Cosines that differ by less are equal.
+_ROUNDING = 1e-6
 #: How often a search is done again where rows were compacted meanwhile, and have other numbers.
 _TRIES = 3
 #: What tells rows of one file apart, and whether they are of what is on disk.
@@ -52,7 +54,8 @@ class Hit:
     excerpt: the beginning of its text; of a file that is there, the place where words that were looked for stand.
     page: of a PDF. start, end: characters of a passage of a text, seconds of a clip of a video.
     changed: when the file was written last, in seconds since 1970.
-    content: SHA-256 of the file, and which part of it. row: number of the row, until the index is compacted.
+    content: SHA-256 of the file, and which page, passage or clip of it; 0: the whole.
+    row: number of the row, until the index is compacted.
     vector: `[D]`.
 
     Of stages that the search had, else None:
@@ -62,6 +65,7 @@ class Hit:
     relevance: how far it stands out of the index, in robust standard deviations (`plume.space.cutoff`).
     text_score: how well its words match (BM25, larger is better); None also where they do not at all.
     fused: by what results are ordered, where words were looked for too (`plume.space.fusion`).
+    rerank_score: what a reranker said, by which results are ordered then; None also where it could not judge.
     """
 
     score: float
@@ -84,6 +88,7 @@ class Hit:
     relevance: float | None = None
     text_score: float | None = None
     fused: float | None = None
+    rerank_score: float | None = None
 
     @property
     def is_there(self) -> bool:
@@ -93,10 +98,17 @@ class Hit:
     def to_dict(self) -> dict[str, Any]:
         """What is said of a result, for JSON; places in a file and scores of stages where there are any."""
         names = ("score", "text_score", "fused", "path", "kind", "page", "num_pages", "excerpt")
-        extras = {name: getattr(self, name) for name in ("start", "end", "parts", "logic", "corrected", "relevance")}
+        extras = {
+            name: getattr(self, name)
+            for name in ("start", "end", "parts", "logic", "corrected", "relevance", "rerank_score")
+        }
         return {name: getattr(self, name) for name in names} | {
             name: value for name, value in extras.items() if value is not None
         }
+
+
+class _RowsMovedError(Exception):
+    """Rows have other numbers than a moment ago, or are gone."""
 
 
 @dataclass(kw_only=True)
@@ -131,6 +143,8 @@ class Ranking:
             ValueError: there is no such cut, or it needs one order of scores.
         """
         self.has_words = bool(self.hybrid and self.text.strip())
+        if self.min_score is not None and not np.isfinite(self.min_score):
+            raise ValueError(f"min_score is {self.min_score}; expected a cosine")
         if self.cut not in (None, "auto", "drop"):
             raise ValueError(f'cut is {self.cut!r}; expected "auto", "drop" or None')
         if self.group_by not in (None, "file"):
@@ -150,32 +164,45 @@ class Ranking:
         Raises:
             ValueError: a condition that is not SQL, words in an index that keeps no texts, or a cut in an index that is
                 too small for it.
+            IndexStorageError: rows are compacted faster than they can be read.
         """
-        left = _TRIES
-        while True:
+        for left in reversed(range(_TRIES)):
             self._scan = None
-            rows = self._ranked(offset + top_k)[offset : offset + top_k]
-            lacking = [row["_rowid"] for row in rows if "vector" not in row]
-            whole = self.store.numbered(lacking, with_texts=True) if lacking else {}
-            left -= 1
-            if len(whole) == len(lacking) or not left:
-                full = ((row, row if "vector" in row else whole.get(row["_rowid"])) for row in rows)
-                return [self._hit(row, columns) for row, columns in full if columns is not None]
+            try:
+                rows = self._ranked(offset + top_k)[offset : offset + top_k]
+                lacking = [row["_rowid"] for row in rows if "vector" not in row]
+                whole = self._whole(lacking, with_texts=True)
+                return [self._hit(row, row if "vector" in row else whole[row["_rowid"]]) for row in rows]
+            except _RowsMovedError:
+                if not left:
+                    raise IndexStorageError(
+                        f"the rows of {self.store.path} move while they are read, since it is compacted; search again"
+                    ) from None
+        raise AssertionError
 
     def _ranked(self, count: int) -> list[dict[str, Any]]:
-        if self.has_words:
-            return self._kept(self._distinct(self._fused(max(count, _CANDIDATES))))
-        return self._kept(self._by_vectors(max(count, _DROP_WITHIN) if self.cut == "drop" else count))
-
-    def _by_vectors(self, count: int) -> list[dict[str, Any]]:
-        limit = count
+        """Rows in their order, `count` of them where there are so many."""
+        wanted = max(count, _DROP_WITHIN) if self.cut == "drop" else count
+        limit = max(wanted, _CANDIDATES) if self.has_words or self.correct is not None else wanted
         while True:
-            rows = self._candidates(limit, columns=None)
-            true = self._without_avoided(_true_rows(rows))
-            best = self._distinct(sorted(true, key=lambda row: (-_value(row), row["path"], row["page"])))
-            if len(best) >= count or len(rows) < limit:
-                return best[:count]
+            rows, are_all = self._fused(limit) if self.has_words else self._by_vectors(limit)
+            best = self._distinct([row for row in rows if row["cosine"] >= self._least])
+            if len(best) >= wanted or are_all:
+                return self._cut(best)[:count]
             limit *= 2
+
+    @property
+    def _least(self) -> float:
+        return max(self.asked.least, -np.inf if self.min_score is None else self.min_score) - _ROUNDING
+
+    def _by_vectors(self, limit: int) -> tuple[list[dict[str, Any]], bool]:
+        """Rows that are best by their vectors, and whether there are no others that could be shown."""
+        is_plain = self.group_by is None and self.collapse is None
+        rows = self._candidates(limit, columns=None if is_plain else _OF_FILES)
+        true = self._without_avoided(_true_rows(rows))
+        ordered = sorted(true, key=lambda row: (-_value(row), row["path"], row["page"]))
+        is_by_cosine = self.asked.joined is None and self.correct is None
+        return ordered, len(rows) < limit or (is_by_cosine and rows[-1]["cosine"] < self._least)
 
     def _candidates(self, limit: int, columns: Sequence[str] | None) -> list[dict[str, Any]]:
         """Rows that are best by their vectors, as many as there are up to a limit."""
@@ -189,12 +216,14 @@ class Ranking:
     def _meeting(self, limit: int) -> list[dict[str, Any]]:
         """Rows that meet several clauses best."""
         numbers, cosines = self._cosines()
+        is_near = cosines[-1] >= self._least
+        numbers, cosines = numbers[is_near], cosines[:, is_near]
         if not len(numbers):
             return []
-        scored = self._scored(cosines)
-        best = np.argsort([-one["logic"] for one in scored], kind="stable")[:limit]
-        rows = self.store.numbered([int(numbers[at]) for at in best], columns=_OF_FILES)
-        return [{**rows[number], **scored[at]} for at in best if (number := int(numbers[at])) in rows]
+        order = np.argsort(-self._values(cosines), kind="stable")[:limit]
+        rows = self._whole([int(number) for number in numbers[order]], columns=_OF_FILES)
+        told = self._scored(cosines[:, order])
+        return [{**rows[int(number)], **scored} for number, scored in zip(numbers[order], told, strict=True)]
 
     def _corrected(self, limit: int, how: Correct, corrections: Corrections) -> list[dict[str, Any]]:
         """Rows by corrected scores, among those of each kind that are nearest."""
@@ -239,84 +268,106 @@ class Ranking:
         near: set[int] = set()
         for vector in vectors:
             near |= {row["_rowid"] for row in self.store.nearest(vector, _CANDIDATES, self.where, columns=("page",))}
-        rows = self.store.vectors(sorted(near))
-        self._scan = np.array(list(rows), dtype=np.int64), cosines_of(vectors, np.stack(list(rows.values())))
+        numbers = sorted(near)
+        self._scan = np.array(numbers, dtype=np.int64), cosines_of(vectors, self._vectors_of(numbers))
         return self._scan
 
     @cached_property
-    def _usual(self) -> np.ndarray:
-        """Cosines of `_vectors` to a sample of all rows, `[.., M]`."""
-        return cosines_of(self._vectors, self.store.sample(_SAMPLE))
+    def _usual(self) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds of a sample of all rows `[M]`, and the cosines of `_vectors` to them."""
+        kinds, rows = self.store.sample(_SAMPLE)
+        return kinds, self._vectors @ rows.T
+
+    def _values(self, cosines: np.ndarray) -> np.ndarray:
+        """By what rows are ordered, from the cosines of `_vectors` to them, `[N]`."""
+        if self.asked.joined is None:
+            return cosines[0]
+        return self.asked.joined(standardised(cosines[:-1], self._usual[1][:-1]))
 
     def _scored(self, cosines: np.ndarray) -> list[dict[str, Any]]:
         """What is said of rows by the cosines of `_vectors` to them."""
         if self.asked.joined is None:
             return [{"cosine": float(cosine)} for cosine in cosines[0]]
-        values = self.asked.joined(standardised(cosines[:-1], self._usual[:-1]))
         return [
             {"cosine": float(cosine), "parts": tuple(map(float, parts)), "logic": float(value)}
-            for cosine, parts, value in zip(cosines[-1], cosines[:-1].T, values, strict=True)
+            for cosine, parts, value in zip(cosines[-1], cosines[:-1].T, self._values(cosines), strict=True)
         ]
 
-    def _fused(self, limit: int) -> list[dict[str, Any]]:
-        """Rows that are best by their vectors and those that hold words, in one order."""
-        rows = {row["_rowid"]: row for row in self._candidates(limit, columns=_OF_FILES)}
+    def _fused(self, limit: int) -> tuple[list[dict[str, Any]], bool]:
+        """Rows that are best by their vectors and those that hold words, in one order; and whether these are all."""
+        near = self._candidates(limit, columns=_OF_FILES)
+        rows = {row["_rowid"]: row for row in near}
         matching = self.store.matching(self.text, limit, self.where, columns=_OF_FILES)
-        new = {row["_rowid"]: row for row in matching if row["_rowid"] not in rows}
-        if others := self.store.vectors(list(new)):
-            vectors = np.stack(list(others.values()))
+        if new := [row for row in matching if row["_rowid"] not in rows]:
+            vectors = self._vectors_of([row["_rowid"] for row in new])
             scored = self._scored(cosines_of(self._vectors, vectors))
             if self.correct is not None:
-                scored = self._scored_corrected([new[number] for number in others], vectors)
-            rows |= dict(zip(others, scored, strict=True))
+                scored = self._scored_corrected(new, vectors)
+            rows |= {row["_rowid"]: one for row, one in zip(new, scored, strict=True)}
         for row in matching:
-            if row["_rowid"] in rows:  # else it has gone meanwhile
-                rows[row["_rowid"]] |= row
+            rows[row["_rowid"]] |= row
         true = self._without_avoided(_true_rows(list(rows.values())))
         by_vectors = np.array([_value(row) for row in true])
         by_words = np.array([row.get("_score", np.nan) for row in true])
         fused = fuse([by_vectors, by_words], [1 - self.hybrid, self.hybrid])
         scored = [{**row, "fused": float(score)} for row, score in zip(true, fused, strict=True)]
-        return sorted(scored, key=lambda row: (-row["fused"], -_value(row), row["path"], row["page"]))
+        ordered = sorted(scored, key=lambda row: (-row["fused"], -_value(row), row["path"], row["page"]))
+        return ordered, max(len(near), len(matching)) < limit
 
     def _without_avoided(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows that do not hold nearly what a part of an analogy holds."""
         if not len(self.asked.avoided) or not rows:
             return rows
-        vectors = self.store.vectors([row["_rowid"] for row in rows])
-        near = cosines_of(self.asked.avoided, np.stack(list(vectors.values()))).max(axis=0)
-        same = {number for number, cosine in zip(vectors, near, strict=True) if cosine > _SAME}
-        return [row for row in rows if row["_rowid"] not in same]
+        near = cosines_of(self.asked.avoided, self._vectors_of([row["_rowid"] for row in rows])).max(axis=0)
+        return [row for row, cosine in zip(rows, near, strict=True) if cosine <= _SAME]
 
     def _distinct(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The best row of each file, and of those that are nearly the same, where that is asked for."""
         if self.group_by is not None:
-            rows = list({row["path"]: row for row in reversed(rows)}.values())[::-1]
+            best: dict[str, dict[str, Any]] = {}
+            for row in rows:
+                best.setdefault(row["path"], row)
+            rows = list(best.values())
         if self.collapse is None or not rows:
             return rows
-        vectors = {row["_rowid"]: row["vector"] for row in rows if "vector" in row}
-        vectors |= self.store.vectors([row["_rowid"] for row in rows if row["_rowid"] not in vectors])
-        units = np.stack([np.asarray(vectors[row["_rowid"]], dtype=np.float32) for row in rows])
-        units /= np.linalg.norm(units, axis=1, keepdims=True)
-        kept: list[int] = []
+        units = self._vectors_of([row["_rowid"] for row in rows])
+        units = units / np.linalg.norm(units, axis=1, keepdims=True)
+        kept, places = np.empty_like(units), []
         for at, unit in enumerate(units):
-            if not kept or (units[kept] @ unit).max() < self.collapse:
-                kept.append(at)
-        return [rows[at] for at in kept]
+            if not places or (kept[: len(places)] @ unit).max() < self.collapse - _ROUNDING:
+                kept[len(places)] = unit
+                places.append(at)
+        return [rows[at] for at in places]
 
-    def _kept(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _cut(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows before the cut; those that hold the words are kept where it is by relevance."""
-        least = max(self.asked.least, -np.inf if self.min_score is None else self.min_score)
-        rows = [row for row in rows if row["cosine"] >= least]
         if self.cut == "drop":
             return rows[: before_largest_drop(np.array([_value(row) for row in rows[:_DROP_WITHIN]]))]
         if self.cut is None or not rows:
             return rows
-        usual = np.array([_value(row) for row in self._scored(self._usual)])
-        stands_out = relevance(np.array([_value(row) for row in rows]), usual)
+        kinds, cosines = self._usual
+        usual, told = self._values(cosines), []
+        for row in rows:
+            of_kind = usual[kinds == row["kind"]]  # kinds lie apart from each other, however little they match
+            stands_out = relevance(np.array([_value(row)]), of_kind if len(of_kind) >= LEAST_SAMPLE else usual)
+            told.append({**row, "relevance": float(stands_out[0])})
         bound = least_relevance(len(self.store))
-        told = [{**row, "relevance": float(one)} for row, one in zip(rows, stands_out, strict=True)]
         return [row for row in told if row["relevance"] >= bound or "_score" in row]
+
+    def _whole(
+        self, numbers: Sequence[int], *, with_texts: bool = False, columns: Sequence[str] | None = None
+    ) -> dict[int, dict[str, Any]]:
+        found = self.store.numbered(numbers, with_texts=with_texts, columns=columns) if numbers else {}
+        if len(found) < len(numbers):
+            raise _RowsMovedError
+        return found
+
+    def _vectors_of(self, numbers: Sequence[int]) -> np.ndarray:
+        """Vectors of rows in their order, `[N, D]`."""
+        found = self.store.vectors(numbers) if numbers else {}
+        if len(found) < len(numbers):
+            raise _RowsMovedError
+        return np.stack([found[number] for number in numbers]) if numbers else np.empty((0, self.store.dim), np.float32)
 
     def _hit(self, row: dict[str, Any], whole: dict[str, Any]) -> Hit:
         """A hit. Its excerpt is where words stand if who asks can open the file, else its beginning."""

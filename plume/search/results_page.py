@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plume.inputs.file_kinds import Kind
 from plume.search.ranking import Hit
+from plume.search.store import TABLES
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -48,9 +49,9 @@ def gallery(hits: Sequence[Hit], title: str) -> str:
 
 
 def place_in_file(hit: Hit) -> str:
-    """The end of an address that opens a file at a page, or a video at a moment; empty for the whole."""
-    if hit.page:
-        return f"#page={hit.page}"
+    """The end of an address that opens a file at a page, a video at a moment, or names a passage; else empty."""
+    if hit.content[1] and hit.kind != Kind.VIDEO:
+        return f"#page={hit.content[1]}"
     return f"#t={hit.start:g},{hit.end:g}" if hit.kind == Kind.VIDEO and hit.start is not None else ""
 
 
@@ -61,11 +62,13 @@ def _item(hit: Hit) -> str:
     else:
         preview = f"<p>{escape(hit.excerpt)}</p>"
     page = f", page {hit.page} of {hit.num_pages}" if hit.page else ""
-    link = Path(hit.path).as_uri() + place_in_file(hit)
+    name = escape(Path(hit.path).name)
+    if not hit.path.startswith(TABLES):
+        name = f'<a href="{escape(Path(hit.path).as_uri() + place_in_file(hit))}">{name}</a>'
     if hit.kind == Kind.VIDEO and hit.start is not None and hit.end is not None:
         page = f", {hit.start:g} to {hit.end:g} s"
     return (
         f'<li><div class="preview">{preview}</div>'
-        f'<p><span class="score">{hit.score:.3f}</span><a href="{escape(link)}">{escape(Path(hit.path).name)}</a>'
+        f'<p><span class="score">{hit.score:.3f}</span>{name}'
         f"<br>{escape(hit.kind)}{page}</p></li>"
     )

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from plume.inputs.video import seconds_of
 
 _THUMBNAIL_SIDE = 192
 _EXCERPT_LENGTH = 200
+_HEADING = re.compile(r"^#{1,6} .*$", re.MULTILINE)
+_HEADINGS_ALONE = re.compile(r"\s*(#{1,6} [^\n]*\s*)*")
 # Of a passage, which it shares with the one before.
 _OVERLAP = 0.15
 # Characters of a text, and of the words, that a place for the excerpt is looked for in.
@@ -33,7 +35,7 @@ class Document(NamedTuple):
     """What becomes a row: an input as `Item.parse` takes it.
 
     page: which page of how many it is, or which passage or clip; 0: the whole of a text, an image, a video.
-    start, end: characters of a passage, seconds of a clip.
+    start, end: characters of a passage, a line's end counting as one; seconds of a clip.
     """
 
     raw: Any
@@ -60,7 +62,8 @@ class Document(NamedTuple):
 class Splitter:
     """Parts of long texts and videos, which get rows of their own.
 
-    passage_tokens: of a passage at most; None: a text is one row. clip_seconds: of a clip; None: a video is one row.
+    passage_tokens: of a passage at most, without the headings above it; None: a text is one row.
+    clip_seconds: of a clip; None: a video is one row.
     tokenizer: counts.
     """
 
@@ -91,12 +94,30 @@ class Splitter:
         if self.passage_tokens is None or not isinstance(text, str):
             yield Document(text)
             return
-        parts = _splitter(self.passage_tokens, self.tokenizer).chunk_indices(text)
+        parts = [part for part in self._cutter.chunk_indices(text) if not _HEADINGS_ALONE.fullmatch(part[1])]
         if len(parts) < 2:
             yield Document(text)
             return
+        headings = [(found.start(), found[0]) for found in _HEADING.finditer(text)]
         for number, (start, passage) in enumerate(parts, start=1):
-            yield Document(passage, number, len(parts), start, start + len(passage))
+            above = "".join(f"{heading}\n" for heading in headings_above(headings, start))
+            yield Document(above + passage, number, len(parts), start, start + len(passage))
+
+    @cached_property
+    def _cutter(self) -> Any:
+        """Of semantic-text-splitter: at headings, then paragraphs, sentences, words, as large as they may be."""
+        try:
+            from semantic_text_splitter import MarkdownSplitter
+        except ImportError:
+            raise ImportError("passages need semantic-text-splitter; pip install 'plume-embed[index]'") from None
+        from tokenizers import Tokenizer
+
+        counter = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        counter.no_truncation()
+        counter.no_padding()
+        assert self.passage_tokens is not None
+        overlap = round(_OVERLAP * self.passage_tokens)
+        return MarkdownSplitter.from_huggingface_tokenizer(counter, self.passage_tokens, overlap=overlap)
 
     def _clips(self, raw: Any, kind: Kind) -> Iterator[Document]:
         seconds = seconds_of(raw) if kind is Kind.VIDEO and self.clip_seconds and isinstance(raw, Path) else None
@@ -113,14 +134,24 @@ class Splitter:
             yield Document(clip, number + 1, count + 1, start, end)
 
 
-def _splitter(passage_tokens: int, tokenizer: Any) -> Any:
-    """Of semantic-text-splitter: at headings, then paragraphs, sentences, words, as large as they may be."""
-    try:
-        from semantic_text_splitter import MarkdownSplitter
-    except ImportError:
-        raise ImportError("passages need semantic-text-splitter; pip install 'plume-embed[index]'") from None
-    overlap = round(_OVERLAP * passage_tokens)
-    return MarkdownSplitter.from_huggingface_tokenizer(tokenizer.backend_tokenizer, passage_tokens, overlap=overlap)
+def headings_above(headings: list[tuple[int, str]], start: int) -> list[str]:
+    """Headings of Markdown that a passage stands under, the highest first.
+
+    Args:
+        headings: place and line of each, in their order.
+        start: of the passage.
+
+    Example:
+        >>> headings_above([(0, "# a"), (10, "## b"), (20, "## c"), (30, "# d")], 25)
+        ['# a', '## c']
+    """
+    above: list[str] = []
+    for place, line in headings:
+        if place >= start:
+            break
+        depth = len(line) - len(line.lstrip("#"))
+        above = [one for one in above if len(one) - len(one.lstrip("#")) < depth] + [line]
+    return above
 
 
 def about(item: Item, kind: Kind, sha256: str, document: Document, vector: np.ndarray) -> dict[str, Any]:

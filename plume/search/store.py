@@ -45,6 +45,8 @@ _WORDS = {"text": "icu", "name": "simple"}
 # Rows that match less than this share of the best are no match: by rank they would stand right behind it, though they
 # hold no more than words that nearly all rows hold, or a part of a code.
 _LEAST_MATCH = 0.5
+# What tells the rows of one file apart, and their vectors.
+_AT_PATH = ["path", "page", "size", "mtime_ns", "sha256", "vector"]
 # A row is there once for each of these.
 _KEYS = ["root", "name", "page", "sha256"]
 
@@ -80,7 +82,7 @@ class RowStore:
         self._table = _trying(path, table)
         self._schema = self._table.schema  # tables of older versions declare no key
         self._num_new = 0  # rows since they have been joined
-        self._sample: tuple[int, int, np.ndarray] | None = None  # of a version
+        self._sample: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None  # of a version
 
     @property
     def has_texts(self) -> bool:
@@ -374,14 +376,15 @@ class RowStore:
 
         return self._read_where(scan, where)
 
-    def sample(self, count: int) -> np.ndarray:
-        """Unit vectors of rows at even distances, `[count, dim]` at most; the same until the index changes."""
+    def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds and unit vectors `[count, dim]` of rows at even distances; the same until the index changes."""
 
-        def select(table: Any) -> np.ndarray:
-            if self._sample is None or self._sample[:2] != (table.version, count):
-                rows = _matrix(self._sampled(table, count, ["vector"]), self.dim)
-                self._sample = table.version, count, rows / np.linalg.norm(rows, axis=1, keepdims=True)
-            return self._sample[2]
+        def select(table: Any) -> tuple[np.ndarray, np.ndarray]:
+            if self._sample is None or self._sample[0] != (table.version, count):
+                found = self._sampled(table, count, ["kind", "vector"])
+                rows, kinds = _matrix(found, self.dim), np.array(found["kind"].to_pylist(), dtype=str)
+                self._sample = (table.version, count), kinds, rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            return self._sample[1:]
 
         return self._read(select)
 
@@ -421,7 +424,7 @@ class RowStore:
 
     def rows_at(self, path: str) -> list[dict[str, Any]]:
         """The rows of a file: page, content, vector, and what they know of the file on disk."""
-        return self._rows_where(f"path = {quoted(path)}", ["path", "page", "size", "mtime_ns", "sha256", "vector"])
+        return self._rows_where(f"path = {quoted(path)}", [*_AT_PATH, *({"start"} & set(self._schema.names))])
 
     def vectors(self, numbers: Sequence[int]) -> dict[int, np.ndarray]:
         """Vectors `[dim]` of rows by the numbers that `nearest` and `matching` gave."""

@@ -75,7 +75,8 @@ class _Content:
 
     def names(self, document: Document) -> list[str]:
         """How reports call a document, once for each file."""
-        suffix = f", page {document.page}" if document.page else ""
+        what = {Kind.PDF: "page", Kind.TEXT: "passage"}.get(self.kind, "clip")
+        suffix = f", {what} {document.page}" if document.page else ""
         return [file.name + suffix for file in self.files]
 
 
@@ -147,12 +148,12 @@ def update_store(
                 report.embedded += len(window)
                 report.reused += len(new) - len(window)
     report.removed = look.remove_stale()
-    read_texts(store, root)
+    read_texts(store, root, splitter)
     store.compact(wipe=report.removed > 0)
     return report
 
 
-def read_texts(store: RowStore, root: Path) -> None:
+def read_texts(store: RowStore, root: Path, splitter: Splitter) -> None:
     """Read the texts of rows that an older version has written, without embedding anything.
 
     Rows of a file that is not as it was, or cannot be read, are left for the next time.
@@ -165,14 +166,16 @@ def read_texts(store: RowStore, root: Path) -> None:
         try:
             if stats_of(path)[:2] != written:
                 continue
-            found = Splitter().documents(path, pages[0]["name"], Kind(pages[0]["kind"]))
+            found = splitter.documents(path, pages[0]["name"], Kind(pages[0]["kind"]))
             texts = {document.page: document.text for document in found}
             if stats_of(path)[:2] != written:
                 continue
         except (InputError, OSError):
             continue
         for row in pages:
-            text = texts.get(row["page"], "")
+            text = texts.get(row["page"], "" if row["kind"] != Kind.TEXT else None)
+            if text is None:  # of other passages than there are now
+                continue
             key = {name: row[name] for name in ("root", "name", "page", "sha256")}
             read.append({**key, "text": text, "excerpt": excerpt_of(text)})
         if len(read) >= _TEXTS_PER_COMMIT:
@@ -399,7 +402,8 @@ def _copy_known(store: RowStore, root: Path, contents: Sequence[_Content]) -> in
                 path = str(root / file.name)
                 if path not in content.rows[row["page"]]:
                     place = {"root": str(root), "name": file.name, "path": path, "size": size, "mtime_ns": time}
-                    text = None if row["root"].startswith(TABLES) else row.get("text")  # that may be its beginning
+                    is_cut = row["root"].startswith(TABLES) and row.get("start") is None  # it may be its beginning
+                    text = None if is_cut else row.get("text")
                     new[path, row["page"]] = {**row, **place, "text": text}
         if new:
             store.add(new.values())

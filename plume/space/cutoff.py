@@ -3,11 +3,11 @@
 A cosine means another thing in each query: 0.4 may be a match for one and noise for the next. What tells is how far a
 row stands out of the others,
 
-    relevance = (s - median) / (1.4826 MAD)
+    relevance = (s - m) / d
 
-in robust standard deviations of a sample of all rows, most of which have nothing to do with the query. Of N rows the
-best of noise stands out the further the larger N is; the bound is where a normal distribution would have `FALSE_ROWS`
-of N rows, and 3 at least.
+with the middle and the deviation of a sample of all rows (`plume.space.logic.usual`), most of which have nothing to do
+with the query. Of N rows the best of noise stands out the further the larger N is; the bound is where a normal
+distribution would have `FALSE_ROWS` of N rows, and 3 at least.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from plume.space.logic import usual
+
 #: Rows of noise above the bound, on average over queries.
 FALSE_ROWS = 0.05
 #: Rows that a sample needs to say what is usual.
 LEAST_SAMPLE = 32
 _LEAST_BOUND = 3.0
-_LEAST_DEVIATION = 1e-6
 
 
 def relevance(scores: np.ndarray, sample: np.ndarray) -> np.ndarray:
@@ -36,14 +37,13 @@ def relevance(scores: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
     Example:
         >>> sample = np.linspace(-1, 1, 101)
-        >>> relevance(np.array([0.0, 1.4826]), sample).round(2).tolist()
+        >>> relevance(np.array([0.0, 1.3652]), sample).round(2).tolist()
         [0.0, 2.0]
     """
     if len(sample) < LEAST_SAMPLE:
         raise ValueError(f"what is usual cannot be told from {len(sample)} rows; expected at least {LEAST_SAMPLE}")
-    middle = np.median(sample)
-    deviation = 1.4826 * np.median(np.abs(sample - middle))
-    return (scores - middle) / max(deviation, _LEAST_DEVIATION)
+    middle, below = usual(sample[None])
+    return (scores - middle[0]) / below[0]
 
 
 def least_relevance(num_rows: int) -> float:

@@ -25,6 +25,8 @@ SLOT = "{}"
 #: Of equal numbers of inputs, over which the calibration error is a mean.
 _BINS = 15
 _TINY = 1e-12
+# The logarithm of the temperature over the spread of similarities.
+_LOG_BOUNDS = (-np.log(100), np.log(1_000))
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def _log_probabilities(scores: np.ndarray, calibration: Calibration) -> np.ndarr
 def calibrate(scores: np.ndarray, answers: np.ndarray) -> Calibration:
     """The temperature, and where answers say so the bias, that make the right labels the likeliest.
 
-    Quality is measured by halves: what is fitted to one is measured on the other.
+    Quality is measured by halves, each with its share of every label: what is fitted to one is measured on the other.
+    Where labels are never wrong nothing bounds how sure one may be; the temperature stays above a hundredth of how far
+    similarities spread.
 
     Args:
         scores: similarities `[N, C]`.
@@ -116,8 +120,9 @@ def calibrate(scores: np.ndarray, answers: np.ndarray) -> Calibration:
         raise ValueError("every label is right for every input, or none is; give inputs of both kinds")
     before = Calibration(bias=float(scores.mean()) if is_each else None)
     measured = []
-    for at in (0, 1):
-        fitted, others = _fit(scores[at::2], answers[at::2]), slice(1 - at, None, 2)
+    halves = _halves(answers)
+    for fitted_to, others in (halves, halves[::-1]):
+        fitted = _fit(scores[fitted_to], answers[fitted_to])
         now, then = (_quality(scores[others], answers[others], one) for one in (fitted, before))
         measured.append({**now, "nll_before": then["nll"], "error_before": then["error"]})
     quality = {name: float(np.mean([one[name] for one in measured])) for name in measured[0]}
@@ -125,16 +130,24 @@ def calibrate(scores: np.ndarray, answers: np.ndarray) -> Calibration:
     return Calibration(whole.temperature, whole.bias, quality)
 
 
+def _halves(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves of the inputs, drawn so that each has about half of those with the same answer."""
+    drawn = np.random.default_rng(0).permutation(len(answers))
+    _, groups = np.unique(answers[drawn], axis=0, return_inverse=True)
+    order = drawn[np.argsort(groups.ravel(), kind="stable")]
+    return order[::2], order[1::2]
+
+
 def _fit(scores: np.ndarray, answers: np.ndarray) -> Calibration:
     from scipy.optimize import minimize  # type: ignore[import-untyped]
 
     is_each = answers.dtype == bool
     middle, spread = float(scores.mean()), max(float(scores.std()), _TINY)
-    # In 1 / T and b / T the loss is convex; both are of the order of 1 here.
+    # The logarithm of T and b are looked for in units of the spread, in which both are of the order of 1.
     start = np.array([0.0, 0.0]) if is_each else np.array([0.0])
 
     def of(found: np.ndarray) -> Calibration:
-        temperature = spread * float(np.exp(np.clip(found[0], -12, 12)))
+        temperature = spread * float(np.exp(np.clip(found[0], *_LOG_BOUNDS)))
         return Calibration(temperature, middle + spread * float(found[1]) if is_each else None)
 
     best = minimize(

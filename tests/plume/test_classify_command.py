@@ -79,3 +79,16 @@ def test_folders_without_files_are_told(plume_folder, folder):
     result = run(plume_folder, "--text", "a", "--examples", folder / "labelled")
     assert result.exit_code == 1
     assert "empty holds no file that plume reads" in result.output
+
+
+def test_examples_that_cannot_be_read_are_named(plume_folder, folder):
+    (folder / "labelled" / "bird" / "blank.txt").write_text(" ")
+    (folder / "labelled" / "bird" / "letter.docx").write_text("no")
+    result = run(plume_folder, "--text", "a", "--examples", folder / "labelled")
+    assert result.exit_code == 1
+    assert "letter.docx" in result.output
+    (folder / "labelled" / "bird" / "letter.docx").unlink()
+    result = run(plume_folder, "--text", "a", "--examples", folder / "labelled")
+    assert result.exit_code == 1
+    assert "blank.txt" in result.output
+    assert "the sentence ' '" in run(plume_folder, "--text", "a", "--label", " ", "--label", "b").output

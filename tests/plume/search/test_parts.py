@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from plume import Index, InputError, Plume
 from plume.cli.main import app
+from plume.inputs import video as plume_video
 from plume.inputs.file_kinds import Kind
 from plume.inputs.item import Item
 from plume.inputs.video import Sampling, load_video, seconds_of
@@ -98,14 +100,16 @@ def test_parts_of_arrays_and_animations_are_taken_by_time(tmp_path):
     assert found.frames.float().mean(dim=(1, 2, 3)).min() > 190
 
 
-@pytest.mark.parametrize("span", [{"start": -1}, {"start": 3, "end": 3}, {"end": float("nan")}, {"start": "a"}])
+@pytest.mark.parametrize(
+    "span", [{"start": -1}, {"start": 3, "end": 3}, {"end": float("nan")}, {"start": "a"}, {"start": ""}, {"end": True}]
+)
 def test_spans_that_are_none_are_refused(library, span):
     with pytest.raises(InputError, match="expected seconds, and the end after the start"):
         Item.parse({"video": library / "scenes.mp4", **span}, "input")
 
 
 def test_a_span_behind_the_end_says_where_that_is(library):
-    with pytest.raises(InputError, match=r"no frames from 90 to inf s; the last one is at 11\.8 s"):
+    with pytest.raises(InputError, match=r"no frames from 90 s on; the last one is at 11\.8 s"):
         Item.parse({"video": library / "scenes.mp4", "start": 90}, "input")
 
 
@@ -113,6 +117,49 @@ def test_the_length_of_a_video_is_known(library, tmp_path):
     assert seconds_of(library / "scenes.mp4") == pytest.approx(12, abs=0.3)
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     assert seconds_of(tmp_path / "broken.mp4") is None
+
+
+def test_the_frame_that_is_on_the_screen_is_part_of_a_clip(tmp_path):
+    """A frame every eight seconds: a clip between two of them shows the first."""
+    with av.open(str(tmp_path / "slow.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1)
+        for at, colour in enumerate(COLOURS.values()):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), colour, np.uint8))
+            frame.pts = 8 * at
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for start, expected in ((2.0, "red"), (9.5, "green"), (17.0, "blue"), (20.0, "blue")):
+        (video,) = Item.parse({"video": tmp_path / "slow.mkv", "start": start, "end": start + 2}, "input").videos
+        assert colours_of(video) == {expected}
+    whole, *clips = Splitter(clip_seconds=5).documents(tmp_path / "slow.mkv", "slow", Kind.VIDEO)
+    assert len(clips) == whole.num_pages - 1 > 3
+    for clip in clips:
+        Item.parse(clip.raw, "input")
+
+
+def test_late_clips_decode_no_more_than_early_ones(tmp_path, monkeypatch):
+    """Key frames are jumped to, so that what comes before a clip is not decoded."""
+    decoded = []
+    take = plume_video._PixelBudget.take
+    monkeypatch.setattr(plume_video._PixelBudget, "take", lambda self, pixels: (decoded.append(1), take(self, pixels)))
+    write_scenes(tmp_path / "long.mp4", seconds=100, rate=10)
+    for start in (5, 280):
+        decoded.clear()
+        (video,) = Item.parse({"video": tmp_path / "long.mp4", "start": start, "end": start + 4}, "input").videos
+        assert colours_of(video) == {"red" if start == 5 else "blue"}
+        assert len(decoded) < 200
+
+
+def test_a_part_of_a_message_and_of_no_video(library):
+    message = {"type": "video", "video": library / "scenes.mp4", "start": 8.0}
+    (video,) = Item.parse({"role": "user", "content": [message]}, "input").videos
+    assert colours_of(video) == {"blue"}
+    with pytest.raises(InputError, match='has "start" and no "video"'):
+        Item.parse({"text": "a kite", "start": 2}, "input")
+    with pytest.raises(InputError, match="taken already"):
+        Item.parse({"video": video, "start": 2}, "input")
 
 
 def test_clips_overlap_by_half_and_end_with_the_video(library):
@@ -133,13 +180,15 @@ def test_passages_are_parts_of_the_text_within_the_limit(library, plume):
     found = list(Splitter(40, None, processor.tokenizer).documents(library / "long.md", "long", Kind.TEXT))
     assert len(found) > 5
     assert [one.page for one in found] == list(range(1, len(found) + 1))
-    for one in found:
-        assert text[int(one.start) : int(one.end)] == one.raw
-        assert len(processor.tokenizer(one.raw).input_ids) <= 40
     covered = np.zeros(len(text), dtype=bool)
     for one in found:
+        passage = text[int(one.start) : int(one.end)]
+        heading = re.findall(r"# part \d", text[: int(one.start)])[-1:]
+        assert one.raw == "".join(f"{line}\n" for line in heading) + passage
+        assert len(processor.tokenizer(passage).input_ids) <= 40
         covered[int(one.start) : int(one.end)] = True
-    assert not "".join(sign for sign, is_in in zip(text, covered, strict=True) if not is_in).strip()
+    left = "".join(sign for sign, is_in in zip(text, covered, strict=True) if not is_in)
+    assert not re.sub(r"# part \d", "", left).strip()  # headings stand before the passages below them
     (short,) = Splitter(40, None, processor.tokenizer).documents(library / "short.txt", "short", Kind.TEXT)
     assert (short.page, short.start, short.raw) == (0, None, "a red kite")
 
@@ -224,10 +273,13 @@ def test_an_index_remembers_how_it_splits(index, library, plume, tmp_path):
     assert (opened.identity.passage_tokens, opened.identity.clip_seconds) == (40, 4.0)
     with pytest.raises(ValueError, match="passage_tokens=40"):
         Index.create(index.path, plume, passage_tokens=50, clip_seconds=4)
-    with pytest.raises(ValueError, match="expected at least 16"):
+    with pytest.raises(ValueError, match="passage_tokens is 3; expected 16 to"):
         Index.create(tmp_path / "new", plume, passage_tokens=3)
-    with pytest.raises(ValueError, match=r"expected at least 1\.0 s"):
-        Index.create(tmp_path / "new", plume, clip_seconds=0.1)
+    for seconds in (0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"expected at least 1\.0 s"):
+            Index.create(tmp_path / "new", plume, clip_seconds=seconds)
+    with pytest.raises(TypeError, match="expected a int"):
+        Index.create(tmp_path / "new", plume, passage_tokens=30.5)
 
 
 def test_the_command_line_makes_and_shows_parts(library, plume_folder, tmp_path):
@@ -255,3 +307,28 @@ def test_an_index_without_these_columns_gets_them(plume, library, tmp_path):
     (library.parent / "more" / "new.txt").write_text("a blue table")
     assert old.update(library.parent / "more", plume, show_progress=False).embedded == 1
     assert len(Index.open(tmp_path / "index").search("a red kite", plume, top_k=9)) == 4
+
+
+def test_passages_that_a_table_held_keep_their_texts(plume, library, tmp_path):
+    """Rows of passages from a table are given to a file of the same text, which can be looked for by its words."""
+    import hashlib
+
+    index = Index.create(tmp_path / "index", plume, passage_tokens=40)
+    text = (library / "long.md").read_text()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "copy.md").write_text(text)
+    sha = hashlib.sha256(text.encode()).hexdigest()
+    parts = list(index.identity.splitter(plume).documents(text, "row", Kind.TEXT))
+    vectors = plume.encode_document([one.raw for one in parts], show_progress_bar=False)
+    index.store.add(
+        {
+            "root": "table:t", "name": "0", "path": "table:t/0", "kind": "text", "page": one.page, "start": one.start,
+            "end": one.end, "num_pages": one.num_pages, "sha256": sha, "size": 1, "mtime_ns": 1, "text": one.raw,
+            "excerpt": one.raw[:9], "thumbnail": b"", "vector": vector,
+        }
+        for one, vector in zip(parts, vectors, strict=True)
+    )  # fmt: skip
+    report = index.update(tmp_path / "notes", plume, show_progress=False)
+    assert (report.embedded, report.reused) == (0, len(parts))
+    rows = [row for row in index.store.rows(["name", "text"]) if row["name"] == "copy.md"]
+    assert {row["text"] for row in rows} == {one.raw for one in parts}

@@ -59,7 +59,8 @@ def found_by(hits):
 def z_of(rows, vectors):
     """Standardised cosines: in a small index the sample is all of it."""
     cosines = np.asarray(vectors, dtype=np.float64) @ rows.T
-    return (cosines - cosines.mean(1)[:, None]) / cosines.std(1)[:, None]
+    middle = np.median(cosines, axis=1, keepdims=True)
+    return (cosines - middle) / (middle - np.quantile(cosines, 0.1587, axis=1, keepdims=True))
 
 
 def assert_ordered(hits, names, values, expected_scores=None):
@@ -180,7 +181,9 @@ def test_examples_end_where_they_end_themselves(index, plume, rows):
     hits = index.search(Examples(*texts), plume, top_k=100)
     assert sorted(found_by(hits)) == sorted(name for name, is_in in zip(names, inside, strict=True) if is_in)
     with pytest.raises(ValueError, match="at least two examples"):
-        index.search(Examples("a kite"), plume)
+        Examples("a kite")
+    same = index.search(Examples("a red kite", "a red kite"), plume, top_k=3)
+    assert [hit.score for hit in same] == pytest.approx([1.0] * len(same), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,8 @@ def test_examples_end_where_they_end_themselves(index, plume, rows):
         (lambda: All(Examples("a", "b")), "Examples have a bound of their own"),
         (lambda: Mix("a", "b"), "pairs of weight and part"),
         (lambda: All(), "All takes at least one part"),
+        (lambda: Mix(("a", 1)), "pairs of weight and part"),
+        (lambda: Mix((float("inf"), "a")), "pairs of weight and part"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(index, plume, make, expected):
@@ -258,12 +263,12 @@ def test_a_cut_by_relevance_keeps_matches_and_tells_noise(plume, tmp_path):
     hits = index.nearest(Compiled.of(query.astype(np.float32)), top_k=50, cut="auto")
     assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
     cosines = rows @ query
-    deviation = 1.4826 * np.median(np.abs(cosines - np.median(cosines)))
+    deviation = np.median(cosines) - np.quantile(cosines, 0.1587)
     assert hits[0].relevance == pytest.approx((hits[0].score - np.median(cosines)) / deviation, rel=1e-3)
     assert len(index.nearest(Compiled.of(query.astype(np.float32)), top_k=50, cut="drop")) == 4
     noise = rng.normal(size=(40, rows.shape[1])).astype(np.float32)
     empty = [not index.nearest(Compiled.of(one / np.linalg.norm(one)), cut="auto") for one in noise]
-    assert np.mean(empty) >= 0.85
+    assert np.mean(empty) >= 0.9
 
 
 def test_rows_that_hold_the_words_stay(index, plume, library):
@@ -333,3 +338,130 @@ def test_that_nothing_is_close_is_an_answer(index, plume_folder):
     assert result.exit_code == 0
     assert "nothing here is close to that" in result.output
     assert "nothing to search for" in run("--index", index.path).output
+
+
+def move_rows(index, monkeypatch, count=2):
+    """Let the rows have other numbers when they are read, so many times."""
+    left = [count]
+    for name in ("numbered", "vectors"):
+        before = getattr(index.store, name)
+
+        def moved(*args, before=before, **kwargs):
+            found = before(*args, **kwargs)
+            if left[0] > 0:
+                left[0] -= 1
+                return {}
+            return found
+
+        monkeypatch.setattr(index.store, name, moved)
+
+
+@pytest.mark.parametrize(
+    ("query", "settings"),
+    [
+        (Any("a red kite", "blue"), {}),
+        ("a red kite", {"hybrid": 0.5}),
+        ("a red kite", {"collapse": 0.99}),
+        ("a red kite", {"hybrid": 0.5, "collapse": 0.99}),
+        (Analogy("a red kite", "blue", "table"), {}),
+    ],
+)
+def test_rows_that_move_while_they_are_read_are_read_again(index, plume, monkeypatch, query, settings):
+    expected = [(hit.path, hit.page) for hit in index.search(query, plume, **settings)]
+    move_rows(index, monkeypatch)
+    assert [(hit.path, hit.page) for hit in index.search(query, plume, **settings)] == expected
+    move_rows(index, monkeypatch, 1_000)
+    with pytest.raises(OSError, match="move while they are read"):
+        index.search(query, plume, **settings)
+
+
+def test_no_row_meets_a_condition_of_a_large_index(index, plume, monkeypatch):
+    monkeypatch.setattr(ranking, "APPROXIMATE_FROM", 10)
+    assert index.search(All("a red kite", "blue"), plume, where="page = 77") == []
+
+
+def test_pages_agree_under_a_bound_of_cosines(index, plume):
+    query = All("a red kite", Not("blue"))
+    every = index.search(query, plume, top_k=500)
+    least = float(np.median([hit.score for hit in every]))
+    expected = [hit.row for hit in every if hit.score >= least]
+    assert [hit.row for hit in index.search(query, plume, top_k=500, min_score=least)] == expected
+    assert [hit.row for hit in index.search(query, plume, top_k=7, min_score=least)] == expected[:7]
+    with pytest.raises(ValueError, match="min_score is nan"):
+        index.search(query, plume, min_score=float("nan"))
+
+
+def test_a_file_stands_where_its_best_row_does(plume, tmp_path):
+    dim = plume.get_embedding_dimension()
+    index = Index.create(tmp_path / "index", plume)
+    rows = [("a", 1, 0.9), ("b", 1, 0.5), ("c", 1, 0.3), ("d", 1, 0.2), ("a", 2, 0.1)]
+    index.store.add(
+        {
+            "root": "/r", "name": f"{name}.pdf", "path": f"/r/{name}.pdf", "kind": "pdf", "page": page, "num_pages": 2,
+            "sha256": name * 64, "size": 1, "mtime_ns": 1, "excerpt": "", "text": "what", "thumbnail": b"",
+            "vector": np.append([cosine, (1 - cosine**2) ** 0.5], np.zeros(dim - 2)).astype(np.float32),
+        }
+        for name, page, cosine in rows
+    )  # fmt: skip
+    asked = Compiled.of(np.eye(1, dim, dtype=np.float32)[0])
+    for settings in ({}, {"text": "what", "hybrid": 0.5}):
+        for top_k in (2, 4, 9):
+            found = [(hit.path[3], hit.page) for hit in index.nearest(asked, top_k=top_k, group_by="file", **settings)]
+            assert found == [("a", 1), ("b", 1), ("c", 1), ("d", 1)][:top_k]
+
+
+def test_files_are_found_behind_one_with_many_pages_that_hold_the_word(plume, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(1_400, plume.get_embedding_dimension())).astype(np.float32)
+    index = Index.create(tmp_path / "index", plume)
+    index.store.add(
+        {
+            "root": "/r", "name": "big.pdf", "path": "/r/big.pdf" if at < 1380 else f"/r/{at}.pdf", "kind": "pdf",
+            "page": at + 1, "num_pages": 1400, "sha256": f"{at:064}", "size": 1, "mtime_ns": 1, "excerpt": "",
+            "text": "zebra", "thumbnail": b"", "vector": one,
+        }
+        for at, one in enumerate(rows)
+    )  # fmt: skip
+    asked = Compiled.of(rows[0] / np.linalg.norm(rows[0]))
+    assert len(index.nearest(asked, top_k=30, group_by="file", text="zebra", hybrid=0.5)) == 21
+
+
+def test_kinds_that_lie_apart_have_a_bound_each(plume, tmp_path):
+    """A hundred pictures that are all nearer to every text than texts are: no match for noise."""
+    rng, dim = np.random.default_rng(1), plume.get_embedding_dimension()
+    index = Index.create(tmp_path / "index", plume)
+    query = np.eye(1, dim, dtype=np.float32)[0]
+    cosines = np.append(rng.normal(0.1, 0.05, 900), rng.normal(0.35, 0.03, 100))
+    others = rng.normal(size=(1000, dim - 1))
+    others *= (np.sqrt(1 - cosines**2) / np.linalg.norm(others, axis=1))[:, None]
+    index.store.add(
+        {
+            "root": "/r", "name": f"{at}", "path": f"/r/{at}", "kind": "text" if at < 900 else "image", "page": 0,
+            "num_pages": 1, "sha256": f"{at:064}", "size": 1, "mtime_ns": 1, "excerpt": "", "text": "",
+            "thumbnail": b"", "vector": np.append(cosines[at], others[at]).astype(np.float32),
+        }
+        for at in range(1000)
+    )  # fmt: skip
+    assert len(index.nearest(Compiled.of(query), top_k=200, cut="auto")) <= 2
+
+
+def test_words_without_a_weight_are_refused(index, plume):
+    with pytest.raises(ValueError, match="hybrid=0 leaves words out"):
+        index.search("a red kite", plume, text="kite", hybrid=0)
+
+
+def test_links_and_hits_of_other_indices(index, plume, library, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "else.txt").write_text("a red kite over the hill")
+    (tmp_path / "notes" / "link.txt").symlink_to(tmp_path / "else.txt")
+    for at in range(3):
+        (tmp_path / "notes" / f"{at}.txt").write_text(f"a blue table {at}")
+    other = Index.create(tmp_path / "index", plume, num_latent_steps=1)
+    other.update(tmp_path / "notes", plume, show_progress=False)
+    hits = other.search(Like(tmp_path / "notes" / "link.txt"), top_k=9)
+    assert "link.txt" not in {hit.path.rpartition("/")[2] for hit in hits}
+    with pytest.raises(ValueError, match="is not in the index"):
+        index.search(Like(hits[0]))
+    own = index.search("a red kite", plume, top_k=1)[0]
+    with pytest.raises(ValueError, match="is not in the index"):
+        other.search(Like(own))

@@ -20,7 +20,7 @@ from plume.search.filter import Filter
 from plume.search.folder import digest
 from plume.search.index import Index
 from plume.search.query import Compiled
-from plume.search.rows import excerpt_of
+from plume.search.rows import Splitter, excerpt_of
 from plume.search.store import TABLE, RowStore
 from plume.search.update import read_texts
 
@@ -274,7 +274,7 @@ def test_a_text_is_read_from_the_file_that_was_embedded_or_not_at_all(index, plu
     try:
         file.write_text("something else")
         with old.writing():
-            read_texts(old.store, library)
+            read_texts(old.store, library, Splitter())
         assert [row["name"] for row in old.store.without_text(library)] == ["notes/7.txt"]
     finally:
         file.write_text(before)

@@ -65,6 +65,12 @@ def test_examples_are_means_of_inputs_of_their_own_kind(model):
     np.testing.assert_allclose(model.classify(INPUTS, examples, **told), expected, atol=1e-4)
     with pytest.raises(ValueError, match="label 'room' has no list of examples"):
         model.classify(INPUTS, {"sky": ["a kite"], "room": []})
+    with pytest.raises(ValueError, match="label 'red' has no list of examples"):
+        model.classify(INPUTS, {"red": {"text": "red"}, "blue": ["blue"]})
+    with pytest.raises(ValueError, match="label 'room', example 1: it is empty"):
+        model.classify(INPUTS, {"sky": ["a kite"], "room": ["a table", " "]})
+    with pytest.raises(TypeError, match="does not take 'precision'"):
+        model.classify(INPUTS, LABELS, precision="int8")
     with pytest.raises(ValueError, match="templates are for names"):
         model.classify(INPUTS, examples, templates=["a {}"])
 
@@ -86,7 +92,7 @@ def test_the_temperature_of_a_known_softmax_is_found_again(temperature):
     assert found.temperature == pytest.approx(temperature, rel=0.06)
     assert found.bias is None
     assert found.quality["nll"] <= found.quality["nll_before"] + 1e-3
-    assert found.quality["error"] < 0.04
+    assert found.quality["error"] < 0.06  # of 2,000 inputs in 15 bins, chance alone gives some 0.035
     if temperature > 0.3:
         assert found.quality["error_before"] > 0.2  # 0.02 is much too sure of itself
 
@@ -111,6 +117,28 @@ def test_quality_is_of_inputs_that_had_no_part_in_the_fit():
     quality = calibrate(scores, answers).quality
     assert quality["nll"] > np.log(4) - 0.02
     assert quality["accuracy"] == pytest.approx((scores.argmax(axis=1) == answers).mean())
+
+
+@pytest.mark.parametrize("order", ["mixed", "in turns", "one after the other"])
+def test_quality_does_not_depend_on_the_order_of_inputs(order):
+    rng = np.random.default_rng(4)
+    answers = {
+        "mixed": rng.permutation(200) % 2,
+        "in turns": np.arange(200) % 2,
+        "one after the other": np.arange(200) // 100,
+    }
+    right = answers[order]
+    scores = rng.normal(0.3, 0.05, (200, 2))
+    scores[np.arange(200), right] += 0.06
+    quality = calibrate(scores, right).quality
+    assert quality["accuracy"] > 0.7
+    assert quality["nll"] < 0.6
+
+
+def test_answers_that_are_never_wrong_do_not_make_it_sure_without_bound():
+    scores = np.tile([[0.30, 0.29], [0.29, 0.30]], (50, 1))
+    found = calibrate(scores, np.tile([0, 1], 50))
+    assert found.temperature >= scores.std() / 101
 
 
 def test_calibration_error_by_hand():

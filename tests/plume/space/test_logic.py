@@ -41,6 +41,19 @@ def test_standardised_cosines_know_no_scale_and_no_shift():
     rng = np.random.default_rng(1)
     scores, sample = rng.normal(size=(2, 50)), rng.normal(size=(2, 400))
     found = standardised(scores, sample)
-    np.testing.assert_allclose(found, (scores - sample.mean(1)[:, None]) / sample.std(1)[:, None])
+    middle = np.median(sample, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, (scores - middle) / (middle - np.quantile(sample, [0.1587], axis=1).T))
+    np.testing.assert_allclose(standardised(scores, rng.normal(3, 2, (2, 200_000))), (scores - 3) / 2, atol=0.05)
     np.testing.assert_allclose(standardised(3 * scores + 5, 3 * sample + 5), found)
     assert np.isfinite(standardised(scores, np.full((2, 9), 0.3))).all()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.35])
+def test_what_many_rows_are_is_still_told_from_the_others(share):
+    """By mean and deviation none of a quarter of all rows would be above the threshold, however clear it is."""
+    rng = np.random.default_rng(2)
+    is_that = rng.uniform(size=4000) < share
+    scores = rng.normal(0.1, 0.05, 4000) + 0.4 * is_that
+    z = standardised(scores[None], scores[None])[0]
+    assert (z[is_that] > THRESHOLD).mean() > 0.99
+    assert (z[~is_that] > THRESHOLD).mean() < 0.05
