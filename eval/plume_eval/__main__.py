@@ -533,6 +533,28 @@ def serving(
 
 
 @app.command()
+def search(
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+    num_things: Annotated[int, typer.Option(help="Of the made collection; three rows each.", min=20)] = 300,
+    num_rows: Annotated[int, typer.Option(help="Of the larger one that is timed.", min=300)] = 100_000,
+) -> None:
+    """Measure what each stage of a search finds and costs, on made vectors whose answers are known; minutes."""
+    from plume_eval.report import write_report
+    from plume_eval.search import run_search, tables
+
+    quiet_libraries()
+    try:
+        found = run_search(num_things, num_rows)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.Exit(_fail(error)) from None
+    text = tables(found)
+    typer.echo(text)
+    if out is not None:
+        command = f"plume-eval search --num-things {num_things} --num-rows {num_rows}"
+        write_report(out, "search", "What each stage of a search finds and costs", command, text, found)
+
+
+@app.command()
 def overhead(
     model: Model,
     data: Data,

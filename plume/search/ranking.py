@@ -231,10 +231,10 @@ class Ranking:
         for kind in Kind if how == "centre" else (None,):
             of_kind = [] if kind is None else [f"kind = {quoted(str(kind))}"]
             where = " AND ".join([*of_kind, *([] if self.where is None else [checked_condition(self.where)])]) or None
-            rows += self.store.nearest(vector, limit, where, exact=self.exact, columns=(*_OF_FILES, "vector"))
+            rows += self.store.nearest(vector, limit, where, exact=self.exact, columns=_OF_FILES)
         if not rows:
             return []
-        vectors = np.array([row.pop("vector") for row in rows], dtype=np.float32)
+        vectors = self._vectors_of([row["_rowid"] for row in rows])
         return [{**row, **scored} for row, scored in zip(rows, self._scored_corrected(rows, vectors), strict=True)]
 
     def _scored_corrected(self, rows: Sequence[dict[str, Any]], vectors: np.ndarray) -> list[dict[str, Any]]:
