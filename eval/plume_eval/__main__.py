@@ -555,6 +555,32 @@ def search(
 
 
 @app.command()
+def confidence(
+    model: Model,
+    data: Data,
+    num_latent_steps: Annotated[int | None, typer.Option(help="K; the checkpoint's own if not given.", min=2)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results files.")] = None,
+) -> None:
+    """Judge what could tell right first results from wrong ones: scores, or the way of the latent steps; on hops."""
+    from plume import Plume
+    from plume_eval.confidence import confidence as measure
+    from plume_eval.confidence import table
+    from plume_eval.report import write_report
+
+    quiet_libraries()
+    try:
+        found = measure(Plume(model), data, num_latent_steps)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.Exit(_fail(error)) from None
+    text = table(found)
+    typer.echo(text)
+    if out is not None:
+        steps = "" if num_latent_steps is None else f" --num-latent-steps {num_latent_steps}"
+        command = f"plume-eval confidence --model {model} --data {data}{steps}"
+        write_report(out, "confidence", "What tells right results from wrong ones", command, text, found)
+
+
+@app.command()
 def overhead(
     model: Model,
     data: Data,

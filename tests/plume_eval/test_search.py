@@ -10,12 +10,12 @@ from plume_eval import search
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    return search.make_collection(search._empty(tmp_path_factory.mktemp("made") / "index", 256), 120)
+    return search.make_collection(search._empty(tmp_path_factory.mktemp("made") / "index", 256), 210)
 
 
 def test_the_collection_holds_what_it_is_said_to(collection):
     counts = {kind: count for (kind,), count in collection.index.store.counts("kind").items()}
-    assert counts == {"text": 130, "pdf": 130, "image": 130 + 30}
+    assert counts == {"text": 220, "pdf": 220, "image": 220 + 30}
     rows = collection.index.store.rows(["path", "text"])
     for code in collection.codes[::20]:
         assert sum(code in row["text"] for row in rows) == 2  # a text and a page
