@@ -109,7 +109,7 @@ def table(found: dict[str, Any]) -> str:
         for name, one in sorted(found["measures"].items(), key=lambda pair: -pair[1]["auroc"])
     ]
     return (
-        f"{found['questions']} questions, {found['right']:.1%} right (chance: AURC {1 - found['right']:.3f}); the regression "
-        f"is fitted to {found['fitted_to']} others.\n\n"
+        f"{found['questions']} questions, {found['right']:.1%} right (chance: AURC {1 - found['right']:.3f}); the "
+        f"regression is fitted to {found['fitted_to']} others.\n\n"
         + markdown_table(["measure", "AUROC", "AURC", "E-AURC", "errors of the surer half"], rows)
     )

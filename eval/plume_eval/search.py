@@ -35,6 +35,8 @@ K = 10
 #: Numbers of a vector of the collection, and of the larger one, where they are those of a model of 2B.
 _DIM, _TIMED_DIM = 256, 1_536
 _BANK = 2_000
+#: Rows of a file of the larger one.
+_PAGES = 20
 _HUBS, _COPIES = 10, 30
 _WORDS = (
     "report",
@@ -72,8 +74,15 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def make_collection(index: Index, num_things: int, seed: int = 0) -> Collection:
-    """Fill an empty index: a text, a picture and a page of each thing, hubs, near-copies of pictures."""
+def make_collection(index: Index, num_things: int, seed: int = 0, rows_per_file: int = 1) -> Collection:
+    """Fill an empty index: a text, a picture and a page of each thing, hubs, near-copies of pictures.
+
+    Args:
+        index: is filled.
+        num_things: three rows each.
+        seed: of everything.
+        rows_per_file: that have one path.
+    """
     rng = np.random.default_rng(seed)
     dim = index.identity.dim
     scale = dim**0.5
@@ -99,7 +108,9 @@ def make_collection(index: Index, num_things: int, seed: int = 0) -> Collection:
                     yield _row(kind, f"{kind}/copy of {at:06}", vector, "")
 
     batch: list[dict[str, Any]] = []
-    for row in rows():
+    for number, row in enumerate(rows()):
+        if rows_per_file > 1:
+            row |= {"path": f"table:made/{row['kind']}/{number // rows_per_file}", "page": number % rows_per_file + 1}
         batch.append(row)
         if len(batch) == _ROWS_AT_ONCE:
             index.store.add(batch)
@@ -236,7 +247,7 @@ def run_search(num_things: int, num_rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         small = make_collection(_empty(Path(place) / "small", _DIM), num_things)
         recall = measure(small)
-        large = make_collection(_empty(Path(place) / "large", _TIMED_DIM), num_rows // len(KINDS))
+        large = make_collection(_empty(Path(place) / "large", _TIMED_DIM), num_rows // len(KINDS), rows_per_file=_PAGES)
         large.index.correct(large.queries[:_BANK])
         return {
             "things": num_things,

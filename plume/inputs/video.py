@@ -155,9 +155,9 @@ def seconds_of(path: str | os.PathLike) -> float | None:
             return None
         with av.open(os.fspath(path), options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}) as file:
             moments, tick, _ = _moments(file, file.streams.video[0], path)
-            return (
-                None if tick is None or len(moments) < 2 else (moments[-1] - moments[0]) * tick * (1 + 1 / len(moments))
-            )
+            if tick is None or len(moments) < 2:
+                return None
+            return (moments[-1] - moments[0]) * tick * len(moments) / (len(moments) - 1)  # the last one stands too
     except Exception:  # decoders of broken files raise anything, which is told where the frames are read
         return None
 
@@ -285,8 +285,9 @@ def _moments(container: Any, stream: Any, source: Any) -> tuple[list[int], float
     if isinstance(source, (str, os.PathLike)):
         stat = os.stat(source)
         key = os.fspath(source), stat.st_size, stat.st_mtime_ns, stat.st_ino
-    if key is not None and _last_moments is not None and _last_moments[0] == key:
-        return _last_moments[1]
+    known = _last_moments  # another thread may read another file meanwhile
+    if key is not None and known is not None and known[0] == key:
+        return known[1]
     packets = [packet.pts for packet in container.demux(stream) if packet.size]
     timed = None not in packets and len(set(packets)) == len(packets)
     moments = sorted(packets) if timed else list(range(len(packets)))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -25,8 +26,9 @@ FILE = "corrections.npz"
 #: Queries, and rows of a kind, that a mean is taken of at least.
 FEWEST_QUERIES, FEWEST_ROWS = 100, 100
 _MOST_IN_BANK = 2_048
-_MOST_ROWS = 20_000
+_MOST_ROWS, _OF_EACH_KIND = 20_000, 1_000
 _MEAN_OF = "mean_of_"
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Corrections:
         Raises:
             ValueError: too few of them, or of every kind of rows.
         """
+        if queries.ndim != 2 or queries.shape[1] != store.dim or not np.isfinite(queries).all():
+            raise ValueError(f"queries are {list(queries.shape)}; expected finite vectors [Q, {store.dim}]")
         if len(queries) < FEWEST_QUERIES:
             raise ValueError(f"{len(queries)} queries are too few to correct by; expected at least {FEWEST_QUERIES}")
-        rows, vectors = store.sampled(_MOST_ROWS, ["kind"])
-        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        kinds = np.array([row["kind"] for row in rows])
-        counts = {kind: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist()))}
-        means = {kind: units[kinds == kind].mean(axis=0) for kind, count in counts.items() if count >= FEWEST_ROWS}
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        kinds, units, _ = store.sample(_MOST_ROWS, _OF_EACH_KIND)
+        means = {
+            str(kind): units[kinds == kind].mean(axis=0)
+            for kind in np.unique(kinds)
+            if (kinds == kind).sum() >= FEWEST_ROWS
+        }
         if not means:
             raise ValueError(f"no kind has {FEWEST_ROWS} rows, of which a mean could be taken")
         bank = queries[np.linspace(0, len(queries), min(len(queries), _MOST_IN_BANK), endpoint=False).astype(int)]
@@ -75,9 +81,10 @@ class Corrections:
             with np.load(path) as file:
                 means = {name.removeprefix(_MEAN_OF): file[name] for name in file if name.startswith(_MEAN_OF)}
                 found = cls(file["query_mean"], means, file["bank"].astype(np.float32), int(file["num_rows"]))
-            if {found.query_mean.shape, *(mean.shape for mean in means.values())} != {(dim,)}:
+            shapes = {found.query_mean.shape, found.bank.shape[1:], *(mean.shape for mean in means.values())}
+            if shapes != {(dim,)} or not means:
                 raise ValueError(f"vectors are not of {dim} numbers")
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}); fit it again, or remove it") from None
         return found
 
@@ -97,9 +104,30 @@ class Corrections:
         """Corrected scores of unit vectors `[N, D]` for queries `[Q, D]`, `[Q, N]`."""
         if how == "hubs":
             return less_hubs(queries @ rows.T, hub_bias(rows, self.bank))
-        whole = np.mean(list(self.means.values()), axis=0)  # for kinds with too few rows for a mean of their own
-        of_rows = {**dict.fromkeys(kinds, whole), **self.means}
+        means = self._means()
+        of_rows = {kind: means.get(kind, means[""]) for kind in kinds}
         return centred(queries, rows, self.query_mean, np.stack([of_rows[kind] for kind in kinds]))
+
+    def compared(self, query: np.ndarray) -> np.ndarray:
+        """What unit vectors of rows are multiplied by for `centred_by`: the centred query, then each kind's mean."""
+        return np.stack([self.looked_for("centre", query), *self._means().values()]).astype(np.float32)
+
+    def centred_by(self, products: np.ndarray, kinds: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """The scores of "centre" of all rows `[N]`, from the products of `compared` with them, `[.., N]`.
+
+        With x of unit length |x - m|^2 is 1 - 2 x . m + |m|^2, so that no row is needed once more.
+        """
+        own, scores = self.looked_for("centre", query), np.empty(products.shape[1], dtype=np.float64)
+        names = list(self._means())
+        for place, (kind, mean) in enumerate(self._means().items(), start=1):
+            is_kind = kinds == kind if kind else ~np.isin(kinds, names)
+            squares = 1 - 2 * products[place, is_kind] + mean @ mean
+            scores[is_kind] = (products[0, is_kind] - own @ mean) / np.sqrt(np.maximum(squares, _TINY))
+        return scores
+
+    def _means(self) -> dict[str, np.ndarray]:
+        """The mean of each kind, and under "" that for kinds which have too few rows for one of their own."""
+        return {**self.means, "": np.mean(list(self.means.values()), axis=0)}
 
     def looked_for(self, how: Correct, query: np.ndarray) -> np.ndarray:
         """The vector to whose nearest rows the best ones belong."""

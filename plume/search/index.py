@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,8 @@ from plume.search.update import Report, update_store
 _FORMAT, _READ = 2, (1, 2)
 # Shorter passages and clips say nothing.
 _FEWEST_TOKENS, _SHORTEST_S = 16, 1.0
+# Rows over those that corrections were fitted to, from which on these are old.
+_GROWN = 1.2
 # Starts of clips that differ by less are the same.
 _CLOSE = 0.01
 #: The weight of words, where they are given and their weight is not.
@@ -460,7 +463,7 @@ class Index:
             min_score=min_score,
             cut=cut,
         )
-        return hits if rerank is None else reranked(query, hits, rerank)[:top_k]
+        return hits if rerank is None else [*reranked(query, hits[:rerank_k], rerank), *hits[rerank_k:]][:top_k]
 
     def nearest(
         self,
@@ -507,6 +510,13 @@ class Index:
         if asked.contents:
             same = (f"(sha256 = {quoted(sha)} AND page = {page:d})" for sha, page in sorted(asked.contents))
             conditions.append(f"NOT ({' OR '.join(same)})")
+        corrections = None if correct is None else Corrections.read(self.path, self.identity.dim)
+        if corrections is not None and len(self) > _GROWN * corrections.num_rows:
+            warnings.warn(
+                f"plume: the corrections of {self.path} were fitted when it had {corrections.num_rows:,} of its "
+                f"{len(self):,} rows; fit them again",
+                stacklevel=3,
+            )
         ranking = Ranking(
             store=self.store,
             asked=asked,
@@ -515,7 +525,7 @@ class Index:
             hybrid=hybrid,
             exact=exact,
             correct=correct,
-            corrections=None if correct is None else Corrections.read(self.path, self.identity.dim),
+            corrections=corrections,
             group_by=group_by,
             collapse=collapse,
             min_score=min_score,

@@ -22,7 +22,7 @@ from plume.search.corrections import Correct, Corrections
 from plume.search.query import Compiled
 from plume.search.rows import excerpt_of
 from plume.search.store import APPROXIMATE_FROM, TABLES, IndexStorageError, RowStore, checked_condition, quoted
-from plume.space.cutoff import LEAST_SAMPLE, before_largest_drop, least_relevance, relevance
+from plume.space.cutoff import LEAST_SAMPLE, before_largest_drop, least_score, relevance
 from plume.space.fusion import fuse
 from plume.space.logic import standardised
 
@@ -34,7 +34,9 @@ _CANDIDATES = 1_200
 #: Rows among which the largest drop is looked for.
 _DROP_WITHIN = 50
 #: Rows that say what cosines are usual.
-_SAMPLE = 4_096
+_SAMPLE, _OF_EACH_KIND = 4_096, 256
+#: Rows that are looked at for each result where some are left out for others.
+_PER_RESULT = 10
 #: Rows nearer to a part of an analogy than this hold the same.
 _SAME = 0.999
 # Cosines that differ by less are equal.
@@ -183,10 +185,20 @@ class Ranking:
     def _ranked(self, count: int) -> list[dict[str, Any]]:
         """Rows in their order, `count` of them where there are so many."""
         wanted = max(count, _DROP_WITHIN) if self.cut == "drop" else count
-        limit = max(wanted, _CANDIDATES) if self.has_words or self.correct is not None else wanted
+        limit = _PER_RESULT * wanted if self.group_by is not None or self.collapse is not None else wanted
+        if self.has_words or self.correct is not None:  # by ranks, or among so many: the same for every page
+            limit = max(wanted, _CANDIDATES)
+        rows: dict[int, dict[str, Any]] = {}
         while True:
-            rows, are_all = self._fused(limit) if self.has_words else self._by_vectors(limit)
-            best = self._distinct([row for row in rows if row["cosine"] >= self._least])
+            more, are_all = self._fused(limit) if self.has_words else self._by_vectors(limit)
+            found = {row["_rowid"]: row for row in more}
+            is_of_ranks = self.has_words or self.correct is not None  # then a later round only adds to the first
+            rows = (
+                {**rows, **{number: row for number, row in found.items() if number not in rows}}
+                if is_of_ranks
+                else found
+            )
+            best = self._distinct([row for row in rows.values() if self._passes(row)])
             if len(best) >= wanted or are_all:
                 return self._cut(best)[:count]
             limit *= 2
@@ -195,14 +207,38 @@ class Ranking:
     def _least(self) -> float:
         return max(self.asked.least, -np.inf if self.min_score is None else self.min_score) - _ROUNDING
 
+    @cached_property
+    def _bounds(self) -> dict[str, float]:
+        """What a row of each kind must reach where the cut is by relevance, and under "" that of the others."""
+        kinds, cosines, num_even = self._usual
+        values = self._values(cosines)
+        of_kinds = {str(kind): values[kinds == kind] for kind in np.unique(kinds)}
+        pooled = {"": values[:num_even]}
+        large = {kind: some for kind, some in of_kinds.items() if len(some) >= LEAST_SAMPLE} | pooled
+        return {kind: least_score(some, len(self.store)) for kind, some in large.items()}
+
+    def _passes(self, row: dict[str, Any]) -> bool:
+        """Whether a row is shown where rows are cut by a cosine, or by relevance; those that hold the words are."""
+        if row["cosine"] < self._least:
+            return False
+        if self.cut != "auto" or "_score" in row:
+            return True
+        return _value(row) >= self._bounds.get(row["kind"], self._bounds[""])
+
+    def _are_below(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether no row can pass that is further away than the last of these, which are in the order of cosines."""
+        if self.asked.joined is not None or not rows:
+            return False
+        floor = max(self._least, min(self._bounds.values()) if self.cut == "auto" else -np.inf)
+        return rows[-1]["cosine"] < floor
+
     def _by_vectors(self, limit: int) -> tuple[list[dict[str, Any]], bool]:
         """Rows that are best by their vectors, and whether there are no others that could be shown."""
         is_plain = self.group_by is None and self.collapse is None
         rows = self._candidates(limit, columns=None if is_plain else _OF_FILES)
         true = self._without_avoided(_true_rows(rows))
         ordered = sorted(true, key=lambda row: (-_value(row), row["path"], row["page"]))
-        is_by_cosine = self.asked.joined is None and self.correct is None
-        return ordered, len(rows) < limit or (is_by_cosine and rows[-1]["cosine"] < self._least)
+        return ordered, len(rows) < limit or (self.correct != "centre" and self._are_below(rows))
 
     def _candidates(self, limit: int, columns: Sequence[str] | None) -> list[dict[str, Any]]:
         """Rows that are best by their vectors, as many as there are up to a limit."""
@@ -226,12 +262,25 @@ class Ranking:
         return [{**rows[int(number)], **scored} for number, scored in zip(numbers[order], told, strict=True)]
 
     def _corrected(self, limit: int, how: Correct, corrections: Corrections) -> list[dict[str, Any]]:
-        """Rows by corrected scores, among those of each kind that are nearest."""
+        """Rows by corrected scores; less hubs, and in a large index, of those that are nearest (of each kind)."""
+        if how == "centre" and (self.exact or len(self.store) < APPROXIMATE_FROM):
+            vectors = np.vstack([corrections.compared(self.asked.direction), self.asked.direction])
+            numbers, kinds, products = self.store.products(vectors, self.where)
+            scores = corrections.centred_by(products[:-1], kinds, self.asked.direction)
+            scores[products[-1] < self._least] = -np.inf
+            order = np.argsort(-scores, kind="stable")[: min(limit, int((scores > -np.inf).sum()))]
+            best = [int(number) for number in numbers[order]]
+            found = self._whole(best, columns=_OF_FILES)
+            rows = [found[number] for number in best]
+            return self._with_corrected(rows)
         vector, rows = corrections.looked_for(how, self.asked.direction), []
         for kind in Kind if how == "centre" else (None,):
             of_kind = [] if kind is None else [f"kind = {quoted(str(kind))}"]
             where = " AND ".join([*of_kind, *([] if self.where is None else [checked_condition(self.where)])]) or None
             rows += self.store.nearest(vector, limit, where, exact=self.exact, columns=_OF_FILES)
+        return self._with_corrected(rows)
+
+    def _with_corrected(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not rows:
             return []
         vectors = self._vectors_of([row["_rowid"] for row in rows])
@@ -263,7 +312,8 @@ class Ranking:
             return self._scan
         vectors = self._vectors
         if self.exact or len(self.store) < APPROXIMATE_FROM:
-            self._scan = self.store.cosines(vectors, self.where)
+            numbers, _, cosines = self.store.products(vectors, self.where)
+            self._scan = numbers, cosines
             return self._scan
         near: set[int] = set()
         for vector in vectors:
@@ -273,16 +323,17 @@ class Ranking:
         return self._scan
 
     @cached_property
-    def _usual(self) -> tuple[np.ndarray, np.ndarray]:
-        """Kinds of a sample of all rows `[M]`, and the cosines of `_vectors` to them."""
-        kinds, rows = self.store.sample(_SAMPLE)
-        return kinds, self._vectors @ rows.T
+    def _usual(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Kinds of a sample of rows `[M]`, the cosines of `_vectors` to them, and how many were drawn from all."""
+        kinds, rows, num_even = self.store.sample(_SAMPLE, _OF_EACH_KIND)
+        return kinds, self._vectors @ rows.T, num_even
 
     def _values(self, cosines: np.ndarray) -> np.ndarray:
         """By what rows are ordered, from the cosines of `_vectors` to them, `[N]`."""
         if self.asked.joined is None:
             return cosines[0]
-        return self.asked.joined(standardised(cosines[:-1], self._usual[1][:-1]))
+        _, usual, num_even = self._usual
+        return self.asked.joined(standardised(cosines[:-1], usual[:-1, :num_even]))
 
     def _scored(self, cosines: np.ndarray) -> list[dict[str, Any]]:
         """What is said of rows by the cosines of `_vectors` to them."""
@@ -312,7 +363,8 @@ class Ranking:
         fused = fuse([by_vectors, by_words], [1 - self.hybrid, self.hybrid])
         scored = [{**row, "fused": float(score)} for row, score in zip(true, fused, strict=True)]
         ordered = sorted(scored, key=lambda row: (-row["fused"], -_value(row), row["path"], row["page"]))
-        return ordered, max(len(near), len(matching)) < limit
+        are_all_near = len(near) < limit or (self.correct != "centre" and self._are_below(near))
+        return ordered, are_all_near and len(matching) < limit
 
     def _without_avoided(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows that do not hold nearly what a part of an analogy holds."""
@@ -340,19 +392,18 @@ class Ranking:
         return [rows[at] for at in places]
 
     def _cut(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows before the cut; those that hold the words are kept where it is by relevance."""
+        """Rows before the largest drop; or with their relevance, by which they have passed."""
         if self.cut == "drop":
             return rows[: before_largest_drop(np.array([_value(row) for row in rows[:_DROP_WITHIN]]))]
         if self.cut is None or not rows:
             return rows
-        kinds, cosines = self._usual
-        usual, told = self._values(cosines), []
+        kinds, cosines, num_even = self._usual
+        values, told = self._values(cosines), []
         for row in rows:
-            of_kind = usual[kinds == row["kind"]]  # kinds lie apart from each other, however little they match
-            stands_out = relevance(np.array([_value(row)]), of_kind if len(of_kind) >= LEAST_SAMPLE else usual)
-            told.append({**row, "relevance": float(stands_out[0])})
-        bound = least_relevance(len(self.store))
-        return [row for row in told if row["relevance"] >= bound or "_score" in row]
+            is_kind = kinds == row["kind"]  # kinds lie apart from each other, however little they match
+            usual = values[is_kind] if is_kind.sum() >= LEAST_SAMPLE else values[:num_even]
+            told.append({**row, "relevance": float(relevance(np.array([_value(row)]), usual)[0])})
+        return told
 
     def _whole(
         self, numbers: Sequence[int], *, with_texts: bool = False, columns: Sequence[str] | None = None

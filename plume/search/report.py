@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from plume.search.corrections import FEWEST_QUERIES, Corrections
+from plume.search.corrections import FEWEST_QUERIES, FEWEST_ROWS, Corrections
 from plume.search.index import Index
 from plume.space.measures import centroid_distance, hit_counts, mixing, separability, skewness, uniformity
 
@@ -25,6 +25,8 @@ SAMPLE = 4_096
 K = 10
 # Rows of a kind without which nothing is said of it; largest hubs that are named; a cosine at which rows are copies.
 _FEWEST, _NAMED, _COPIES = 20, 5, 0.98
+# What searched where no queries are given.
+_OWN = "its own rows"
 # Rows of the picture.
 _DRAWN = 1_500
 # Queries that corrections are measured on, at most.
@@ -44,7 +46,7 @@ class IndexReport:
     hubs: the rows that come up most, and for how many queries. by: what the queries were.
     mixing: how often each kind comes up, over its share of rows.
     pairs: for two kinds how many pairs of files there are whose names differ in their ending alone, such as kite.jpg
-    and kite.txt, and the share of either side whose other is among its nearest 10 of all rows.
+    and kite.txt, and the share of either side whose other is among its nearest 10 of the rows that were looked at.
     corrected: for each correction skewness and mixing on the half of the queries that had no part in the fit, "none"
     without one. Empty where there are too few queries.
     """
@@ -80,6 +82,10 @@ class IndexReport:
         for (one, other), (count, there, back) in self.pairs.items():
             said.append(
                 f"{count} pairs of {one} and {other}: recall@{K} {there:.2f} from {one}, {back:.2f} from {other}"
+            )
+        if self.by != _OWN and not self.corrected:
+            said.append(
+                f"corrections are measured with {2 * FEWEST_QUERIES} queries or more, and {FEWEST_ROWS} rows of a kind"
             )
         for name, measured in self.corrected.items():
             shares = ", ".join(f"{kind} {share:.2f}" for kind, share in measured["mixing"].items())
@@ -119,7 +125,7 @@ def report(index: Index, queries: np.ndarray | None = None) -> IndexReport:
             for one, other in combinations(of_kind, 2)
         },
         copies=float((cosines.max(axis=1) >= _COPIES).mean()),
-        by="its own rows" if queries is None else f"{len(asked):,} queries",
+        by=_OWN if queries is None else f"{len(asked):,} queries",
         skewness=skewness(counts),
         never=float((counts == 0).mean()),
         hubs=[(_name(rows[at]), int(counts[at])) for at in best],
@@ -134,7 +140,8 @@ def _recall_of_pairs(
 ) -> dict[tuple[str, str], tuple[int, float, float]]:
     of_stem: dict[str, dict[str, int]] = defaultdict(dict)
     for at, row in enumerate(rows):
-        of_stem[os.path.splitext(row["path"])[0]].setdefault(row["kind"], at)  # the whole, or the first page
+        if row["page"] <= 1:  # the whole, or the first page
+            of_stem[os.path.splitext(row["path"])[0]].setdefault(row["kind"], at)
     places: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for kinds in of_stem.values():
         for one, other in combinations(sorted(kinds), 2):
@@ -157,9 +164,12 @@ def _counts_of(scores: np.ndarray, k: int) -> np.ndarray:
 def _corrected(index: Index, queries: np.ndarray, rows: np.ndarray, kinds: np.ndarray) -> dict[str, dict[str, Any]]:
     """What each correction does, fitted to one half of the queries and measured on the other."""
     fitted, held_out = queries[::2], queries[1::2][:_HELD_OUT]
-    if len(fitted) < FEWEST_QUERIES:
+    if len(fitted) < FEWEST_QUERIES or len(held_out) < FEWEST_QUERIES:
         return {}
-    corrections = Corrections.fitted(index.store, fitted)
+    try:
+        corrections = Corrections.fitted(index.store, fitted)
+    except ValueError:  # no kind has rows enough
+        return {}
     found = {}
     for how in (None, "centre", "hubs"):
         scores = held_out @ rows.T if how is None else corrections.scores(how, held_out, rows, kinds.tolist())

@@ -17,8 +17,9 @@ import numpy as np
 from plume.inputs.errors import InputError
 from plume.inputs.file_kinds import Kind
 from plume.inputs.images import load_image
-from plume.inputs.item import read_text
+from plume.inputs.item import Item, read_text
 from plume.inputs.pages import pages
+from plume.search.query import inputs_of
 from plume.search.ranking import Hit
 
 # Of a page that has no words.
@@ -70,14 +71,24 @@ class CrossEncoderReranker:
         judged = [at for at, document in enumerate(documents) if document is not None]
         scores = np.full(len(hits), np.nan)
         if judged:
-            pairs = [(_plain(query), documents[at]) for at in judged]
+            asked = asked_of(query)
+            pairs = [(asked, documents[at]) for at in judged]
             scores[judged] = self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)
         return scores.tolist()
 
 
-def _plain(query: Any) -> Any:
-    """A query as sentence-transformers takes it: a text alone is a string."""
-    return query["text"] if isinstance(query, dict) and set(query) == {"text"} else query
+def asked_of(query: Any) -> Any:
+    """What is wanted of a query, as sentence-transformers takes it: a text, or a dict with an image and perhaps a text.
+
+    Raises:
+        ValueError: nothing that a model could read, or more than one image.
+    """
+    items = [Item.parse(part, "the query") for part, is_wanted in inputs_of(query) if is_wanted]
+    text = " ".join(item.text for item in items if item.text)
+    images = [image for item in items for image in item.images]
+    if len(images) > 1 or not (images or text):
+        raise ValueError("a reranker reads words or one image that are wanted; this query has none, or more images")
+    return {"image": images[0], **({"text": text} if text else {})} if images else text
 
 
 def document_of(hit: Hit) -> Any:

@@ -82,7 +82,7 @@ class RowStore:
         self._table = _trying(path, table)
         self._schema = self._table.schema  # tables of older versions declare no key
         self._num_new = 0  # rows since they have been joined
-        self._sample: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None  # of a version
+        self._sample: tuple[Any, tuple[np.ndarray, np.ndarray, int]] | None = None  # of a version
 
     @property
     def has_texts(self) -> bool:
@@ -357,48 +357,67 @@ class RowStore:
 
         return self._read_where(select, where)
 
-    def cosines(self, vectors: np.ndarray, where: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of all rows `[N]`, and the cosines of some unit vectors `[C, dim]` to them, `[C, N]`.
+    def products(self, vectors: np.ndarray, where: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers and kinds of all rows `[N]`, and products of vectors `[C, dim]` with them at unit length, `[C, N]`.
 
         Raises:
             ValueError: the condition is not SQL.
         """
 
-        def scan(table: Any) -> tuple[np.ndarray, np.ndarray]:
-            search = table.search().select(["vector"]).with_row_id(True).limit(None)
+        def scan(table: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            search = table.search().select(["kind", "vector"]).with_row_id(True).limit(None)
             search = search if where is None else search.where(checked_condition(where))
-            numbers, cosines = [np.empty(0, dtype=np.int64)], [np.empty((len(vectors), 0), dtype=np.float32)]
+            numbers, kinds = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=str)]
+            products = [np.empty((len(vectors), 0), dtype=np.float32)]
             for batch in search.to_batches():
                 rows = batch["vector"].flatten().to_numpy().reshape(-1, self.dim)
                 numbers.append(batch["_rowid"].to_numpy().astype(np.int64))
-                cosines.append(vectors @ rows.T / np.linalg.norm(rows, axis=1))
-            return np.concatenate(numbers), np.concatenate(cosines, axis=1)
+                kinds.append(np.array(batch["kind"].to_pylist(), dtype=str))
+                products.append(vectors @ rows.T / np.linalg.norm(rows, axis=1))
+            return np.concatenate(numbers), np.concatenate(kinds), np.concatenate(products, axis=1)
 
         return self._read_where(scan, where)
 
-    def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kinds and unit vectors `[count, dim]` of rows at even distances; the same until the index changes."""
+    def sample(self, count: int, of_each: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Kinds and unit vectors `[n, dim]` of rows; the same until the index changes.
 
-        def select(table: Any) -> tuple[np.ndarray, np.ndarray]:
-            if self._sample is None or self._sample[0] != (table.version, count):
-                found = self._sampled(table, count, ["kind", "vector"])
-                rows, kinds = _matrix(found, self.dim), np.array(found["kind"].to_pylist(), dtype=str)
-                self._sample = (table.version, count), kinds, rows / np.linalg.norm(rows, axis=1, keepdims=True)
-            return self._sample[1:]
+        The first are at even distances, `count` at most; how many these are comes last. Behind them are more rows of
+        kinds of which these are fewer than `of_each`, up to that number.
+        """
+
+        def select(table: Any) -> tuple[np.ndarray, np.ndarray, int]:
+            key = table.version, count, of_each
+            if self._sample is None or self._sample[0] != key:
+                told = table.search().select(["kind"]).with_row_id(True).limit(None).to_arrow()
+                kinds, numbers = np.array(told["kind"].to_pylist(), dtype=str), told["_rowid"].to_numpy()
+                even = _evenly(np.arange(len(kinds)), count)
+                more = [np.empty(0, dtype=np.int64)]
+                for kind in np.unique(kinds):
+                    if (kinds[even] == kind).sum() < of_each:
+                        more.append(np.setdiff1d(_evenly(np.flatnonzero(kinds == kind), of_each), even))
+                places = np.concatenate([even, *more])
+                rows = self.vectors([int(number) for number in numbers[places]])
+                there = [at for at in range(len(places)) if int(numbers[places[at]]) in rows]  # others have just gone
+                units = np.array([rows[int(numbers[places[at]])] for at in there], dtype=np.float32).reshape(
+                    -1, self.dim
+                )
+                units /= np.linalg.norm(units, axis=1, keepdims=True)
+                self._sample = key, (kinds[places[there]], units, sum(at < len(even) for at in there))
+            return self._sample[1]
 
         return self._read(select)
 
     def sampled(self, count: int, columns: Sequence[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
         """Some columns of rows at even distances, and their vectors as they are `[count, dim]`."""
-        found = self._read(lambda table: self._sampled(table, count, [*columns, "vector"]))
-        return found.drop_columns(["vector"]).to_pylist(), _matrix(found, self.dim)
 
-    @staticmethod
-    def _sampled(table: Any, count: int, columns: list[str]) -> Any:
-        num_rows = table.count_rows()
-        places = np.linspace(0, num_rows, min(count, num_rows), endpoint=False).astype(int).tolist()
-        search = table.take_offsets(places) if places else table.search().limit(0)
-        return search.select(columns).to_arrow()
+        def select(table: Any) -> Any:
+            places = _evenly(np.arange(table.count_rows()), count).tolist()
+            search = table.take_offsets(places) if places else table.search().limit(0)
+            return search.select([*columns, "vector"]).to_arrow()
+
+        found = self._read(select)
+        vectors = np.reshape(found["vector"].combine_chunks().flatten().to_numpy(), (-1, self.dim)).astype(np.float32)
+        return found.drop_columns(["vector"]).to_pylist(), vectors
 
     @property
     def columns(self) -> list[str]:
@@ -569,9 +588,9 @@ def schema_of(dim: int) -> Any:
     )
 
 
-def _matrix(found: Any, dim: int) -> np.ndarray:
-    """The column of vectors, `[n, dim]`."""
-    return np.reshape(found["vector"].combine_chunks().flatten().to_numpy(), (-1, dim)).astype(np.float32)
+def _evenly(places: np.ndarray, count: int) -> np.ndarray:
+    """So many of some places at most, at even distances."""
+    return places[np.linspace(0, len(places), min(count, len(places)), endpoint=False).astype(int)]
 
 
 def _numbered(numbers: Sequence[int]) -> str:

@@ -19,6 +19,8 @@ NEAREST, WEIGHT = 128, 0.75
 # A vector of a bank that is nearer to a row than this is the row itself.
 _SAME = 0.9999
 _TINY = 1e-12
+# Rows whose products with the bank are held at once.
+_AT_ONCE = 4_096
 
 
 def centred(queries: np.ndarray, rows: np.ndarray, query_mean: np.ndarray, row_means: np.ndarray) -> np.ndarray:
@@ -51,12 +53,14 @@ def hub_bias(rows: np.ndarray, bank: np.ndarray, nearest: int = NEAREST) -> np.n
         >>> hub_bias(np.array([[1.0, 0.0]]), np.array([[0.6, 0.8], [0.8, -0.6], [0.0, 1.0], [1.0, 0.0]]), 2).round(2)
         array([0.7])
     """
-    cosines = rows @ bank.T
-    cosines = np.where(cosines > _SAME, -np.inf, cosines)
-    k = min(nearest, cosines.shape[1])
-    best = np.partition(cosines, cosines.shape[1] - k, axis=1)[:, cosines.shape[1] - k :]
-    is_there = np.isfinite(best)
-    return np.where(is_there, best, 0).sum(axis=1) / np.maximum(is_there.sum(axis=1), 1)
+    k, found = min(nearest, len(bank)), np.empty(len(rows), dtype=rows.dtype)
+    for start in range(0, len(rows), _AT_ONCE):
+        cosines = rows[start : start + _AT_ONCE] @ bank.T
+        cosines = np.where(cosines > _SAME, -np.inf, cosines)
+        best = np.partition(cosines, len(bank) - k, axis=1)[:, len(bank) - k :]
+        is_there = np.isfinite(best)
+        found[start : start + _AT_ONCE] = np.where(is_there, best, 0).sum(axis=1) / np.maximum(is_there.sum(axis=1), 1)
+    return found
 
 
 def less_hubs(scores: np.ndarray, bias: np.ndarray, weight: float = WEIGHT) -> np.ndarray:

@@ -46,6 +46,16 @@ def relevance(scores: np.ndarray, sample: np.ndarray) -> np.ndarray:
     return (scores - middle[0]) / below[0]
 
 
+def least_score(sample: np.ndarray, num_rows: int) -> float:
+    """The score whose relevance is `least_relevance`.
+
+    Raises:
+        ValueError: the sample is too small.
+    """
+    spread = relevance(np.array([0.0, 1.0]), sample)
+    return float((least_relevance(num_rows) - spread[0]) / (spread[1] - spread[0]))
+
+
 def least_relevance(num_rows: int) -> float:
     """What a row of so many must reach.
 

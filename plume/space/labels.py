@@ -187,10 +187,10 @@ def calibration_error(sure: np.ndarray, is_right: np.ndarray) -> float:
         >>> calibration_error(np.array([0.8] * 10), np.array([True] * 8 + [False] * 2)) < 1e-9
         True
     """
-    order = np.argsort(sure, kind="stable")
-    sure, is_right = np.asarray(sure, dtype=np.float64)[order], np.asarray(is_right, dtype=np.float64)[order]
-    if sure[0] == sure[-1]:  # bins of equals would be told apart by their order alone
-        return abs(float(sure.mean() - is_right.mean()))
+    values, groups = np.unique(np.asarray(sure, dtype=np.float64), return_inverse=True)
+    counts = np.bincount(groups)
+    right = np.bincount(groups, weights=np.asarray(is_right, dtype=np.float64)) / counts
+    sure, is_right = np.repeat(values, counts), np.repeat(right, counts)  # equals count alike, in whatever order
     bins = [one for one in np.array_split(np.arange(len(sure)), _BINS) if len(one)]
     return float(sum(len(one) * abs(sure[one].mean() - is_right[one].mean()) for one in bins) / len(sure))
 

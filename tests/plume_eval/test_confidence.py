@@ -42,7 +42,7 @@ def test_every_measure_is_judged_on_questions_that_nothing_was_fitted_to(plume_f
     assert "regression on the sorted scores" in found["measures"]
     text = confidence.table(found)
     assert "| CoE-R of the latent steps |" in text
-    assert "random confidence" in text
+    assert "chance: AURC" in text
 
 
 def test_a_model_that_is_never_right_is_told(plume_folder, hops_folder, monkeypatch):

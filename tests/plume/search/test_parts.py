@@ -114,7 +114,7 @@ def test_a_span_behind_the_end_says_where_that_is(library):
 
 
 def test_the_length_of_a_video_is_known(library, tmp_path):
-    assert seconds_of(library / "scenes.mp4") == pytest.approx(12, abs=0.3)
+    assert seconds_of(library / "scenes.mp4") == pytest.approx(12, abs=1e-3)
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     assert seconds_of(tmp_path / "broken.mp4") is None
 

@@ -445,6 +445,39 @@ def test_kinds_that_lie_apart_have_a_bound_each(plume, tmp_path):
     assert len(index.nearest(Compiled.of(query), top_k=200, cut="auto")) <= 2
 
 
+def mixed_index(plume, folder, num_texts, num_images, matches):
+    """Texts around a cosine of 0.2 to the first axis, images around 0, of which some match."""
+    rng, dim = np.random.default_rng(2), plume.get_embedding_dimension()
+    cosines = np.append(rng.normal(0.2, 0.05, num_texts), rng.normal(0.0, 0.03, num_images))
+    cosines[num_texts : num_texts + matches] = 0.3
+    others = rng.normal(size=(len(cosines), dim - 1))
+    others *= (np.sqrt(1 - cosines**2) / np.linalg.norm(others, axis=1))[:, None]
+    index = Index.create(folder, plume)
+    index.store.add(
+        {
+            "root": "/r", "name": f"{at}", "path": f"/r/{at}", "kind": "text" if at < num_texts else "image", "page": 0,
+            "num_pages": 1, "sha256": f"{at:064}", "size": 1, "mtime_ns": 1, "excerpt": "", "text": "",
+            "thumbnail": b"", "vector": np.append(cosines[at], others[at]).astype(np.float32),
+        }
+        for at in range(len(cosines))
+    )  # fmt: skip
+    return index, Compiled.of(np.eye(1, dim, dtype=np.float32)[0])
+
+
+def test_matches_of_a_kind_that_lies_further_away_are_found_whatever_the_number_asked_for(plume, tmp_path):
+    index, asked = mixed_index(plume, tmp_path / "index", 500, 500, 3)
+    for top_k in (3, 10, 600):
+        hits = index.nearest(asked, top_k=top_k, cut="auto")
+        assert [hit.path for hit in hits if hit.kind == "image"] == ["/r/500", "/r/501", "/r/502"]
+
+
+def test_a_rare_kind_has_a_bound_of_its_own(plume, tmp_path):
+    index, asked = mixed_index(plume, tmp_path / "index", 8_000, 40, 1)
+    hits = index.nearest(asked, cut="auto", where="kind = 'image'")
+    assert [hit.path for hit in hits] == ["/r/8000"]
+    assert hits[0].relevance > 8
+
+
 def test_words_without_a_weight_are_refused(index, plume):
     with pytest.raises(ValueError, match="hybrid=0 leaves words out"):
         index.search("a red kite", plume, text="kite", hybrid=0)

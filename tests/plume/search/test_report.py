@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from plume import Index, Plume
 from plume.cli.main import app
+from plume.search import ranking
 from plume.search.corrections import FILE, Corrections
 from plume.search.query import All, Compiled
 from plume.search.report import draw_report, report
@@ -90,6 +91,20 @@ def test_a_centred_search_finds_images_by_texts(gap, plume):
         assert hit.to_dict()["corrected"] == hit.corrected
 
 
+def test_all_rows_and_the_nearest_of_each_kind_have_the_same_order(gap, monkeypatch):
+    index, queries = gap
+    add(index, "pdf", unit(RNG.normal(size=(5, index.identity.dim))), [f"{at}.pdf" for at in range(5)])  # too few
+    index.correct(queries)
+    for query in queries[:5]:
+        whole = index.nearest(Compiled.of(query), top_k=305, correct="centre")
+        assert len(whole) == 305
+        monkeypatch.setattr(ranking, "APPROXIMATE_FROM", 10)
+        near = index.nearest(Compiled.of(query), top_k=305, correct="centre")
+        monkeypatch.undo()
+        assert [hit.path for hit in near] == [hit.path for hit in whole]
+        np.testing.assert_allclose([hit.corrected for hit in near], [hit.corrected for hit in whole], atol=1e-5)
+
+
 def test_corrections_change_no_vector_and_can_be_left_out(gap):
     index, queries = gap
     before = sorted((row["path"], tuple(row["vector"])) for row in index.store.rows(["path", "vector"]))
@@ -151,9 +166,39 @@ def test_corrections_are_for_one_vector_and_need_enough_queries(gap, plume):
     index.correct(queries)
     with pytest.raises(ValueError, match="correct is for one vector"):
         index.search(All("a kite", "blue"), plume, correct="centre")
-    (index.path / FILE).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged"):
-        index.nearest(Compiled.of(queries[0]), correct="hubs")
+    whole = (index.path / FILE).read_bytes()
+    for damaged in (b"nothing", b"", whole[: len(whole) // 2]):
+        (index.path / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            index.nearest(Compiled.of(queries[0]), correct="hubs")
+    for wrong in (np.ones((100, 5)), np.full((100, index.identity.dim), np.nan)):
+        with pytest.raises(ValueError, match="expected finite vectors"):
+            index.correct(wrong)
+
+
+def test_corrections_of_an_index_that_has_grown_are_old(gap):
+    index, queries = gap
+    index.correct(queries)
+    add(index, "text", unit(RNG.normal(size=(70, index.identity.dim))), [f"new {at}.txt" for at in range(70)])
+    with pytest.warns(UserWarning, match="fitted when it had 300 of its 370 rows; fit them again"):
+        index.nearest(Compiled.of(queries[0]), correct="centre")
+
+
+def test_a_rare_kind_has_a_mean_of_its_own(plume, tmp_path):
+    index = Index.create(tmp_path / "index", plume)
+    for kind, count in (("text", 21_000), ("image", 120)):
+        add(index, kind, unit(RNG.normal(size=(count, index.identity.dim))), [f"{at}.{kind}" for at in range(count)])
+    assert set(index.correct(unit(RNG.normal(size=(100, index.identity.dim)))).means) == {"text", "image"}
+
+
+def test_too_few_queries_or_rows_to_correct_by_are_no_end_of_a_report(gap, plume, tmp_path):
+    index, queries = gap
+    found = report(index, queries[:150])
+    assert found.corrected == {}
+    assert any("200 queries or more" in line for line in found.lines())
+    few = Index.create(tmp_path / "few", plume)
+    add(few, "text", unit(RNG.normal(size=(90, few.identity.dim))), [f"{at}.txt" for at in range(90)])
+    assert report(few, queries).corrected == {}
 
 
 def test_an_index_without_rows_has_nothing_to_compare(plume, tmp_path):

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from plume import Index, Plume
 from plume.cli.main import app
-from plume.search.query import All
-from plume.search.rerank import CrossEncoderReranker, document_of
+from plume.search.query import All, Any, Like, Not
+from plume.search.rerank import CrossEncoderReranker, asked_of, document_of
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,26 @@ def test_the_best_rows_are_ordered_by_the_reranker_and_keep_their_cosines(index,
     assert "rerank_score" not in plain[0].to_dict()
     whole = index.search(All("a red kite", "blue"), plume, top_k=100, rerank=backwards)
     assert len(whole) == len(index.store.rows(["name"]))
+
+
+def test_no_more_rows_are_reranked_than_asked_for(index, plume):
+    plain = index.search("a red kite", plume, top_k=15)
+    found = index.search(
+        "a red kite", plume, top_k=15, rerank=lambda query, hits: [-hit.score for hit in hits], rerank_k=4
+    )
+    assert [hit.row for hit in found] == [hit.row for hit in [*plain[:4][::-1], *plain[4:]]]
+    assert [hit.rerank_score is not None for hit in found] == [True] * 4 + [False] * 11
+
+
+def test_a_query_is_given_by_what_is_wanted_of_it(library):
+    picture = Image.open(library / "red.png")
+    assert asked_of({"text": "a kite"}) == asked_of("a kite") == "a kite"
+    assert asked_of(All("a kite", Any("blue", Not("red")))) == "a kite blue"
+    assert asked_of({"image": picture, "text": "blue"})["text"] == "blue"
+    assert asked_of(library / "red.png")["image"].size == (60, 60)
+    for query in (Like("x"), Not("a kite"), {"image": [picture, picture]}):
+        with pytest.raises(ValueError, match="reads words or one image"):
+            asked_of(query)
 
 
 def test_what_cannot_be_judged_stands_behind_in_its_own_order(index, plume):

@@ -145,6 +145,11 @@ def test_calibration_error_by_hand():
     sure = np.repeat(np.linspace(0.1, 0.9, 15), 4)
     is_right = np.tile([True, False], 30)
     assert calibration_error(sure, is_right) == pytest.approx(np.abs(np.linspace(0.1, 0.9, 15) - 0.5).mean())
+    tied, right = np.repeat([0.5, 0.8], 150), np.concatenate([np.arange(150) % 2 == 0, np.arange(150) % 5 > 0])
+    assert calibration_error(tied, right) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(tied, np.sort(right[:150]).tolist() + np.sort(right[150:]).tolist()) == pytest.approx(
+        0, abs=1e-9
+    )
     shuffled = np.random.default_rng(0).permutation(60)
     assert calibration_error(sure[shuffled], is_right[shuffled]) == pytest.approx(calibration_error(sure, is_right))
 
