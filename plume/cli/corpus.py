@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plume.cli.inputs import DEMO, INDEX_PIXELS, Model, check_model
+from plume.cli.inputs import DEMO, INDEX_PIXELS, ClipSeconds, Model, PassageTokens, check_model
 from plume.cli.running import running, stop
 from plume.terminal import counted, say
 
@@ -39,12 +39,8 @@ def plan(
     query_instruction: Annotated[str, typer.Option(help="For every query.")] = "",
     num_latent_steps: Annotated[int | None, typer.Option(help="K of documents; 0 is a single pass.")] = None,
     query_latent_steps: Annotated[int | None, typer.Option(help="K of queries; 0 is a single pass.")] = None,
-    passage_tokens: Annotated[
-        int | None, typer.Option(help="Longer texts become passages of so many tokens, a row each.")
-    ] = None,
-    clip_seconds: Annotated[
-        float | None, typer.Option(help="Longer videos get rows of clips of so many seconds, beside the whole.")
-    ] = None,
+    passage_tokens: PassageTokens = None,
+    clip_seconds: ClipSeconds = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images and pages are reduced.", min=1)] = INDEX_PIXELS,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
     sample: Annotated[int, typer.Option(help="Contents to embed for an estimate; 0 makes none.", min=0)] = 32,

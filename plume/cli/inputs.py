@@ -27,6 +27,12 @@ Steps = Annotated[int | None, typer.Option(help="K; 0 is a single pass; the chec
 
 BatchSize = Annotated[int, typer.Option(help="Inputs per pass.", min=1)]
 
+PassageTokens = Annotated[int | None, typer.Option(help="Longer texts become passages of so many tokens, a row each.")]
+
+ClipSeconds = Annotated[
+    float | None, typer.Option(help="Longer videos get rows of clips of so many seconds, beside the whole.")
+]
+
 DEMO = "runs/demo/latent"
 #: Of images and pages in an index, 768 visual tokens: a page of A4 at 80 dots per inch, a quarter of what is taken.
 INDEX_PIXELS = 768 * 28 * 28

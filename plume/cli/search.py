@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from plume.cli.inputs import DEMO, INDEX_PIXELS, BatchSize, Model, check_model, check_words, message_of
+from plume.cli.inputs import (
+    DEMO,
+    INDEX_PIXELS,
+    BatchSize,
+    ClipSeconds,
+    Model,
+    PassageTokens,
+    check_model,
+    check_words,
+    message_of,
+)
 from plume.cli.output import json_line
 from plume.cli.running import running, stop
 from plume.terminal import counted, is_watched, say
@@ -29,12 +39,8 @@ def index(
     max_pixels: Annotated[
         int | None, typer.Option(help=f"Larger images and pages are reduced; {INDEX_PIXELS:,} if not given.", min=1)
     ] = None,
-    passage_tokens: Annotated[
-        int | None, typer.Option(help="Longer texts become passages of so many tokens, a row each.")
-    ] = None,
-    clip_seconds: Annotated[
-        float | None, typer.Option(help="Longer videos get rows of clips of so many seconds, beside the whole.")
-    ] = None,
+    passage_tokens: PassageTokens = None,
+    clip_seconds: ClipSeconds = None,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many numbers of each vector.", min=1)] = None,
     batch_size: BatchSize = 32,
     forget: Annotated[bool, typer.Option("--forget", help="Remove the folder's rows instead of adding.")] = False,

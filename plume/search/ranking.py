@@ -191,13 +191,10 @@ class Ranking:
         rows: dict[int, dict[str, Any]] = {}
         while True:
             more, are_all = self._fused(limit) if self.has_words else self._by_vectors(limit)
-            found = {row["_rowid"]: row for row in more}
-            is_of_ranks = self.has_words or self.correct is not None  # then a later round only adds to the first
-            rows = (
-                {**rows, **{number: row for number, row in found.items() if number not in rows}}
-                if is_of_ranks
-                else found
-            )
+            if not (self.has_words or self.correct is not None):  # else a later round only adds to the first
+                rows = {}
+            for row in more:
+                rows.setdefault(row["_rowid"], row)
             best = self._distinct([row for row in rows.values() if self._passes(row)])
             if len(best) >= wanted or are_all:
                 return self._cut(best)[:count]
@@ -291,9 +288,8 @@ class Ranking:
         assert self.correct is not None
         assert self.corrections is not None
         units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        scores = self.corrections.scores(
-            self.correct, self.asked.direction[None], units, [row["kind"] for row in rows]
-        )[0]
+        kinds = [row["kind"] for row in rows]
+        (scores,) = self.corrections.scores(self.correct, self.asked.direction[None], units, kinds)
         cosines = units @ self.asked.direction
         return [{"cosine": float(one), "corrected": float(score)} for one, score in zip(cosines, scores, strict=True)]
 

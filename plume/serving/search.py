@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from plume.serving.batcher import Entry
 from plume.serving.errors import RequestError, wrong
 from plume.serving.requests import Asked, Request, read_one_input
 from plume.serving.service import Held, Service, cut
+from plume.space.cutoff import LEAST_SAMPLE
 from plume.tracing.trace import Trace
 
 #: Of a search.
@@ -62,6 +63,8 @@ class SearchRequest:
     like: str | None = None
     filter: Filter = field(default_factory=Filter)
     hybrid: float = 0.0
+    cut: Literal["auto", "drop"] | None = None
+    group_by: Literal["file"] | None = None
     top_k: int = 24
     offset: int = 0
     num_latent_steps: int | None = None
@@ -92,12 +95,21 @@ def read_search(body: Mapping[str, Any]) -> SearchRequest:
     hybrid = body.get("hybrid", 0)
     if isinstance(hybrid, bool) or not isinstance(hybrid, (int, float)) or not 0 <= hybrid <= 1:
         raise wrong("expected the weight of words, from 0 to 1", "hybrid")
+    cut, group_by = body.get("cut"), body.get("group_by")
+    if cut not in (None, "auto", "drop"):
+        raise wrong('expected "auto" or "drop"', "cut")
+    if cut == "drop" and hybrid:
+        raise wrong('"drop" looks at one order of scores, and words give a second; expected "auto"', "cut")
+    if group_by not in (None, "file"):
+        raise wrong('expected "file"', "group_by")
     steps = body.get("num_latent_steps")
     return SearchRequest(
         query=None if query is None else read_one_input(query, "query"),
         like=like,
         filter=rows,
         hybrid=float(hybrid),
+        cut=cut,
+        group_by=group_by,
         top_k=_whole(body, "top_k", 24, 1, MOST_HITS),
         offset=_whole(body, "offset", 0, 0, MOST_PASSED),
         num_latent_steps=None if steps is None else _whole(body, "num_latent_steps", 0, 0, 2**31),
@@ -209,6 +221,9 @@ class Searcher:
                 "the index was made before texts were kept; run `plume index` again, which embeds nothing", "hybrid"
             )
 
+        if request.cut == "auto" and 0 < len(self.index) < LEAST_SAMPLE:
+            raise wrong(f"the index has fewer than {LEAST_SAMPLE} rows, too few to say what stands out", "cut")
+
         def look() -> dict[str, Any]:
             hits = self.index.nearest(
                 Compiled.of(vector),
@@ -217,6 +232,8 @@ class Searcher:
                 filter=request.filter,
                 text=words,
                 hybrid=request.hybrid,
+                cut=request.cut,
+                group_by=request.group_by,
             )
             return {
                 "hits": [self._told(hit) for hit in hits],

@@ -60,6 +60,8 @@ function asked() {
     until: by("until").value,
     top_k: PER_PAGE,
   };
+  if (by("close").checked) body.cut = "auto";
+  if (by("once").checked) body.group_by = "file";
   if (like) return { ...body, like };
   if (!words && !picture) return null;
   if (by("written").checked) body.hybrid = 0.5;
@@ -75,14 +77,14 @@ function keep() {
     if (by(id).value.trim()) kept.set(id, by(id).value.trim());
   }
   for (const box of document.querySelectorAll("#kinds input:checked")) kept.append("kind", box.value);
-  for (const id of ["written", "compare", "inside"]) if (by(id).checked) kept.set(id, "1");
+  for (const id of ["written", "close", "once", "compare", "inside"]) if (by(id).checked) kept.set(id, "1");
   history.replaceState(null, "", kept.size ? `?${kept}` : location.pathname);
 }
 
 function recall() {
   const kept = new URLSearchParams(location.search);
   for (const id of ["words", "folder", "since", "until", "steps"]) by(id).value = kept.get(id) ?? "";
-  for (const id of ["written", "compare", "inside"]) by(id).checked = kept.has(id);
+  for (const id of ["written", "close", "once", "compare", "inside"]) by(id).checked = kept.has(id);
 }
 
 async function search() {

@@ -145,6 +145,21 @@ def test_words_are_looked_for_where_that_is_asked_for(client, index, plume, libr
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "hybrid")
 
 
+def test_results_end_and_files_are_shown_once_where_that_is_asked_for(client, index, plume):
+    same(found(client, query="a red kite", group_by="file"), index.search("a red kite", plume, group_by="file"))
+    same(found(client, query="a red kite", cut="drop"), index.search("a red kite", plume, cut="drop"))
+    for field, value in (("cut", "best"), ("cut", ["auto"]), ("group_by", "page"), ("group_by", True)):
+        answer = client.post("/search", json={"query": "blue", field: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    answer = client.post("/search", json={"query": "blue", "cut": "drop", "hybrid": 0.5})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cut")
+    answer = client.post("/search", json={"query": "blue", "cut": "auto"})  # of an index of a few files
+    if len(index) < 32:
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cut")
+    else:
+        same(answer.json()["hits"], index.search("blue", plume, cut="auto"))
+
+
 def test_a_shortened_index_is_searched_by_the_beginnings_of_vectors(plume_folder, library, tmp_path):
     short = Plume(plume_folder, device="cpu", truncate_dim=16)
     index = Index.create(tmp_path / "index", short)
