@@ -105,6 +105,17 @@ def test_all_rows_and_the_nearest_of_each_kind_have_the_same_order(gap, monkeypa
         np.testing.assert_allclose([hit.corrected for hit in near], [hit.corrected for hit in whole], atol=1e-5)
 
 
+def test_scores_from_products_are_those_of_the_vectors():
+    rows, queries = unit(RNG.normal(size=(60, 24)) + 0.4), unit(RNG.normal(size=(9, 24)) + 0.2)
+    kinds = np.array(["text", "image", "pdf"])[np.arange(60) % 3]
+    means = {kind: rows[kinds == kind].mean(axis=0) for kind in ("text", "image")}  # none of pages
+    corrections = Corrections(queries.mean(axis=0), means, queries, 60)
+    for query in queries:
+        products = corrections.compared(query) @ rows.T
+        expected = corrections.scores("centre", query[None], rows, kinds.tolist())[0]
+        np.testing.assert_allclose(corrections.centred_by(products, kinds, query), expected, atol=1e-5)
+
+
 def test_corrections_change_no_vector_and_can_be_left_out(gap):
     index, queries = gap
     before = sorted((row["path"], tuple(row["vector"])) for row in index.store.rows(["path", "vector"]))

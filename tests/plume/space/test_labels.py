@@ -130,9 +130,10 @@ def test_quality_does_not_depend_on_the_order_of_inputs(order):
     right = answers[order]
     scores = rng.normal(0.3, 0.05, (200, 2))
     scores[np.arange(200), right] += 0.06
+    scores[:, 0] += 0.06  # so that of one label nearly all are right, of the other few: each half must have both
     quality = calibrate(scores, right).quality
-    assert quality["accuracy"] > 0.7
-    assert quality["nll"] < 0.6
+    assert quality["accuracy"] > 0.6
+    assert quality["nll"] < 0.75
 
 
 def test_answers_that_are_never_wrong_do_not_make_it_sure_without_bound():
