@@ -12,6 +12,11 @@ from plume_eval import confidence
 from plume_eval.__main__ import app
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(confidence, "_RESAMPLES", 60)
+
+
 def test_auroc_is_that_of_scikit_learn_with_equals():
     rng = np.random.default_rng(0)
     values, is_right = rng.integers(0, 8, 300).astype(float), rng.uniform(size=300) < 0.4

@@ -22,7 +22,7 @@ def test_the_collection_holds_what_it_is_said_to(collection):
 
 
 def test_each_stage_does_what_it_is_for(collection):
-    found = search.measure(collection, num_queries=40)
+    found = search.measure(collection, num_queries=14)
     recall = {
         name: {column: one["recall"] for column, one in of.items() if one is not None} for name, of in found.items()
     }
