@@ -132,7 +132,7 @@ class Corrections:
     def looked_for(self, how: Correct, query: np.ndarray) -> np.ndarray:
         """The vector to whose nearest rows the best ones belong."""
         vector = query - self.query_mean if how == "centre" else query
-        return vector / np.linalg.norm(vector)
+        return vector / max(np.linalg.norm(vector), _TINY)  # one query that is the mean of all has no direction
 
 
 def check_correct(how: str | None) -> None:

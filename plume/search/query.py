@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any as Part
+from typing import Any as Part  # whatever `Item.parse` takes, or a class of this module, one of which is called Any
 
 import numpy as np
 
