@@ -1,1 +1,1 @@
-"""Operations on vectors, without a model or a file: sums, logic, cut-offs, orders, labels. Start with `arithmetic.py`."""
+"""Operations on vectors, without a model or a file: sums, logic, cut-offs, labels. Start with `arithmetic.py`."""
